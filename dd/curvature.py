@@ -1,0 +1,231 @@
+"""Three estimators of the curvature H = Σ_i ∂²L/∂r_i² behind one interface.
+
+An estimator sees the corrected pre-activation in the forward pass (:meth:`Curvature.observe`) and
+is asked for H once the backward pass has delivered the gradient (:meth:`Curvature.estimate`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from dd.functional import (
+    centre_within_components,
+    probe_curvature,
+    rademacher,
+    stein_curvature,
+)
+from dd.noise import NoiseModel
+
+__all__ = [
+    "ESTIMATORS",
+    "Backward",
+    "Curvature",
+    "Exact",
+    "GraphProbe",
+    "Probe",
+    "Stein",
+    "build",
+    "check_name",
+]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What one backward pass delivers at the corrected pre-activation R.
+
+    Attributes:
+        gradient: G = ∂L/∂R, shape (n, k); part of a graph only under ``create_graph=True``.
+        tangent: derivative of G along the observed probe, shape (n, k), or None.
+        edge: where R stands in the autograd graph.
+    """
+
+    gradient: Tensor
+    tangent: Tensor | None
+    edge: GradientEdge
+
+
+class Curvature(ABC):
+    """One estimator of H.
+
+    Attributes:
+        forward_mode: whether the forward pass must carry the observed probe as a tangent.
+        second_order: whether the gradient must be part of a graph.
+    """
+
+    forward_mode: ClassVar[bool] = False
+    second_order: ClassVar[bool] = False
+
+    @abstractmethod
+    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what is kept of R (n, k) until the backward pass, as a tensor of its own."""
+
+    @abstractmethod
+    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Return H, shape (k, k), symmetric, from what was observed and what came back."""
+
+
+class Stein(Curvature):
+    """Stein's lemma on R centred within mixture components.
+
+    Args:
+        components: component of each sample, shape (n,), integers from 0.
+        ridge: regularisation relative to the mean eigenvalue of the covariance of R.
+    """
+
+    def __init__(self, components: Tensor, ridge: float = 1e-4) -> None:
+        self.components = components
+        self.num_components = int(components.max()) + 1
+        self.ridge = ridge
+
+    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+        """Return R centred within components."""
+        components = self.components = self.components.to(preactivation.device)
+        return centre_within_components(preactivation, components, self.num_components)
+
+    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Solve K H = R_cᵀ G."""
+        return stein_curvature(observed, backward.gradient.detach(), self.ridge)
+
+
+class Probe(Curvature):
+    """One Rademacher curvature-vector product by forward-over-reverse differentiation."""
+
+    forward_mode = True
+
+    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the probe."""
+        return rademacher(preactivation, generator)
+
+    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Average the product that came back as the gradient's tangent.
+
+        Raises:
+            RuntimeError: if the gradient carried no tangent.
+        """
+        if backward.tangent is None:
+            raise RuntimeError(LOST_TANGENT)
+        return probe_curvature(observed, backward.tangent)
+
+
+class GraphProbe(Curvature):
+    """One Rademacher curvature-vector product through ``loss.backward(create_graph=True)``."""
+
+    second_order = True
+
+    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the probe."""
+        return rademacher(preactivation, generator)
+
+    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Differentiate the gradient once more along the probe.
+
+        Raises:
+            RuntimeError: if the gradient is not part of a graph.
+        """
+        product = _differentiate(backward, observed, keep_graph=False)
+        return probe_curvature(observed, product)
+
+
+class Exact(Curvature):
+    """All k curvature-vector products, through ``loss.backward(create_graph=True)``."""
+
+    second_order = True
+
+    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+        """Keep nothing but the shape."""
+        return torch.empty_like(preactivation, device="meta")
+
+    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Differentiate every column of the gradient.
+
+        Raises:
+            RuntimeError: if the gradient is not part of a graph.
+        """
+        columns = torch.eye(observed.shape[-1], device=backward.gradient.device)
+        rows = [
+            _differentiate(backward, column.expand_as(observed), keep_graph=True).sum(0)
+            for column in columns.to(backward.gradient.dtype)
+        ]
+        hessian = torch.stack(rows)
+        return (hessian + hessian.mT) / 2
+
+
+ESTIMATORS = ("auto", "stein", "probe", "probe_create_graph", "exact")
+
+REMEDY = (
+    "Remedy: give the mixture components of the samples, noise=dd.NoiseModel.isotropic(inputs, "
+    "components), so that the curvature needs no second derivative; or construct with "
+    'curvature="probe_create_graph" and call loss.backward(create_graph=True).'
+)
+
+LOST_TANGENT = (
+    "DecoupledDescent: the curvature probe got no tangent back, so the curvature is unknown. "
+    "Either backward ran twice on one forward, or the loss is linear in the pre-activations, or "
+    "something between them and the loss drops forward-mode derivatives (a compiled region or a "
+    "custom autograd.Function can). " + REMEDY
+)
+
+
+def check_name(name: str) -> None:
+    """Reject an unknown estimator.
+
+    Raises:
+        ValueError: if ``name`` is not one of :data:`ESTIMATORS`.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"DecoupledDescent: curvature must be one of {ESTIMATORS}, got {name!r}")
+
+
+def build(name: str, noise: NoiseModel | None) -> Curvature:
+    """Make the estimator called ``name``.
+
+    Args:
+        name: one of :data:`ESTIMATORS`; ``"auto"`` is Stein where the noise model knows the
+            components and the probe where it does not.
+        noise: the noise model, or None where it will be fitted without components.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ValueError: if the name is unknown, or Stein is asked for without component ids.
+    """
+    check_name(name)
+    components = None if noise is None else noise.components
+    if name == "auto":
+        name = "probe" if components is None else "stein"
+    if name == "stein":
+        if components is None:
+            raise ValueError(
+                'DecoupledDescent: curvature="stein" needs the mixture component of every sample; '
+                'pass noise=dd.NoiseModel.isotropic(inputs, components), or curvature="probe"'
+            )
+        return Stein(components)
+    without_ids: dict[str, Callable[[], Curvature]] = {
+        "probe": Probe,
+        "probe_create_graph": GraphProbe,
+        "exact": Exact,
+    }
+    return without_ids[name]()
+
+
+def _differentiate(backward: Backward, direction: Tensor, *, keep_graph: bool) -> Tensor:
+    if not backward.gradient.requires_grad:
+        raise RuntimeError(
+            "DecoupledDescent: this curvature differentiates the gradient once more; call "
+            "loss.backward(create_graph=True), or choose another curvature"
+        )
+    (product,) = torch.autograd.grad(
+        backward.gradient,
+        backward.edge,
+        grad_outputs=direction,
+        retain_graph=keep_graph,
+        allow_unused=True,
+    )
+    # A loss that is linear in R has no second derivative at all.
+    return torch.zeros_like(direction) if product is None else product

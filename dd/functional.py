@@ -1,0 +1,182 @@
+"""The mathematics of decoupled descent as pure functions of tensors.
+
+Equation and section numbers are those of ``docs/theory.md``. Leading batch dimensions are allowed
+everywhere and are written ``...``. The symbols:
+
+=====  ==========  ==========================================================================
+n                  samples
+k                  width of the decoupled layer
+B                  eigenvalue bins of the noise covariance; one bin when the noise is isotropic
+R      (n, k)      corrected pre-activations
+L                  the loss that is differentiated, however it is reduced over samples
+G      (n, k)      ∂L/∂R, one row a sample
+H      (k, k)      Σ_i ∂²L/∂r_i², the curvature of L in the pre-activations
+Q      (B, n, k)   shadows: how far each sample's pre-activation would move without that sample
+λ      (B,)        noise variance per coordinate
+τ      (B,)        noise mass E‖z‖² of each bin, λ times the bin's dimension
+=====  ==========  ==========================================================================
+
+Everything is written for the loss as it is differentiated. When L is a mean over n samples, G and H
+are the per-sample gradient over n and the mean curvature; when L is a sum they are n times larger,
+and so is the gradient of the weights. No formula below has to know which.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "centre_within_components",
+    "corrected_preactivation",
+    "damped_weight_gradient",
+    "probe_curvature",
+    "rademacher",
+    "shadow_gradient",
+    "stein_curvature",
+]
+
+
+def corrected_preactivation(preactivation: Tensor, shadow: Tensor) -> Tensor:
+    """Add the shadows to a pre-activation: R = XW + Σ_b Q_b.
+
+    Args:
+        preactivation: XW, shape (..., n, k). A bias may be counted in.
+        shadow: Q, shape (..., B, n, k).
+
+    Returns:
+        R, shape (..., n, k), in the dtype of ``preactivation``.
+    """
+    return preactivation + shadow.sum(-3).to(preactivation.dtype)
+
+
+def shadow_gradient(
+    shadow: Tensor,
+    gradient: Tensor,
+    curvature: Tensor,
+    eigenvalues: Tensor,
+    mass: Tensor,
+    damping: float = 1.0,
+) -> Tensor:
+    """Gradient that drives the shadows: ∇Q_b = ρ λ_b Q_b H − τ_b G, equations (1) and (3).
+
+    A linear optimizer that applies to Q what it applies to W, with this in place of the gradient,
+    keeps Q equal to the leave-one-out displacement of every sample.
+
+    Args:
+        shadow: Q, shape (..., B, n, k).
+        gradient: G, shape (..., n, k).
+        curvature: H, shape (..., k, k), symmetric.
+        eigenvalues: λ, shape (..., B).
+        mass: τ, shape (..., B).
+        damping: ρ; 1 leaves gradient descent's own update of W.
+
+    Returns:
+        ∇Q, shape (..., B, n, k), in the dtype of ``shadow``.
+    """
+    gradient = gradient.to(shadow.dtype).unsqueeze(-3)
+    decay = shadow @ (damping * curvature).to(shadow.dtype).unsqueeze(-3)
+    return eigenvalues[..., None, None] * decay - mass[..., None, None] * gradient
+
+
+def damped_weight_gradient(
+    weight_gradient: Tensor,
+    weight: Tensor,
+    curvature: Tensor,
+    noise_variance: Tensor | float,
+    damping: float,
+) -> Tensor:
+    """Gradient of the decoupled layer less a share of its own drift: XᵀG − (1 − ρ) λ W H.
+
+    Section 6 of ``docs/theory.md``; defined for isotropic noise. Arguments are laid out as
+    :class:`torch.nn.Linear` stores them, transposed with respect to the mathematics.
+
+    Args:
+        weight_gradient: ∂L/∂weight = GᵀX, shape (..., k, d).
+        weight: Wᵀ, shape (..., k, d).
+        curvature: H, shape (..., k, k), symmetric.
+        noise_variance: λ, a scalar.
+        damping: ρ; 1 returns ``weight_gradient`` unchanged, 0 removes the whole drift.
+
+    Returns:
+        The gradient to descend, shape (..., k, d).
+    """
+    drift = curvature.to(weight.dtype) @ weight
+    return weight_gradient - (1.0 - damping) * noise_variance * drift
+
+
+def centre_within_components(values: Tensor, components: Tensor, num_components: int) -> Tensor:
+    """Subtract from every row the mean of its mixture component: R − E[R | a].
+
+    Args:
+        values: shape (..., n, k).
+        components: component of each row, shape (n,), integers in [0, num_components).
+        num_components: number of components.
+
+    Returns:
+        Centred values, shape (..., n, k).
+    """
+    # A product instead of index_add, whose order of summation is not fixed on CUDA.
+    membership = torch.nn.functional.one_hot(components, num_components).to(values.dtype)
+    counts = membership.sum(0).clamp_min(1)
+    means = membership.mT @ values / counts.unsqueeze(-1)
+    return values - means.index_select(-2, components)
+
+
+def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> Tensor:
+    """Curvature by Stein's lemma: H = (K + εI)⁻¹ R_cᵀ G, symmetrised, with K = R_cᵀR_c / n.
+
+    Given its component a row of R is Gaussian with covariance K, so that
+    E[(R − E[R|a]) gᵀ] = K E[∂g/∂r]. No second derivative is taken, so the kinks of a ReLU are
+    counted in.
+
+    Args:
+        centred: R centred within components, shape (..., n, k).
+        gradient: G, shape (..., n, k).
+        ridge: ε relative to the mean eigenvalue of K.
+
+    Returns:
+        H, shape (..., k, k), symmetric.
+    """
+    n, k = centred.shape[-2:]
+    covariance = centred.mT @ centred / n
+    mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
+    epsilon = (ridge * mean_eigenvalue).clamp_min(torch.finfo(centred.dtype).tiny)
+    identity = torch.eye(k, dtype=centred.dtype, device=centred.device)
+    regularised = covariance + epsilon[..., None, None] * identity
+    solution = torch.linalg.solve_ex(regularised, centred.mT @ gradient)[0]
+    return _symmetrised(solution)
+
+
+def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
+    """Curvature from one curvature-vector product: H = n (VᵀV)⁻¹ Vᵀ(HV), symmetrised.
+
+    One independent Rademacher row a sample is enough, because the product is averaged over samples.
+
+    Args:
+        probe: V, shape (..., n, k), entries ±1.
+        product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
+
+    Returns:
+        H, shape (..., k, k), symmetric.
+    """
+    n = probe.shape[-2]
+    solution = torch.linalg.solve_ex(probe.mT @ probe / n, probe.mT @ product)[0]
+    return _symmetrised(solution)
+
+
+def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Independent entries ±1 with equal probability, shaped and typed as ``like``.
+
+    Args:
+        like: gives shape, dtype and device.
+        generator: source of randomness on the same device; torch's global one by default.
+
+    Returns:
+        A tensor of ±1.
+    """
+    bits = torch.empty_like(like, requires_grad=False).bernoulli_(0.5, generator=generator)
+    return bits.mul_(2).sub_(1)
+
+
+def _symmetrised(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
