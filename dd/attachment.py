@@ -1,0 +1,290 @@
+"""One decoupled layer: how it is found, hooked, corrected and read."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.autograd.graph import get_gradient_edge
+
+from dd.curvature import Backward, Curvature, build
+from dd.dual import DualLevel, carry_tangent, split_tangent
+from dd.functional import corrected_preactivation
+from dd.noise import NoiseModel
+from dd.sample_order import SampleOrder
+
+if TYPE_CHECKING:
+    from dd.optimizer import DecoupledDescent
+
+__all__ = ["Attachment", "Capture", "ForwardHook", "find_layer"]
+
+
+def find_layer(module: nn.Module, layer: nn.Module | str | None) -> tuple[str, nn.Linear]:
+    """Choose the decoupled layer.
+
+    Args:
+        module: the model.
+        layer: the layer, its dotted name, or None for the first :class:`torch.nn.Linear` with
+            trainable weights in the order of ``module.named_modules()``.
+
+    Returns:
+        The layer's dotted name and the layer.
+
+    Raises:
+        ValueError: if there is no such layer.
+        TypeError: if the layer is not an ``nn.Linear``.
+    """
+    modules = dict(module.named_modules())
+    if layer is None:
+        for name, candidate in modules.items():
+            if isinstance(candidate, nn.Linear) and candidate.weight.requires_grad:
+                return name, candidate
+        raise ValueError(
+            f"DecoupledDescent: {type(module).__name__} has no nn.Linear with trainable weights "
+            "to decouple; use torch.optim.SGD for this model"
+        )
+    if isinstance(layer, str):
+        name, chosen = layer, modules.get(layer)
+    else:
+        name, chosen = next(((n, m) for n, m in modules.items() if m is layer), ("", None))
+    if chosen is None:
+        linear = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+        raise ValueError(
+            f"DecoupledDescent: layer={layer!r} is not part of the model; its linear layers are "
+            f"{linear}"
+        )
+    if not isinstance(chosen, nn.Linear):
+        raise TypeError(
+            f"DecoupledDescent: layer {name!r} is a {type(chosen).__name__}; expected nn.Linear"
+        )
+    return name, chosen
+
+
+class ForwardHook:
+    """Passes a layer's forward to the optimizer that owns it, and to no copy of either.
+
+    A deep copy or an unpickled copy of the model gets an inert hook, as does the model itself once
+    its optimizer is gone.
+    """
+
+    def __init__(self, optimizer: "DecoupledDescent | None" = None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    @property
+    def optimizer(self) -> "DecoupledDescent | None":
+        """The optimizer, while it lives."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardHook":
+        """Return an inert hook."""
+        return ForwardHook()
+
+    def __reduce__(self) -> tuple[type["ForwardHook"], tuple[()]]:
+        """Pickle as an inert hook."""
+        return ForwardHook, ()
+
+    # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
+    # the whole compiler with this module.
+    @_disable_dynamo
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Return the corrected pre-activation, or None to leave the output as it is."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            return None
+        inputs = args[0] if args else kwargs["input"]
+        return optimizer._correct(layer, inputs, output)
+
+
+class Capture:
+    """One training forward, and what its backward delivers.
+
+    Attributes:
+        gradient: ∂L/∂R, shape (n, k), or None before the backward pass.
+        tangent: derivative of the gradient along the probe, or None.
+    """
+
+    def __init__(
+        self, preactivation: Tensor, estimator: Curvature, generator: torch.Generator
+    ) -> None:
+        self.gradient: Tensor | None = None
+        self.tangent: Tensor | None = None
+        self._estimator = estimator
+        self._observed = estimator.observe(preactivation.detach(), generator)
+        self._edge = get_gradient_edge(preactivation)
+        self._level = DualLevel() if estimator.forward_mode else None
+        listener = weakref.ref(self)
+        # The graph must not own the capture, which owns an edge of the graph.
+        preactivation.register_hook(lambda gradient: _deliver(listener, gradient))
+
+    def outgoing(self, preactivation: Tensor) -> Tensor:
+        """Return what the following layers receive: R, with the probe as tangent where needed."""
+        if self._level is None:
+            return preactivation
+        # An in-place operation downstream changes the tangent too; the probe must survive it.
+        return carry_tangent(preactivation, self._observed.clone())
+
+    def receive(self, gradient: Tensor) -> Tensor | None:
+        """Keep a gradient that reached R; return what goes on to the layer's weights."""
+        tangent = None
+        if self._level is not None:
+            gradient, tangent = split_tangent(gradient)
+            self._level.close()
+        if self.gradient is None:
+            self.gradient, self.tangent = gradient, tangent
+        else:
+            # A second backward pass finds the level closed, so that its curvature is lost.
+            self.gradient, self.tangent = self.gradient + gradient, None
+        return gradient if self._level is not None else None
+
+    def curvature(self) -> Tensor:
+        """Estimate H, shape (k, k), once the gradient is there."""
+        assert self.gradient is not None
+        return self._estimator.estimate(
+            self._observed, Backward(self.gradient, self.tangent, self._edge)
+        )
+
+    def close(self) -> None:
+        """Drop the share in the forward-mode level."""
+        if self._level is not None:
+            self._level.close()
+
+
+def _deliver(listener: "weakref.ref[Capture]", gradient: Tensor) -> Tensor | None:
+    capture = listener()
+    return None if capture is None else capture.receive(gradient)
+
+
+class Attachment:
+    """The bond between an optimizer and one linear layer of a module.
+
+    Attributes:
+        module: the model.
+        name: dotted name of the layer.
+        layer: the decoupled layer.
+        noise: the noise model; None until the first training forward fits it.
+        pending: the training forward that the next step consumes.
+        order: recognises the training batch.
+
+    Raises:
+        ValueError: if there is no such layer, it is attached already, its weight is not a plain
+            parameter, or the noise model has another dimension than its input.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: nn.Module | str | None,
+        noise: NoiseModel | None,
+        curvature: str,
+    ) -> None:
+        self.module = module
+        self.name, self.layer = find_layer(module, layer)
+        self.noise = self._given_noise = noise
+        self.estimator = build(curvature, noise)
+        self.pending: Capture | None = None
+        self.order = SampleOrder()
+        self._handle: Any = None
+        if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
+                "parameter of its own (not frozen, not parametrised)"
+            )
+        if noise is not None and noise.dimension != self.layer.in_features:
+            raise ValueError(
+                f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
+                f"{self.name!r} takes {self.layer.in_features}; fit it on what this layer receives"
+            )
+        for hook in self.layer._forward_hooks.values():
+            if isinstance(hook, ForwardHook) and hook.optimizer is not None:
+                raise ValueError(
+                    f"DecoupledDescent: layer {self.name!r} is attached to an optimizer already; "
+                    "call detach() on that one first"
+                )
+
+    def register(self, optimizer: "DecoupledDescent") -> None:
+        """Install the forward hook."""
+        self._handle = self.layer.register_forward_hook(ForwardHook(optimizer), with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook and everything pending away."""
+        self.drop()
+        self._handle.remove()
+
+    def drop(self) -> None:
+        """Forget the pending training forward."""
+        if self.pending is not None:
+            self.pending.close()
+            self.pending = None
+
+    def preactivation(self, inputs: Tensor, output: Tensor, shadow: Tensor | None) -> Tensor:
+        """Check a training batch and return R, shape (n, k).
+
+        Raises:
+            ValueError: if the batch is not a matrix, or of another size than the shadows.
+            RuntimeError: if its samples are not those of the shadows, in their order.
+        """
+        self._check_batch(inputs, shadow)
+        if shadow is None:
+            return output
+        self.order.check(inputs)
+        return corrected_preactivation(output, shadow)
+
+    def capture(self, inputs: Tensor, preactivation: Tensor, seed: int, *, first: bool) -> Tensor:
+        """Begin a training forward and return what the following layers receive.
+
+        Raises:
+            RuntimeError: if a training forward is pending, or a trainable layer comes before.
+        """
+        if self.pending is not None:
+            raise RuntimeError(
+                f"DecoupledDescent: layer {self.name!r} saw two training forwards before a step. "
+                "Run forwards that lead to no step under model.eval() or torch.no_grad(); after a "
+                "skipped or interrupted step call optimizer.drop_forward()."
+            )
+        if inputs.requires_grad:
+            raise RuntimeError(
+                f"DecoupledDescent: the input of layer {self.name!r} depends on trainable "
+                f"parameters ({self._earlier_parameters()}). The decoupled layer must come first: "
+                "freeze what is before it (requires_grad_(False)) and detach its output, or name "
+                "another layer with layer=."
+            )
+        self.order.check(inputs)
+        if first or self.noise is None:
+            self._fit_noise(inputs)
+        generator = torch.Generator(preactivation.device).manual_seed(seed)
+        self.pending = Capture(preactivation, self.estimator, generator)
+        return self.pending.outgoing(preactivation)
+
+    def _fit_noise(self, inputs: Tensor) -> None:
+        noise = NoiseModel.isotropic(inputs) if self._given_noise is None else self._given_noise
+        dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
+        self.noise = noise.to(self.layer.weight.device, dtype)
+
+    def _check_batch(self, inputs: Tensor, shadow: Tensor | None) -> None:
+        if inputs.dim() != 2:
+            raise ValueError(
+                f"DecoupledDescent: layer {self.name!r} must receive one row a sample, shape "
+                f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
+            )
+        given = self._given_noise
+        components = None if given is None else given.components
+        known = None if components is None else len(components)
+        expected = known if shadow is None else shadow.shape[1]
+        if expected is not None and expected != len(inputs):
+            raise ValueError(
+                f"DecoupledDescent: layer {self.name!r} expects the whole training set of "
+                f"{expected} samples in every training forward, got a batch of {len(inputs)}. "
+                "Feed the full batch; call model.eval() before evaluating on other data."
+            )
+
+    def _earlier_parameters(self) -> str:
+        names = []
+        for name, parameter in self.module.named_parameters():
+            if parameter is self.layer.weight:
+                break
+            if parameter.requires_grad:
+                names.append(name)
+        return ", ".join(names[:4]) or "or requires a gradient itself"

@@ -1,0 +1,368 @@
+"""Decoupled descent as a drop-in replacement for :class:`torch.optim.SGD`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.sgd import sgd
+
+from dd.attachment import Attachment, Capture
+from dd.curvature import check_name
+from dd.functional import damped_weight_gradient, shadow_gradient
+from dd.noise import NoiseModel
+
+__all__ = ["DecoupledDescent"]
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One step of the decoupled layer: its weight and its shadows, each with its gradient."""
+
+    weight: Tensor
+    weight_gradient: Tensor
+    shadow: Tensor
+    shadow_gradient: Tensor
+
+
+class DecoupledDescent(torch.optim.SGD):
+    """Gradient descent whose training loss is, at every step, an estimate of the test loss.
+
+    Lovig, arXiv 2604.27883. Given a module, it attaches itself to the first linear layer: in train
+    mode the layer's output is the corrected pre-activation R = XW + Q, where the shadow Q removes
+    from each sample the imprint that it left on the weights. In eval mode the network is the plain
+    one. Given parameters, it is ``torch.optim.SGD`` until :meth:`attach` is called.
+
+    While attached, every training forward must hold the whole training set in one order.
+
+    Args:
+        params: a module, or whatever ``torch.optim.SGD`` takes.
+        lr: learning rate, finite and not negative.
+        momentum: momentum factor.
+        dampening: dampening of the momentum.
+        weight_decay: coupled L2 penalty.
+        nesterov: use Nesterov momentum.
+        layer: the decoupled layer or its dotted name; by default the first ``nn.Linear`` with
+            trainable weights.
+        noise: covariance of the inputs within mixture components, and the components where they
+            are known; by default isotropic, fitted on the first training batch.
+        curvature: estimator of the loss's curvature in the pre-activations: ``"auto"`` (Stein where
+            ``noise`` knows the components, else the probe), ``"stein"``, ``"probe"``,
+            ``"probe_create_graph"`` or ``"exact"``; the last two need
+            ``loss.backward(create_graph=True)``.
+        damping: ρ in [0, 1]; 1 updates W as gradient descent does, less removes a share of the
+            drift (isotropic noise only).
+        seed: of the curvature probes; the global generators are left alone.
+        maximize: ascend instead of descend.
+        foreach: as in ``torch.optim.SGD``.
+        differentiable: as in ``torch.optim.SGD``; only while unattached.
+        fused: as in ``torch.optim.SGD``.
+
+    Raises:
+        ValueError: if an argument is out of range, or the module has no layer to decouple.
+        TypeError: if ``layer`` is not an ``nn.Linear``.
+    """
+
+    _attachment: Attachment | None = None
+    _curvature: str = "auto"
+    _damping: float = 1.0
+    _seed: int = 0
+
+    def __init__(
+        self,
+        params: nn.Module | ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        nesterov: bool = False,
+        *,
+        layer: nn.Module | str | None = None,
+        noise: NoiseModel | None = None,
+        curvature: str = "auto",
+        damping: float = 1.0,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _check_rate(lr)
+        if not 0.0 <= damping <= 1.0:
+            raise ValueError(f"DecoupledDescent: damping must lie in [0, 1], got {damping}")
+        check_name(curvature)
+        module = params if isinstance(params, nn.Module) else None
+        if module is None and (layer is not None or noise is not None):
+            raise ValueError(
+                "DecoupledDescent: layer= and noise= need a module; pass the module in place of "
+                "its parameters, or give them to attach(module, layer=..., noise=...)"
+            )
+        super().__init__(
+            params.parameters() if isinstance(params, nn.Module) else params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._curvature = curvature
+        self._damping = damping
+        self._seed = seed
+        if module is not None:
+            self.attach(module, layer=layer, noise=noise)
+
+    @property
+    def layer(self) -> nn.Linear | None:
+        """The decoupled layer, or None while unattached."""
+        return None if self._attachment is None else self._attachment.layer
+
+    @property
+    def noise(self) -> NoiseModel | None:
+        """The noise model in use, or None while unattached or before the first step fits one."""
+        return None if self._attachment is None else self._attachment.noise
+
+    @property
+    def shadow(self) -> Tensor | None:
+        """Q, shape (bins, n, k), or None while unattached or before the first step."""
+        layer = self.layer
+        return None if layer is None else self.state[layer.weight].get("shadow")
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a step needs ``loss.backward(create_graph=True)``."""
+        return self._attachment is not None and self._attachment.estimator.second_order
+
+    def attach(
+        self,
+        module: nn.Module,
+        *,
+        layer: nn.Module | str | None = None,
+        noise: NoiseModel | None = None,
+    ) -> None:
+        """Decouple a linear layer of ``module``; its parameters must be this optimizer's.
+
+        Args:
+            module: the model whose training forwards lead to this optimizer's steps.
+            layer: as in the constructor.
+            noise: as in the constructor.
+
+        Raises:
+            ValueError: if this optimizer or the layer is attached already, there is no layer to
+                decouple, its weight is not among the optimizer's parameters, or the noise model
+                does not fit it.
+            TypeError: if ``layer`` is not an ``nn.Linear``.
+        """
+        if self._attachment is not None:
+            raise ValueError(
+                f"DecoupledDescent: attached to layer {self._attachment.name!r} already; call "
+                "detach() before attaching again"
+            )
+        attachment = Attachment(module, layer, noise, self._curvature)
+        weight = attachment.layer.weight
+        group = next((g for g in self.param_groups if any(p is weight for p in g["params"])), None)
+        if group is None:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {attachment.name!r} is not among this "
+                "optimizer's parameters; construct the optimizer with the parameters of this module"
+            )
+        if group["differentiable"]:
+            raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
+        attachment.register(self)
+        self._attachment = attachment
+
+    def detach(self) -> None:
+        """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
+        if self._attachment is None:
+            return
+        self._attachment.remove()
+        state = self.state[self._attachment.layer.weight]
+        for key in ("shadow", "shadow_momentum_buffer", "shadow_step"):
+            state.pop(key, None)
+        self._attachment = None
+
+    def drop_forward(self) -> None:
+        """Forget a training forward that will get no step, after a skipped or interrupted one."""
+        if self._attachment is not None:
+            self._attachment.drop()
+            if self.shadow is None:
+                self._attachment.order.forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and a forward whose backward has run but whose step was skipped.
+
+        Args:
+            set_to_none: as in ``torch.optim.SGD``.
+        """
+        pending = None if self._attachment is None else self._attachment.pending
+        if pending is not None and pending.gradient is not None:
+            self.drop_forward()
+        super().zero_grad(set_to_none)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update parameters and shadows.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ValueError: if a learning rate is negative or not finite.
+            RuntimeError: if attached and no training forward and backward came before, or the
+                curvature could not be had.
+            FloatingPointError: if attached and a gradient is not finite; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check_rate(group["lr"])
+        update = None if self._attachment is None else self._shadow_update(self._attachment)
+        for group in self.param_groups:
+            self._step_group(group, update)
+        return loss
+
+    def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        attachment = self._attachment
+        if attachment is None or layer is not attachment.layer or not layer.training:
+            return None
+        shadow = self.shadow
+        corrected = attachment.preactivation(inputs, output, shadow)
+        if not torch.is_grad_enabled():
+            return corrected
+        step = self.state[attachment.layer.weight].get("shadow_step", 0)
+        seed = _probe_seed(self._seed, step)
+        return attachment.capture(inputs, corrected, seed, first=shadow is None)
+
+    def _shadow_update(self, attachment: Attachment) -> _Update | None:
+        capture = attachment.pending
+        if capture is None:
+            self._check_idle()
+            return None
+        weight = attachment.layer.weight
+        if capture.gradient is None or weight.grad is None:
+            raise RuntimeError(
+                "DecoupledDescent: step() before loss.backward(): the last training forward has no "
+                f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
+                "forward, or optimizer.drop_forward() to give it up."
+            )
+        self._check_finite(attachment, capture)
+        return self._build_update(attachment, capture)
+
+    def _build_update(self, attachment: Attachment, capture: Capture) -> _Update:
+        layer, noise = attachment.layer, attachment.noise
+        assert capture.gradient is not None
+        assert noise is not None
+        assert layer.weight.grad is not None
+        gradient, curvature = capture.gradient.detach(), capture.curvature()
+        attachment.drop()
+        state = self.state[layer.weight]
+        shadow = state.get("shadow")
+        if shadow is None:
+            dtype = noise.eigenvalues.dtype
+            shadow = gradient.new_zeros((len(noise.eigenvalues), *gradient.shape), dtype=dtype)
+            state["shadow"] = shadow
+        state["shadow_step"] = state.get("shadow_step", 0) + 1
+        weight_gradient = layer.weight.grad
+        if self._damping != 1.0:
+            weight_gradient = damped_weight_gradient(
+                weight_gradient, layer.weight, curvature, noise.eigenvalues, self._damping
+            )
+        moved = shadow_gradient(
+            shadow, gradient, curvature, noise.eigenvalues, noise.mass, self._damping
+        )
+        return _Update(layer.weight, weight_gradient, shadow, moved)
+
+    def _step_group(self, group: dict[str, Any], update: _Update | None) -> None:
+        # One call updates weights and shadows, so that whatever rule moves W moves Q.
+        params: list[Tensor] = []
+        gradients: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        sparse = self._init_group(group, params, gradients, buffers)
+        owner = update is not None and any(p is update.weight for p in params)
+        if update is not None and owner:
+            index = next(i for i, p in enumerate(params) if p is update.weight)
+            gradients[index] = update.weight_gradient
+            params.append(update.shadow)
+            gradients.append(update.shadow_gradient)
+            if group["momentum"] != 0:
+                buffers.append(self.state[update.weight].get("shadow_momentum_buffer"))
+        sgd(
+            params,
+            gradients,
+            buffers,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            has_sparse_grad=sparse,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        if group["momentum"] == 0:
+            return
+        if update is not None and owner:
+            self.state[update.weight]["shadow_momentum_buffer"] = buffers.pop()
+            params.pop()
+        for parameter, buffer in zip(params, buffers, strict=True):
+            self.state[parameter]["momentum_buffer"] = buffer
+
+    def _check_idle(self) -> None:
+        # Distributed checkpointing creates optimizer state by a step on zero gradients.
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        if any(g is not None and bool(g.count_nonzero()) for g in gradients):
+            raise RuntimeError(
+                "DecoupledDescent: step() without a training forward. The gradients come from "
+                "somewhere else than model(inputs) in train mode: call model.train() before the "
+                "forward, or optimizer.detach() to go on as plain SGD."
+            )
+
+    def _check_finite(self, attachment: Attachment, capture: Capture) -> None:
+        names = {id(p): name for name, p in attachment.module.named_parameters()}
+        found = {f"the output of {attachment.name!r}": capture.gradient}
+        for group in self.param_groups:
+            for p in group["params"]:
+                found[names.get(id(p), "a parameter")] = p.grad
+        tensors = {name: g for name, g in found.items() if g is not None}
+        finite = torch.stack([g.detach().isfinite().all() for g in tensors.values()])
+        if bool(finite.all()):
+            return
+        attachment.drop()
+        bad = [name for name, ok in zip(tensors, finite.tolist(), strict=True) if not ok]
+        step = self.state[attachment.layer.weight].get("shadow_step", 0)
+        raise FloatingPointError(
+            f"DecoupledDescent: the gradient of {', '.join(bad)} is not finite at step {step}; "
+            "nothing was updated. Likely causes: the learning rate is too large (halve it), or the "
+            "inputs or targets contain NaN or infinity."
+        )
+
+
+def _check_rate(lr: float | Tensor) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    # A rate on a device is not read back: that would stall every step.
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return
+    if not (math.isfinite(lr) and lr >= 0.0):
+        raise ValueError(
+            f"Invalid learning rate: {lr}; DecoupledDescent expects a finite rate of at least 0. "
+            "Check the learning-rate schedule if it came from one."
+        )
+
+
+def _probe_seed(seed: int, step: int) -> int:
+    return (seed * 0x9E3779B97F4A7C15 + step) % 2**63

@@ -1,0 +1,389 @@
+"""Every misuse of the optimizer gets an error that names its remedy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dd
+from tests.test_optimizer import (
+    C,
+    D,
+    K,
+    N,
+    create_graph_warns,
+    make_model,
+    make_problem,
+    train,
+)
+
+
+@pytest.fixture
+def trained():
+    """A model after two steps, its optimizer and its data."""
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.3)
+    train(model, optimizer, inputs, targets, steps=2)
+    yield model, optimizer, inputs, targets
+    optimizer.detach()
+
+
+# --- Construction ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lr", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.tensor(float("nan"))]
+)
+def test_learning_rate_out_of_range(lr):
+    with pytest.raises(ValueError, match=r"Invalid learning rate.*finite rate of at least 0"):
+        dd.DecoupledDescent(make_model(), lr=lr)
+
+
+def test_scheduled_learning_rate_out_of_range(trained):
+    model, optimizer, inputs, targets = trained
+    optimizer.param_groups[0]["lr"] = float("nan")
+    weight = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"Invalid learning rate: nan.*schedule"):
+        train(model, optimizer, inputs, targets, steps=1)
+    assert torch.equal(weight, model[0].weight)
+
+
+@pytest.mark.parametrize("damping", [-0.1, 1.1, float("nan")])
+def test_damping_out_of_range(damping):
+    with pytest.raises(ValueError, match=r"damping must lie in \[0, 1\]"):
+        dd.DecoupledDescent(make_model(), lr=0.1, damping=damping)
+
+
+def test_unknown_curvature():
+    with pytest.raises(ValueError, match=r"curvature must be one of .*'stein', 'probe'.*'hutch'"):
+        dd.DecoupledDescent(make_model(), lr=0.1, curvature="hutch")
+    with pytest.raises(ValueError, match="curvature must be one of"):
+        dd.DecoupledDescent(make_model().parameters(), lr=0.1, curvature="hutch")
+
+
+def test_stein_without_components():
+    inputs, _ = make_problem()
+    for noise in (None, dd.NoiseModel.isotropic(inputs)):
+        with pytest.raises(ValueError, match=r"needs the mixture component.*isotropic\(inputs"):
+            dd.DecoupledDescent(make_model(), lr=0.1, curvature="stein", noise=noise)
+
+
+def test_no_linear_layer():
+    for model in (
+        nn.Conv2d(1, 1, 3),
+        nn.Sequential(nn.Linear(3, 2).requires_grad_(False), nn.PReLU()),
+    ):
+        with pytest.raises(ValueError, match=r"no nn.Linear with trainable weights.*SGD"):
+            dd.DecoupledDescent(model, lr=0.1)
+
+
+def test_layer_that_cannot_be_decoupled():
+    model = make_model()
+    with pytest.raises(
+        ValueError, match=r"not part of the model; its linear layers are \['0', '2'\]"
+    ):
+        dd.DecoupledDescent(model, lr=0.1, layer="hidden")
+    with pytest.raises(ValueError, match="not part of the model"):
+        dd.DecoupledDescent(model, lr=0.1, layer=nn.Linear(D, K))
+    with pytest.raises(TypeError, match=r"'1' is a Tanh; expected nn.Linear"):
+        dd.DecoupledDescent(model, lr=0.1, layer="1")
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="weight of layer '0' must be a trainable"):
+        dd.DecoupledDescent(model, lr=0.1, layer="0")
+
+
+def test_parametrised_layer():
+    model = make_model()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match="must be a trainable parameter of its own"):
+        dd.DecoupledDescent(model, lr=0.1)
+
+
+def test_noise_of_another_dimension():
+    noise = dd.NoiseModel.isotropic(torch.randn(50, D + 1))
+    with pytest.raises(ValueError, match=rf"describes {D + 1} inputs.*takes {D}"):
+        dd.DecoupledDescent(make_model(), lr=0.1, noise=noise)
+
+
+def test_layer_or_noise_without_a_module():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"need a module.*attach\(module"):
+        dd.DecoupledDescent(model.parameters(), lr=0.1, layer="0")
+
+
+def test_double_attachment():
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    with pytest.raises(ValueError, match=r"attached to layer '0' already; call detach\(\)"):
+        optimizer.attach(model)
+    with pytest.raises(ValueError, match=r"layer '0' is attached to an optimizer already"):
+        dd.DecoupledDescent(model, lr=0.1)
+    optimizer.detach()
+    dd.DecoupledDescent(model, lr=0.1)
+
+
+def test_attach_to_a_module_of_other_parameters():
+    optimizer = dd.DecoupledDescent(make_model().parameters(), lr=0.1)
+    model = make_model()
+    with pytest.raises(ValueError, match="not among this optimizer's parameters"):
+        optimizer.attach(model)
+    assert not model[0]._forward_hooks
+
+
+def test_differentiable_while_attached():
+    with pytest.raises(ValueError, match="only while unattached"):
+        dd.DecoupledDescent(make_model(), lr=0.1, differentiable=True)
+
+
+# --- The training forward --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_batch_of_another_size(trained, gradients):
+    model, _, inputs, _ = trained
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(ValueError, match=rf"{N} samples.*batch of 7.*model.eval\(\)"),
+    ):
+        model(inputs[:7])
+
+
+def test_batch_of_another_size_than_the_components():
+    inputs, targets = make_problem()
+    model = make_model()
+    dd.DecoupledDescent(model, lr=0.1, noise=dd.NoiseModel.isotropic(inputs, targets)).zero_grad()
+    optimizer = dd.DecoupledDescent(
+        make_model(), lr=0.1, noise=dd.NoiseModel.isotropic(inputs, targets)
+    )
+    with pytest.raises(ValueError, match=rf"{N} samples.*batch of 7"):
+        train(_model_of(optimizer), optimizer, inputs[:7], targets[:7], steps=1)
+
+
+def _model_of(optimizer):
+    return optimizer._attachment.module
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_samples_in_another_order(trained, gradients):
+    model, _, inputs, _ = trained
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(RuntimeError, match=rf"same {N} samples in another order.*shuffle=False"),
+    ):
+        model(inputs.flip(0))
+
+
+def test_two_swapped_samples(trained):
+    model, _, inputs, _ = trained
+    order = torch.arange(N)
+    order[[3, 9]] = order[[9, 3]]
+    with pytest.raises(RuntimeError, match=r"another order \(2 moved\)"):
+        model(inputs[order])
+
+
+def test_other_samples_of_the_same_number(trained):
+    model, _, inputs, _ = trained
+    with pytest.raises(RuntimeError, match=rf"{N} of {N} samples.*not the ones seen before"):
+        model(make_problem(seed=5)[0])
+    inputs[4] += 1.0  # in place: the tensor is the same, its content is not
+    with pytest.raises(RuntimeError, match=rf"1 of {N} samples"):
+        model(inputs)
+
+
+def test_two_training_forwards_before_a_step(trained):
+    model, optimizer, inputs, targets = trained
+    model(inputs)
+    with pytest.raises(RuntimeError, match=r"two training forwards before a step.*drop_forward"):
+        model(inputs)
+    optimizer.drop_forward()
+    train(model, optimizer, inputs, targets)
+
+
+def test_skipped_step_after_backward_needs_no_call(trained):
+    model, optimizer, inputs, targets = trained
+    F.cross_entropy(model(inputs), targets).backward()
+    train(model, optimizer, inputs, targets)
+
+
+def test_a_sanity_forward_binds_nothing():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    with torch.no_grad():
+        model(torch.zeros(2, D, dtype=inputs.dtype))
+    model(inputs[:9])
+    optimizer.drop_forward()
+    train(model, optimizer, inputs, targets)
+    assert optimizer.shadow.shape == (1, N, K)
+
+
+def test_trainable_layer_before_the_decoupled_one():
+    inputs, targets = make_problem()
+    model = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, K), nn.Linear(K, C)).double()
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"depends on trainable.*0.weight, 0.bias.*freeze"):
+        model(inputs)
+    model[0].requires_grad_(False)
+    train(model, optimizer, inputs, targets)
+
+
+def test_input_that_is_not_a_matrix():
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    with pytest.raises(ValueError, match=rf"one row a sample.*got \(2, 5, {D}\)"):
+        model(torch.randn(2, 5, D, dtype=torch.float64))
+    assert optimizer.shadow is None
+
+
+# --- The step --------------------------------------------------------------------------------
+
+
+def test_step_without_a_forward(trained):
+    model, optimizer, inputs, targets = trained
+    model.eval()
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), targets).backward()
+    with pytest.raises(RuntimeError, match=r"without a training forward.*model.train\(\)"):
+        optimizer.step()
+
+
+def test_step_on_no_or_zero_gradients_moves_nothing(trained):
+    model, optimizer, _, _ = trained
+    shadow, weight = optimizer.shadow.clone(), model[0].weight.detach().clone()
+    optimizer.zero_grad()
+    optimizer.step()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(shadow, optimizer.shadow)
+    assert torch.equal(weight, model[0].weight)
+
+
+def test_step_before_backward(trained):
+    model, optimizer, inputs, targets = trained
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(inputs), targets)
+    with pytest.raises(RuntimeError, match=r"step\(\) before loss.backward\(\)"):
+        optimizer.step()
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("place", ["loss", "head"])
+def test_non_finite_gradients(trained, place):
+    model, optimizer, inputs, targets = trained
+    shadow = optimizer.shadow.clone()
+    weights = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(inputs), targets)
+    (loss * float("nan") if place == "loss" else loss).backward()
+    if place == "head":
+        model[2].bias.grad[0] = float("inf")
+    name = "output of '0'" if place == "loss" else "gradient of 2.bias is"
+    with pytest.raises(FloatingPointError, match=rf"{name}.*at step 2; nothing was.*learning rate"):
+        optimizer.step()
+    assert torch.equal(shadow, optimizer.shadow)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    optimizer.zero_grad()
+    train(model, optimizer, inputs, targets)
+
+
+# --- The probe -------------------------------------------------------------------------------
+
+SQUARE = nn.MSELoss()
+
+
+def mean_square(output, targets):
+    return SQUARE(output[:, 0], targets.to(output.dtype))
+
+
+def huber(output, targets):
+    return F.huber_loss(output[:, 0], targets.to(output.dtype))
+
+
+WITHOUT_FORWARD_MODE = {
+    "silu": (nn.SiLU, F.cross_entropy),
+    "mish": (nn.Mish, F.cross_entropy),
+    "huber": (nn.Tanh, huber),
+    "mean square": (nn.Identity, mean_square),
+}
+
+
+@create_graph_warns
+@pytest.mark.parametrize("case", WITHOUT_FORWARD_MODE)
+def test_operator_without_forward_mode_names_remedies_that_work(case):
+    activation, loss_fn = WITHOUT_FORWARD_MODE[case]
+    inputs, targets = make_problem()
+    model = make_model(activation=activation)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, curvature="probe")
+    with pytest.raises(
+        NotImplementedError,
+        match=r"isotropic\(inputs, components\).*probe_create_graph.*create_graph=True",
+    ):
+        train(model, optimizer, inputs, targets, loss_fn=loss_fn)
+    optimizer.detach()
+    assert torch.autograd.forward_ad._current_level == -1
+
+    shadows = []
+    for curvature in ("probe_create_graph", "stein", "exact"):
+        model = make_model(activation=activation)
+        noise = dd.NoiseModel.isotropic(inputs, targets)
+        optimizer = dd.DecoupledDescent(model, lr=0.1, curvature=curvature, noise=noise)
+        graph = curvature != "stein"
+        train(model, optimizer, inputs, targets, loss_fn=loss_fn, create_graph=graph)
+        shadows.append(optimizer.shadow)
+    for shadow in shadows[:2]:
+        assert (shadow - shadows[2]).norm() < N**-0.5 * shadows[2].norm()
+
+
+def test_elementary_form_of_the_square_loss_needs_no_remedy():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1, curvature="probe")
+
+    def loss_fn(output, y):
+        return ((output[:, 0] - y) ** 2).mean()
+
+    train(model, optimizer, inputs, targets, loss_fn=loss_fn)
+    assert optimizer.shadow.abs().max() > 0
+
+
+def test_probe_that_lost_its_tangent():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1, curvature="probe")
+
+    def loss_fn(output, y):
+        return F.cross_entropy(torch.autograd.forward_ad.unpack_dual(output).primal, y)
+
+    weight = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"got no tangent back.*Remedy"):
+        train(model, optimizer, inputs, targets, loss_fn=loss_fn, steps=1)
+    assert torch.equal(weight, model[0].weight)
+
+
+def test_second_backward_through_one_forward_loses_the_tangent():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1, curvature="probe")
+    loss = F.cross_entropy(model(inputs), targets)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="got no tangent back"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("curvature", ["probe_create_graph", "exact"])
+def test_curvature_that_needs_a_graph(curvature):
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1, curvature=curvature)
+    with pytest.raises(RuntimeError, match=r"call loss.backward\(create_graph=True\)"):
+        train(model, optimizer, inputs, targets, steps=1)
+
+
+def test_other_errors_in_the_head_are_left_as_they_are(trained):
+    model, _, inputs, targets = trained
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        F.mse_loss(model(inputs) @ torch.ones(7, 1).double(), targets)
