@@ -1,0 +1,134 @@
+"""What a run shows in the terminal: a progress bar while it trains, a table when it is done."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from dd.tracking import Record
+
+__all__ = ["ProgressDisplay", "comparison", "print_report"]
+
+
+class ProgressDisplay:
+    """One progress bar for each optimizer and trial; use as a context manager.
+
+    Where the output is no terminal, each bar is printed once, at the end.
+
+    Args:
+        console: where to draw; None is the standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Lay out the columns."""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=15),
+            MofNCompleteColumn(),
+            TextColumn("train error {task.fields[train]}"),
+            TextColumn("test error {task.fields[test]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> "ProgressDisplay":
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Draw once more and stop."""
+        self._progress.stop()
+
+    def add(self, label: str, steps: int) -> TaskID:
+        """Add a bar of so many steps and return its handle."""
+        return self._progress.add_task(label, total=steps, train="-", test="-")
+
+    def update(self, task: TaskID, record: Record) -> None:
+        """Move a bar to the record's step and show its errors."""
+        self._progress.update(
+            task,
+            completed=record.step,
+            train=f"{record.train_error:.3f}",
+            test=f"{record.test_error:.3f}",
+        )
+
+
+def print_report(
+    summaries: Mapping[str, Mapping[str, Any]],
+    figure: str | None = None,
+    notes: Sequence[str] = (),
+    console: Console | None = None,
+) -> None:
+    """Print the optimizers side by side, what else is worth knowing, and where the picture is.
+
+    Args:
+        summaries: figures of ``summary.json`` for each optimizer's name.
+        figure: path of the picture, if there is one.
+        notes: sentences to print below the table.
+        console: where to print; None is the standard output.
+    """
+    console = console or Console()
+    if summaries:
+        console.print(comparison(summaries))
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    if figure is not None:
+        console.print(f"picture: {figure}", soft_wrap=True, markup=False, highlight=False)
+
+
+def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table of one row a figure and one column an optimizer, means over trials."""
+    trials = max((len(s.get("per_trial", ())) for s in summaries.values()), default=1)
+    table = Table(title=f"means over {trials} trials" if trials > 1 else None)
+    table.add_column("")
+    for name in summaries:
+        table.add_column(name.upper(), justify="right")
+    for label, cell in ROWS:
+        table.add_row(label, *(cell(summary) for summary in summaries.values()))
+    return table
+
+
+def _pair(first: str, second: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda summary: f"{_number(summary, first, 4)} / {_number(summary, second, 4)}"
+
+
+def _at_step(value: str, step: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda summary: f"{_number(summary, value, 4)} (step {_number(summary, step, 0)})"
+
+
+def _single(key: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
+    return lambda summary: _number(summary, key, digits)
+
+
+def _number(summary: Mapping[str, Any], key: str, digits: int) -> str:
+    value = summary.get(key)
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("final error, train / test", _pair("final_train_error", "final_test_error")),
+    ("final loss, train / test", _pair("final_train_loss", "final_test_loss")),
+    ("best test error", _at_step("best_test_error", "best_test_step")),
+    ("test error at lowest train error", _at_step("selected_test_error", "selected_step")),
+    ("mean |train - test| error", _single("mean_error_gap", 4)),
+    ("mean |train - test| loss", _single("mean_loss_gap", 4)),
+    ("seconds", _single("seconds", 1)),
+    ("steps per second", _single("steps_per_second", 1)),
+)

@@ -1,0 +1,125 @@
+"""Every picture."""
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dd.tracking import History, aggregate, replacing, summarise
+
+__all__ = ["train_vs_test"]
+
+Array = npt.NDArray[np.float64]
+
+# Two colours of the Okabe-Ito palette: told apart with any colour vision, and in grey.
+TRAIN_COLOUR = "#D55E00"
+TEST_COLOUR = "#0072B2"
+GAP_COLOUR = "#BBBBBB"
+LABELS = {"gd": "Gradient descent", "dd": "Decoupled descent"}
+ROWS = (("error", "Error"), ("loss", "Loss"))
+DOTS_PER_INCH = 200
+
+
+def train_vs_test(history: History, path: str | os.PathLike[str], title: str) -> None:
+    """Draw train and test curves of every optimizer and write them to a PNG file.
+
+    One column an optimizer; errors above, losses below, on common axes; the gap between train and
+    test is shaded, its mean printed. Several trials are drawn as medians with 25 to 75 % bands.
+    A curve ends where it is no longer a number.
+
+    Args:
+        history: what was recorded.
+        path: file to write, whole or not at all.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if the history is empty.
+    """
+    optimizers = history.optimizers
+    if not optimizers:
+        raise ValueError("there is nothing to draw: the history holds no records")
+    figure = Figure(figsize=(1.2 + 3.6 * len(optimizers), 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(optimizers), sharex=True, sharey="row", squeeze=False)
+    for row, (metric, label) in zip(axes, ROWS, strict=True):
+        for panel, optimizer in zip(row, optimizers, strict=True):
+            _panel(panel, history, optimizer, metric)
+        row[0].set_ylabel(label)
+        row[0].set_ylim(0, _top(history, metric))
+    for column, optimizer in enumerate(optimizers):
+        axes[0, column].set_title(LABELS.get(optimizer, optimizer), loc="left", weight="bold")
+        axes[1, column].set_xlabel("Step")
+    axes[0, 0].set_xlim(*_steps(history))
+    axes[0, 0].legend(loc="upper right", frameon=False)
+    figure.suptitle(_heading(history, title))
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=DOTS_PER_INCH)
+
+
+def _panel(axes: Axes, history: History, optimizer: str, metric: str) -> None:
+    steps, train = history.curves(optimizer, f"train_{metric}")
+    _, test = history.curves(optimizer, f"test_{metric}")
+    test_median = _curve(axes, steps, test, "test", TEST_COLOUR, "-")
+    train_median = _curve(axes, steps, train, "train", TRAIN_COLOUR, (0, (4, 2)))
+    axes.fill_between(steps, train_median, test_median, color=GAP_COLOUR, alpha=0.4, linewidth=0)
+    axes.set_title(_gap(history, optimizer, metric), loc="right", fontsize="medium")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(
+    axes: Axes,
+    steps: Array,
+    values: Array,
+    label: str,
+    colour: str,
+    style: str | tuple[int, tuple[int, int]],
+) -> Array:
+    """Draw values (trials, steps) as a median in its band; return the median, shape (steps,)."""
+    low, median, high = _quartiles(values)
+    if len(values) > 1:
+        axes.fill_between(steps, low, high, color=colour, alpha=0.3, linewidth=0)
+    axes.plot(steps, median, color=colour, linestyle=style, linewidth=1.6, label=label)
+    return median
+
+
+def _quartiles(values: Array) -> Array:
+    """Return the quartiles over trials, shape (3, steps), NaN where no trial has a number."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    known = ~np.isnan(values).all(0)
+    quartiles = np.full((3, values.shape[1]), np.nan)
+    quartiles[:, known] = np.nanquantile(values[:, known], [0.25, 0.5, 0.75], axis=0)
+    return quartiles
+
+
+def _top(history: History, metric: str) -> float:
+    """Return the upper limit of a row, such that a late explosion does not flatten the rest."""
+    columns = (f"train_{metric}", f"test_{metric}")
+    curves = [history.curves(name, column)[1] for name in history.optimizers for column in columns]
+    values = np.concatenate([curve.ravel() for curve in curves])
+    start = np.concatenate([curve[:, 0] for curve in curves])
+    values, start = values[np.isfinite(values)], start[np.isfinite(start)]
+    if not values.any():
+        return 1.0
+    usual = max(np.median(values), start.max(initial=0))
+    return 1.05 * float(min(values.max(), 4 * usual) or values.max())
+
+
+def _steps(history: History) -> tuple[float, float]:
+    steps = [record.step for record in history.records]
+    return min(steps) - 0.5, max(steps) + 0.5
+
+
+def _gap(history: History, optimizer: str, metric: str) -> str:
+    trials = [summarise(history.select(optimizer, t)) for t in history.trials(optimizer)]
+    gap = aggregate(trials)[f"mean_{metric}_gap"]
+    value = f"{gap:.3f}" if np.isfinite(gap) else "undefined"
+    return f"mean |train − test| {value}"
+
+
+def _heading(history: History, title: str) -> str:
+    trials = max(len(history.trials(name)) for name in history.optimizers)
+    return title if trials == 1 else f"{title}\nmedian and 25–75 % of {trials} trials"

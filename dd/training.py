@@ -1,0 +1,145 @@
+"""The one loop that all experiments share."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dd.data.split import Split
+
+__all__ = ["Observer", "Schedule", "TrainingStopped", "measure", "train"]
+
+
+class TrainingStopped(RuntimeError):
+    """Training turned non-finite; the message gives the step and the likely cause."""
+
+
+class Observer(Protocol):
+    """Whoever follows a training run."""
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Take the losses and errors before an update; keys are the metrics of a record."""
+
+    def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keep a good state."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train and how often to look.
+
+    Attributes:
+        steps: number of updates.
+        record_every: updates between two records; the last state is recorded in any case.
+        checkpoint_every: updates between two checkpoints; the last state is kept in any case.
+
+    Raises:
+        ValueError: if a number is not a positive integer.
+    """
+
+    steps: int
+    record_every: int
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+    def records(self, step: int) -> bool:
+        """Whether the state after this many updates is recorded."""
+        return step % self.record_every == 0 or step == self.steps
+
+    def keeps(self, step: int) -> bool:
+        """Whether the state after this many updates is kept."""
+        return step % self.checkpoint_every == 0 or step == self.steps
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    schedule: Schedule,
+    observer: Observer,
+) -> float:
+    """Train full batch by softmax cross-entropy.
+
+    Args:
+        model: maps inputs (n, d) to class scores (n, C).
+        optimizer: any optimizer of the model's parameters.
+        split: on the model's device.
+        schedule: how long, and how often to look.
+        observer: is shown the figures and the states.
+
+    Returns:
+        Seconds spent on the updates, measuring not counted in.
+
+    Raises:
+        TrainingStopped: if the loss or a gradient is not finite.
+    """
+    seconds = 0.0
+    for step in range(schedule.steps + 1):
+        if schedule.records(step):
+            figures = measure(model, split)
+            observer.record(step, figures)
+            _require_finite(figures["train_loss"], step, optimizer)
+        if schedule.keeps(step):
+            observer.keep(step, model, optimizer)
+        if step == schedule.steps:
+            break
+        started = time.perf_counter()
+        _update(model, optimizer, split, step)
+        seconds += time.perf_counter() - started
+    return seconds
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, step: int) -> None:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(split.train_inputs), split.train_targets)
+    _require_finite(float(loss.detach()), step, optimizer)
+    loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        raise TrainingStopped(str(error)) from error
+
+
+@torch.no_grad()
+def measure(model: nn.Module, split: Split) -> dict[str, float]:
+    """Return losses and errors on both sets; the model is left in train mode.
+
+    The training figures are those of train mode, which under decoupled descent are the corrected
+    ones; the uncorrected and the test figures are those of the plain network.
+    """
+    model.eval()
+    test = _figures(model(split.test_inputs), split.test_targets)
+    plain = _figures(model(split.train_inputs), split.train_targets)
+    model.train()
+    corrected = _figures(model(split.train_inputs), split.train_targets)
+    return {
+        "train_loss": corrected[0],
+        "test_loss": test[0],
+        "train_error": corrected[1],
+        "test_error": test[1],
+        "uncorrected_train_loss": plain[0],
+        "uncorrected_train_error": plain[1],
+    }
+
+
+def _figures(scores: Tensor, targets: Tensor) -> tuple[float, float]:
+    errors = scores.argmax(1) != targets
+    return float(F.cross_entropy(scores, targets)), float(errors.double().mean())
+
+
+def _require_finite(loss: float, step: int, optimizer: torch.optim.Optimizer) -> None:
+    if math.isfinite(loss):
+        return
+    rates = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
+    raise TrainingStopped(
+        f"the training loss is {loss} at step {step}. The likely cause is a learning rate that is "
+        f"too large (lr={rates}): try half of it. The last good weights are in checkpoint.pt."
+    )
