@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd
 from dd.attachment import Attachment, Capture
 from dd.curvature import check_name
 from dd.functional import damped_weight_gradient, shadow_gradient
+from dd.gradient_check import require_unedited
 from dd.noise import NoiseModel
 
 __all__ = ["DecoupledDescent"]
@@ -217,8 +218,8 @@ class DecoupledDescent(torch.optim.SGD):
 
         Raises:
             ValueError: if a learning rate is negative or not finite.
-            RuntimeError: if attached and no training forward and backward came before, or the
-                curvature could not be had.
+            RuntimeError: if attached and no training forward and backward came before, the weight
+                gradient is not the one they delivered, or the curvature could not be had.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
         """
         loss = None
@@ -257,6 +258,10 @@ class DecoupledDescent(torch.optim.SGD):
                 "forward, or optimizer.drop_forward() to give it up."
             )
         self._check_finite(attachment, capture)
+        order = attachment.order
+        assert order.direction is not None
+        assert order.projection is not None
+        require_unedited(weight.grad, capture.gradient.detach(), order.direction, order.projection)
         return self._build_update(attachment, capture)
 
     def _build_update(self, attachment: Attachment, capture: Capture) -> _Update:

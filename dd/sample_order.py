@@ -19,16 +19,20 @@ class SampleOrder:
 
     A batch that is the very tensor seen last, unmodified, is recognised without any work; any other
     costs one product of the inputs with a vector.
+
+    Attributes:
+        direction: the random direction u, shape (d,), or None before the first batch.
+        projection: Xu of the reference batch, shape (n,), or None before it.
     """
 
     def __init__(self) -> None:
-        self._reference: Tensor | None = None
-        self._direction: Tensor | None = None
+        self.direction: Tensor | None = None
+        self.projection: Tensor | None = None
         self._last: tuple[Any, ...] | None = None
 
     def forget(self) -> None:
         """Take the next batch as the reference."""
-        self._reference = None
+        self.projection = None
         self._last = None
 
     def check(self, inputs: Tensor) -> None:
@@ -44,21 +48,21 @@ class SampleOrder:
         if identity is not None and self._last is not None and _same(identity, self._last):
             return
         projection = self._project(inputs)
-        if self._reference is None:
-            self._reference = projection
+        if self.projection is None:
+            self.projection = projection
         else:
-            _compare(projection, self._reference)
+            _compare(projection, self.projection)
         self._last = identity
 
     def _project(self, inputs: Tensor) -> Tensor:
         values = inputs.detach()
         if values.dtype not in {torch.float32, torch.float64}:
             values = values.float()
-        if self._direction is None:
+        if self.direction is None:
             generator = torch.Generator().manual_seed(0)
-            self._direction = torch.randn(values.shape[1], generator=generator)
-        self._direction = self._direction.to(values)
-        return values @ self._direction
+            self.direction = torch.randn(values.shape[1], generator=generator)
+        self.direction = self.direction.to(values)
+        return values @ self.direction
 
 
 def _compare(projection: Tensor, reference: Tensor) -> None:

@@ -366,6 +366,16 @@ def test_full_batch_loader_with_a_fixed_order_is_recognised():
     assert torch.equal(single.shadow, optimizer.shadow)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_edit_even_at_a_stationary_point(dtype):
+    """The gradient's terms cancel there, and rounding is all that is left of their sum."""
+    inputs, targets = make_problem(dtype=dtype)
+    model = nn.Sequential(nn.Linear(D, C)).to(dtype)
+    optimizer = dd.DecoupledDescent(model, lr=0.5, curvature="probe", weight_decay=0.1)
+    train(model, optimizer, inputs + 100, targets, steps=400)
+    assert optimizer.shadow.isfinite().all()
+
+
 @pytest.mark.cuda
 def test_cuda_follows_the_cpu():
     if not torch.cuda.is_available():

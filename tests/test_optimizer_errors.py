@@ -289,6 +289,44 @@ def test_non_finite_gradients(trained, place):
     train(model, optimizer, inputs, targets)
 
 
+def clip(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def nudge(model):
+    model[0].weight.grad[1] += 1e-3
+
+
+@pytest.mark.parametrize("edit", [clip, nudge])
+def test_edited_gradient(trained, edit):
+    model, optimizer, inputs, targets = trained
+    shadow, weight = optimizer.shadow.clone(), model[0].weight.detach().clone()
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), targets).backward()
+    edit(model)
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) in every step.*instead of clipping"):
+        optimizer.step()
+    assert torch.equal(shadow, optimizer.shadow)
+    assert torch.equal(weight, model[0].weight)
+
+
+def test_forgotten_zero_grad(trained):
+    model, optimizer, inputs, targets = trained
+    F.cross_entropy(model(inputs), targets).backward()
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) in every step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-1])
+def test_penalty_on_the_weights(trained, strength):
+    model, optimizer, inputs, targets = trained
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(inputs), targets) + strength * model[0].weight.square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"use weight_decay= for an L2 penalty"):
+        optimizer.step()
+
+
 # --- The probe -------------------------------------------------------------------------------
 
 SQUARE = nn.MSELoss()
