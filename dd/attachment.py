@@ -248,7 +248,7 @@ class Attachment:
             raise RuntimeError(
                 f"DecoupledDescent: the input of layer {self.name!r} depends on trainable "
                 f"parameters ({self._earlier_parameters()}). The decoupled layer must come first: "
-                "freeze what is before it (requires_grad_(False)) and detach its output, or name "
+                "freeze what is before it (requires_grad_(False)), or name "
                 "another layer with layer=."
             )
         self.order.check(inputs)

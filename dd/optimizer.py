@@ -173,6 +173,12 @@ class DecoupledDescent(torch.optim.SGD):
                 f"DecoupledDescent: the weight of layer {attachment.name!r} is not among this "
                 "optimizer's parameters; construct the optimizer with the parameters of this module"
             )
+        if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
+            raise ValueError(
+                f"DecoupledDescent: damping={self._damping} is defined for isotropic noise, got a "
+                f"noise model of {len(noise.eigenvalues)} bins; use damping=1 or "
+                "NoiseModel.isotropic"
+            )
         if group["differentiable"]:
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
         attachment.register(self)

@@ -132,6 +132,18 @@ def test_loop_follows_the_recursion(damping, momentum):
         torch.testing.assert_close(model[0].weight, layer.weight)
 
 
+def test_bins_of_one_variance_are_isotropic_noise():
+    inputs, targets = make_problem()
+    shadows = []
+    for counts in ([D], [10, D - 10]):
+        noise = dd.NoiseModel(torch.full((len(counts),), 1.3).double(), torch.tensor(counts))
+        model = make_model()
+        optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise)
+        train(model, optimizer, inputs, targets)
+        shadows.append(optimizer.shadow.sum(0))
+    torch.testing.assert_close(*shadows)
+
+
 @pytest.mark.parametrize("curvature", ["probe", "stein"])
 def test_sum_and_mean_reduced_losses_give_one_trajectory(curvature):
     inputs, targets = make_problem()

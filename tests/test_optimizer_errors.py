@@ -55,6 +55,12 @@ def test_damping_out_of_range(damping):
         dd.DecoupledDescent(make_model(), lr=0.1, damping=damping)
 
 
+def test_damping_with_anisotropic_noise():
+    noise = dd.NoiseModel(torch.tensor([2.0, 1.0]), torch.tensor([10, D - 10]))
+    with pytest.raises(ValueError, match=r"damping=0.5 is defined for isotropic.*2 bins"):
+        dd.DecoupledDescent(make_model(), lr=0.1, damping=0.5, noise=noise)
+
+
 def test_unknown_curvature():
     with pytest.raises(ValueError, match=r"curvature must be one of .*'stein', 'probe'.*'hutch'"):
         dd.DecoupledDescent(make_model(), lr=0.1, curvature="hutch")
