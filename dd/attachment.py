@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from dd.curvature import Backward, Curvature, build
 from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.functional import corrected_preactivation
+from dd.gradient_check import require_same_weight, require_unedited
 from dd.noise import NoiseModel
 from dd.sample_order import SampleOrder
 
@@ -111,6 +112,7 @@ class Capture:
     ) -> None:
         self.gradient: Tensor | None = None
         self.tangent: Tensor | None = None
+        self._estimating = False
         self._estimator = estimator
         self._observed = estimator.observe(preactivation.detach(), generator)
         self._edge = get_gradient_edge(preactivation)
@@ -128,6 +130,8 @@ class Capture:
 
     def receive(self, gradient: Tensor) -> Tensor | None:
         """Keep a gradient that reached R; return what goes on to the layer's weights."""
+        if self._estimating:
+            return None
         tangent = None
         if self._level is not None:
             gradient, tangent = split_tangent(gradient)
@@ -142,6 +146,8 @@ class Capture:
     def curvature(self) -> Tensor:
         """Estimate H, shape (k, k), once the gradient is there."""
         assert self.gradient is not None
+        # Differentiating the gradient again passes by R and must not count as a gradient.
+        self._estimating = True
         return self._estimator.estimate(
             self._observed, Backward(self.gradient, self.tangent, self._edge)
         )
@@ -167,6 +173,7 @@ class Attachment:
         noise: the noise model; None until the first training forward fits it.
         pending: the training forward that the next step consumes.
         order: recognises the training batch.
+        expected: the weight along the order's direction after the last step, shape (k,), or None.
 
     Raises:
         ValueError: if there is no such layer, it is attached already, its weight is not a plain
@@ -186,6 +193,7 @@ class Attachment:
         self.estimator = build(curvature, noise)
         self.pending: Capture | None = None
         self.order = SampleOrder()
+        self.expected: Tensor | None = None
         self._handle: Any = None
         if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
             raise ValueError(
@@ -236,13 +244,20 @@ class Attachment:
         """Begin a training forward and return what the following layers receive.
 
         Raises:
-            RuntimeError: if a training forward is pending, or a trainable layer comes before.
+            RuntimeError: if a training forward is pending, a trainable layer comes before, the
+                samples are others, or the weight was changed since the last step.
         """
         if self.pending is not None:
             raise RuntimeError(
-                f"DecoupledDescent: layer {self.name!r} saw two training forwards before a step. "
-                "Run forwards that lead to no step under model.eval() or torch.no_grad(); after a "
-                "skipped or interrupted step call optimizer.drop_forward()."
+                f"DecoupledDescent: layer {self.name!r} saw two training forwards before a step "
+                "(or is used twice in one, which is outside the theory). Run forwards that lead to "
+                "no step under model.eval() or torch.no_grad(); after a skipped or interrupted "
+                "step call optimizer.drop_forward()."
+            )
+        if not preactivation.requires_grad:
+            raise RuntimeError(
+                f"DecoupledDescent: the weight of layer {self.name!r} was frozen after attaching; "
+                "unfreeze it, or call optimizer.detach() to train the other layers alone"
             )
         if inputs.requires_grad:
             raise RuntimeError(
@@ -252,11 +267,33 @@ class Attachment:
                 "another layer with layer=."
             )
         self.order.check(inputs)
+        if self.expected is not None and self.order.direction is not None:
+            require_same_weight(self.layer.weight.detach(), self.order.direction, self.expected)
         if first or self.noise is None:
             self._fit_noise(inputs)
         generator = torch.Generator(preactivation.device).manual_seed(seed)
         self.pending = Capture(preactivation, self.estimator, generator)
         return self.pending.outgoing(preactivation)
+
+    def check_gradient(self, capture: Capture) -> None:
+        """Check that the weight's gradient is the one that the capture's backward delivered.
+
+        Raises:
+            RuntimeError: if it is not.
+        """
+        weight, order = self.layer.weight, self.order
+        assert weight.grad is not None
+        assert capture.gradient is not None
+        assert order.direction is not None
+        assert order.projection is not None
+        require_unedited(weight.grad, capture.gradient.detach(), order.direction, order.projection)
+
+    def remember_weight(self) -> None:
+        """Remember the weight that a step leaves."""
+        if self.order.direction is not None:
+            weight = self.layer.weight.detach()
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            self.expected = weight @ self.order.direction.to(weight)
 
     def _fit_noise(self, inputs: Tensor) -> None:
         noise = NoiseModel.isotropic(inputs) if self._given_noise is None else self._given_noise

@@ -85,6 +85,7 @@ class Stein(Curvature):
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
         """Return R centred within components."""
         components = self.components = self.components.to(preactivation.device)
+        preactivation = preactivation.to(torch.promote_types(preactivation.dtype, torch.float32))
         return centre_within_components(preactivation, components, self.num_components)
 
     def estimate(self, observed: Tensor, backward: Backward) -> Tensor:

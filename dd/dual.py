@@ -1,8 +1,9 @@
 """Forward-mode derivatives that begin in a forward hook and end in the backward pass."""
 
 import contextlib
+import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -47,7 +48,9 @@ class DualLevel:
 
     def __del__(self) -> None:
         """Close, so that an abandoned forward pass leaves no level open."""
-        self.close()
+        # At the interpreter's end torch may be gone already.
+        with contextlib.suppress(AttributeError, TypeError):
+            self.close()
 
 
 class ProbedTensor(Tensor):
@@ -75,7 +78,7 @@ class ProbedTensor(Tensor):
         if func is Tensor.backward and DualLevel.is_open():
             _require_tangent(args[0])
         try:
-            return super().__torch_function__(func, types, args, kwargs)
+            result = super().__torch_function__(func, types, args, kwargs)
         except RuntimeError as error:  # NotImplementedError is one
             if not _lacks_forward_mode(error):
                 raise
@@ -85,6 +88,15 @@ class ProbedTensor(Tensor):
                 "Writing the operation with elementary ones also works, for example "
                 "((output - target) ** 2).mean() for a mean square loss."
             ) from error
+        return result.as_subclass(Tensor) if func is Tensor.detach else result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Copy as an ordinary tensor."""
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle as an ordinary tensor."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def carry_tangent(primal: Tensor, tangent: Tensor) -> Tensor:

@@ -134,8 +134,9 @@ def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> T
         ridge: ε relative to the mean eigenvalue of K.
 
     Returns:
-        H, shape (..., k, k), symmetric.
+        H, shape (..., k, k), symmetric, in float32 at least.
     """
+    centred, gradient = _at_least_single(centred), _at_least_single(gradient)
     n, k = centred.shape[-2:]
     covariance = centred.mT @ centred / n
     mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -157,8 +158,10 @@ def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
         product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
 
     Returns:
-        H, shape (..., k, k), symmetric.
+        H, shape (..., k, k), symmetric, in float32 at least; not finite where VᵀV is singular,
+        as it is for n < k.
     """
+    probe, product = _at_least_single(probe), _at_least_single(product)
     n = probe.shape[-2]
     solution = torch.linalg.solve_ex(probe.mT @ probe / n, probe.mT @ product)[0]
     return _symmetrised(solution)
@@ -176,6 +179,10 @@ def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor
     """
     bits = torch.empty_like(like, requires_grad=False).bernoulli_(0.5, generator=generator)
     return bits.mul_(2).sub_(1)
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _symmetrised(matrix: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class NoiseModel:
             raise ValueError(
                 f"NoiseModel: multiplicities must be positive, got {self.multiplicities}"
             )
+        if self.components is not None:
+            _as_components(self.components, len(self.components))
 
     @classmethod
     def isotropic(
@@ -79,9 +81,10 @@ class NoiseModel:
                 "measure; give more samples or fewer components"
             )
         centred = centre_within_components(values, labels, num_components)
+        # Once more, because the mean of inputs far from zero is rounded like numbers of their size.
+        centred = centre_within_components(centred, labels, num_components)
         variance = centred.square().sum(dtype=torch.float64) / ((n - num_components) * d)
-        # The mean of n equal numbers rounds by up to about √n units in the last place.
-        rounding = 8 * n**0.5 * torch.finfo(values.dtype).eps
+        rounding = torch.finfo(values.dtype).eps
         if not float(variance) > rounding**2 * float(values.square().mean()):
             raise ValueError(
                 "NoiseModel: the inputs do not vary within their components; decoupled descent "

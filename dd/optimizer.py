@@ -13,7 +13,6 @@ from torch.optim.sgd import sgd
 from dd.attachment import Attachment, Capture
 from dd.curvature import check_name
 from dd.functional import damped_weight_gradient, shadow_gradient
-from dd.gradient_check import require_unedited
 from dd.noise import NoiseModel
 
 __all__ = ["DecoupledDescent"]
@@ -115,7 +114,7 @@ class DecoupledDescent(torch.optim.SGD):
         )
         self._curvature = curvature
         self._damping = damping
-        self._seed = seed
+        self._seed = int(seed)
         if module is not None:
             self.attach(module, layer=layer, noise=noise)
 
@@ -148,6 +147,9 @@ class DecoupledDescent(torch.optim.SGD):
         noise: NoiseModel | None = None,
     ) -> None:
         """Decouple a linear layer of ``module``; its parameters must be this optimizer's.
+
+        The shadows start at zero, which is right for weights that have not seen the training
+        samples: attach before the first step on them.
 
         Args:
             module: the model whose training forwards lead to this optimizer's steps.
@@ -190,7 +192,7 @@ class DecoupledDescent(torch.optim.SGD):
             return
         self._attachment.remove()
         state = self.state[self._attachment.layer.weight]
-        for key in ("shadow", "shadow_momentum_buffer", "shadow_step"):
+        for key in ("shadow", "shadow_momentum_buffer", "shadow_step", "shadow_samples"):
             state.pop(key, None)
         self._attachment = None
 
@@ -211,6 +213,18 @@ class DecoupledDescent(torch.optim.SGD):
         if pending is not None and pending.gradient is not None:
             self.drop_forward()
         super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, shadows included, and forget a pending training forward.
+
+        Args:
+            state_dict: of an optimizer attached to the same layer and samples, or unattached.
+        """
+        super().load_state_dict(state_dict)
+        if self._attachment is not None:
+            self._attachment.drop()
+            self._attachment.order.forget()
+            self._attachment.expected = None
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -234,29 +248,40 @@ class DecoupledDescent(torch.optim.SGD):
                 loss = closure()
         for group in self.param_groups:
             _check_rate(group["lr"])
-        update = None if self._attachment is None else self._shadow_update(self._attachment)
-        for group in self.param_groups:
-            self._step_group(group, update)
+        if self._attachment is None:
+            self._step_groups(None)
+            return loss
+        with _full_precision(self._attachment.layer.weight):
+            self._step_groups(self._shadow_update(self._attachment))
+            self._attachment.remember_weight()
         return loss
 
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
         attachment = self._attachment
         if attachment is None or layer is not attachment.layer or not layer.training:
             return None
-        shadow = self.shadow
-        corrected = attachment.preactivation(inputs, output, shadow)
-        if not torch.is_grad_enabled():
-            return corrected
-        step = self.state[attachment.layer.weight].get("shadow_step", 0)
-        seed = _probe_seed(self._seed, step)
-        return attachment.capture(inputs, corrected, seed, first=shadow is None)
+        state = self.state[attachment.layer.weight]
+        shadow = state.get("shadow")
+        if shadow is None and "momentum_buffer" in state:
+            raise RuntimeError(
+                f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
+                "correction. Attach before the first step, or load the state of an attached "
+                "optimizer."
+            )
+        attachment.order.resume(state.get("shadow_samples"))
+        with _full_precision(output):
+            corrected = attachment.preactivation(inputs, output, shadow)
+            if not torch.is_grad_enabled():
+                return corrected
+            seed = _probe_seed(self._seed, state.get("shadow_step", 0))
+            return attachment.capture(inputs, corrected, seed, first=shadow is None)
 
     def _shadow_update(self, attachment: Attachment) -> _Update | None:
         capture = attachment.pending
-        if capture is None:
-            self._check_idle()
-            return None
         weight = attachment.layer.weight
+        if capture is None:
+            self._check_idle(attachment)
+            return self._idle_update(weight)
         if capture.gradient is None or weight.grad is None:
             raise RuntimeError(
                 "DecoupledDescent: step() before loss.backward(): the last training forward has no "
@@ -264,10 +289,7 @@ class DecoupledDescent(torch.optim.SGD):
                 "forward, or optimizer.drop_forward() to give it up."
             )
         self._check_finite(attachment, capture)
-        order = attachment.order
-        assert order.direction is not None
-        assert order.projection is not None
-        require_unedited(weight.grad, capture.gradient.detach(), order.direction, order.projection)
+        attachment.check_gradient(capture)
         return self._build_update(attachment, capture)
 
     def _build_update(self, attachment: Attachment, capture: Capture) -> _Update:
@@ -276,6 +298,12 @@ class DecoupledDescent(torch.optim.SGD):
         assert noise is not None
         assert layer.weight.grad is not None
         gradient, curvature = capture.gradient.detach(), capture.curvature()
+        if not bool(curvature.isfinite().all()):
+            raise RuntimeError(
+                f"DecoupledDescent: {len(gradient)} samples do not resolve the curvature of the "
+                f"{gradient.shape[1]} units of layer {attachment.name!r}; use fewer units or more "
+                'samples, or give component ids for curvature="stein"'
+            )
         attachment.drop()
         state = self.state[layer.weight]
         shadow = state.get("shadow")
@@ -283,6 +311,7 @@ class DecoupledDescent(torch.optim.SGD):
             dtype = noise.eigenvalues.dtype
             shadow = gradient.new_zeros((len(noise.eigenvalues), *gradient.shape), dtype=dtype)
             state["shadow"] = shadow
+            state["shadow_samples"] = attachment.order.projection
         state["shadow_step"] = state.get("shadow_step", 0) + 1
         weight_gradient = layer.weight.grad
         if self._damping != 1.0:
@@ -293,6 +322,10 @@ class DecoupledDescent(torch.optim.SGD):
             shadow, gradient, curvature, noise.eigenvalues, noise.mass, self._damping
         )
         return _Update(layer.weight, weight_gradient, shadow, moved)
+
+    def _step_groups(self, update: _Update | None) -> None:
+        for group in self.param_groups:
+            self._step_group(group, update)
 
     def _step_group(self, group: dict[str, Any], update: _Update | None) -> None:
         # One call updates weights and shadows, so that whatever rule moves W moves Q.
@@ -332,14 +365,22 @@ class DecoupledDescent(torch.optim.SGD):
         for parameter, buffer in zip(params, buffers, strict=True):
             self.state[parameter]["momentum_buffer"] = buffer
 
-    def _check_idle(self) -> None:
+    def _idle_update(self, weight: Tensor) -> _Update | None:
+        # Momentum and weight decay move W on a zero gradient too, and then they move Q.
+        shadow = self.state[weight].get("shadow")
+        if shadow is None or weight.grad is None:
+            return None
+        return _Update(weight, weight.grad, shadow, torch.zeros_like(shadow))
+
+    def _check_idle(self, attachment: Attachment) -> None:
         # Distributed checkpointing creates optimizer state by a step on zero gradients.
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         if any(g is not None and bool(g.count_nonzero()) for g in gradients):
             raise RuntimeError(
                 "DecoupledDescent: step() without a training forward. The gradients come from "
-                "somewhere else than model(inputs) in train mode: call model.train() before the "
-                "forward, or optimizer.detach() to go on as plain SGD."
+                f"somewhere else than layer {attachment.name!r} in train mode: call model.train() "
+                "before the forward, name the layer that the forward uses with layer=, or call "
+                "optimizer.detach() to go on as plain SGD."
             )
 
     def _check_finite(self, attachment: Attachment, capture: Capture) -> None:
@@ -347,9 +388,9 @@ class DecoupledDescent(torch.optim.SGD):
         found = {f"the output of {attachment.name!r}": capture.gradient}
         for group in self.param_groups:
             for p in group["params"]:
-                found[names.get(id(p), "a parameter")] = p.grad
-        tensors = {name: g for name, g in found.items() if g is not None}
-        finite = torch.stack([g.detach().isfinite().all() for g in tensors.values()])
+                found[names.get(id(p), f"parameter {len(found)}")] = p.grad
+        tensors = {name: g.detach() for name, g in found.items() if g is not None}
+        finite = torch.stack([_values(g).isfinite().all() for g in tensors.values()])
         if bool(finite.all()):
             return
         attachment.drop()
@@ -373,6 +414,15 @@ def _check_rate(lr: float | Tensor) -> None:
             f"Invalid learning rate: {lr}; DecoupledDescent expects a finite rate of at least 0. "
             "Check the learning-rate schedule if it came from one."
         )
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    # Under the caller's autocast the correction would be rounded to half precision.
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _probe_seed(seed: int, step: int) -> int:

@@ -35,6 +35,11 @@ class SampleOrder:
         self.projection = None
         self._last = None
 
+    def resume(self, projection: Tensor | None) -> None:
+        """Take the projection of an earlier run as the reference where there is none yet."""
+        if self.projection is None:
+            self.projection = projection
+
     def check(self, inputs: Tensor) -> None:
         """Compare a batch with the reference, or make it the reference.
 

@@ -573,6 +573,22 @@ def test_isotropic_refuses_with_a_remedy(inputs, components, message):
         NoiseModel.isotropic(inputs, components)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
+def test_isotropic_bears_inputs_far_from_zero(offset):
+    """float32 holds unit noise on an offset of 1e4 to 1e-3; λ's own standard error is 0.002."""
+    inputs = torch.randn(20_000, 25, generator=generator(3)) + offset
+    assert (
+        abs(float(NoiseModel.isotropic(inputs).eigenvalues) - 1) < 4 * (2 / 500_000) ** 0.5 + 1e-3
+    )
+
+
+def test_isotropic_bears_a_constant_column():
+    inputs = torch.randn(20_000, 25, generator=generator(3))
+    inputs[:, 0] = 1e5
+    expected = 24 / 25
+    assert abs(float(NoiseModel.isotropic(inputs).eigenvalues) - expected) < 0.01
+
+
 def test_isotropic_refuses_a_constant_that_rounds():
     with pytest.raises(ValueError, match="needs noisy inputs"):
         NoiseModel.isotropic(torch.full((1000, 4), 0.1))

@@ -378,6 +378,91 @@ def test_full_batch_loader_with_a_fixed_order_is_recognised():
     assert torch.equal(single.shadow, optimizer.shadow)
 
 
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"weight_decay": 0.1}, {}], ids=str)
+def test_a_step_on_zero_gradients_moves_weights_and_shadows_alike(settings):
+    """X(W' - W) and Q' - Q follow one rule, so momentum and decay move both or neither."""
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.3, **settings)
+    train(model, optimizer, inputs, targets)
+    weight, shadow = model[0].weight.detach().clone(), optimizer.shadow.clone()
+    velocity = (
+        optimizer.state[model[0].weight].get("shadow_momentum_buffer", torch.zeros(1)).clone()
+    )
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    momentum, decay = settings.get("momentum", 0.0), settings.get("weight_decay", 0.0)
+    expected = shadow - 0.3 * (momentum * velocity + decay * shadow)
+    torch.testing.assert_close(optimizer.shadow, expected)
+    assert torch.equal(weight, model[0].weight) == (not settings)
+
+
+def test_saved_state_continues_the_run():
+    inputs, targets = make_problem()
+    model, twin = make_model(), make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.3, momentum=0.9, curvature="probe")
+    train(model, optimizer, inputs, targets)
+    twin.load_state_dict(model.state_dict())
+    resumed = dd.DecoupledDescent(twin, lr=0.3, momentum=0.9, curvature="probe")
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, inputs, targets)
+    train(twin, resumed, inputs, targets)
+    assert torch.equal(optimizer.shadow, resumed.shadow)
+    assert torch.equal(model[0].weight, twin[0].weight)
+
+
+def test_losses_and_scores_are_saved_and_copied_as_plain_tensors():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.3, curvature="probe")
+    scores = model(inputs)
+    loss = F.cross_entropy(scores, targets)
+    buffer = io.BytesIO()
+    torch.save({"loss": loss.detach(), "scores": scores.detach()}, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True)["loss"], loss.detach())
+    assert type(loss.detach()) is type(copy.deepcopy(loss.detach())) is Tensor
+    assert type(pickle.loads(pickle.dumps(scores.detach()))) is Tensor  # noqa: S301
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("curvature", ["probe", "stein"])
+@pytest.mark.parametrize("form", ["bfloat16 model", "autocast"])
+def test_half_precision_follows_single(form, curvature):
+    """Shadows stay float32; bfloat16 rounds G and H to 2^-8 each, and errors add over 5 steps."""
+    inputs, targets = make_problem(dtype=torch.float32)
+    noise = dd.NoiseModel.isotropic(inputs, targets)
+    shadows = []
+    for half in (False, True):
+        model = make_model(dtype=torch.float32)
+        x = inputs
+        if half and form == "bfloat16 model":
+            model, x = model.bfloat16(), inputs.bfloat16()
+        optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise, curvature=curvature)
+        for _ in range(5):
+            # Entered anew in every step: autocast keeps its casts of the weights until it is left.
+            with torch.autocast("cpu", torch.bfloat16, enabled=half and form == "autocast"):
+                train(model, optimizer, x, targets, steps=1)
+        assert optimizer.shadow.dtype == torch.float32
+        shadows.append(optimizer.shadow)
+    assert (shadows[0] - shadows[1]).norm() < 10 * 2**-8 * shadows[0].norm()
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_rounding_is_no_edit_with_many_samples(k):
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(60_000, 20), torch.randint(C, (60_000,))
+    model = nn.Sequential(nn.Linear(20, k), nn.ReLU(), nn.Linear(k, C))
+    optimizer = dd.DecoupledDescent(model, lr=0.5, curvature="probe")
+    train(model, optimizer, inputs, targets, steps=10)
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), targets).backward()
+    model[0].weight.grad *= 0.5
+    with pytest.raises(RuntimeError, match="not the one that the last backward"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_is_no_edit_even_at_a_stationary_point(dtype):
     """The gradient's terms cancel there, and rounding is all that is left of their sum."""

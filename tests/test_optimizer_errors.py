@@ -333,6 +333,69 @@ def test_penalty_on_the_weights(trained, strength):
         optimizer.step()
 
 
+@pytest.mark.parametrize("change", ["load", "clamp"])
+def test_weights_changed_outside_step(trained, change):
+    model, optimizer, inputs, targets = trained
+    if change == "load":
+        model.load_state_dict(make_model(seed=1).state_dict())
+    else:
+        model[0].weight.data.clamp_(-0.05, 0.05)
+    with pytest.raises(RuntimeError, match=r"changed outside step\(\).*load_state_dict of both"):
+        model(inputs)
+    optimizer.detach()
+    optimizer.attach(model)
+    train(model, optimizer, inputs, targets)
+
+
+def test_weights_swapped_and_restored_are_the_same(trained):
+    model, optimizer, inputs, targets = trained
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(make_model(seed=1).state_dict())
+    model.eval()
+    model(inputs)
+    model.train()
+    model.load_state_dict(kept)
+    train(model, optimizer, inputs, targets)
+
+
+def test_momentum_from_uncorrected_steps():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, inputs, targets)
+    optimizer.attach(model)
+    with pytest.raises(RuntimeError, match=r"momentum from steps without correction"):
+        model(inputs)
+
+
+def test_fewer_samples_than_units_under_the_probe():
+    inputs = torch.randn(3, D, dtype=torch.float64)
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    with pytest.raises(
+        RuntimeError, match=r"3 samples do not resolve the curvature of the 4 units"
+    ):
+        train(model, optimizer, inputs, torch.tensor([0, 1, 2]), steps=1)
+    assert optimizer.shadow is None
+
+
+def test_layer_frozen_after_attaching(trained):
+    model, _, inputs, _ = trained
+    model[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"frozen after attaching.*detach\(\)"):
+        model(inputs)
+
+
+def test_resumed_run_with_samples_in_another_order(trained):
+    model, optimizer, inputs, _ = trained
+    twin = make_model()
+    twin.load_state_dict(model.state_dict())
+    resumed = dd.DecoupledDescent(twin, lr=0.3)
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="in another order"):
+        twin(inputs.flip(0))
+
+
 # --- The probe -------------------------------------------------------------------------------
 
 SQUARE = nn.MSELoss()
