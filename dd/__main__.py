@@ -10,6 +10,7 @@ try:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
+    from dd.assembly import refuse_idle_overrides
     from dd.console import print_report
     from dd.experiment import Experiment
 except ModuleNotFoundError as error:
@@ -21,6 +22,9 @@ except ModuleNotFoundError as error:
 INSTALLED = Path(__file__).parent / "configs"
 SOURCE = Path(__file__).parents[1] / "configs"
 
+# Sentences on jobs that could not be done. A job that exits would end a whole multirun.
+failed: list[str] = []
+
 
 @hydra.main(
     version_base="1.3",
@@ -28,22 +32,40 @@ SOURCE = Path(__file__).parents[1] / "configs"
     config_name="config",
 )
 def main(config: DictConfig) -> None:
-    """Run one configuration; exit with 1 and a sentence when it cannot be done."""
+    """Run one configuration, and say in one sentence why where it cannot be done."""
     # torch's own forward-mode formulas still go through a deprecated compiler.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     # The loop clears the gradients before every step, which is what this warning asks for.
     warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle.*")
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    expected = () if full_error else (OSError, RuntimeError, ValueError)
+    expected = () if full_error else (OSError, RuntimeError, ValueError, KeyboardInterrupt)
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        experiment = Experiment(config, Path(HydraConfig.get().runtime.output_dir))
+        refuse_idle_overrides(config, HydraConfig.get().overrides.task)
+        experiment = Experiment(config, folder)
         experiment.run()
     except expected as error:
-        sys.exit(f"error: {error} (HYDRA_FULL_ERROR=1 shows where)")
+        _report(_sentence(error, folder))
+        return
     print_report(experiment.summary, str(experiment.figure), experiment.notes)
-    if experiment.failures:
-        sys.exit("\n".join(f"stopped early: {failure}" for failure in experiment.failures))
+    for failure in experiment.failures:
+        _report(f"stopped early: {failure}")
+
+
+def _sentence(error: BaseException, folder: Path) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; what was recorded is in {folder}"
+    return f"error: {error} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _report(sentence: str) -> None:
+    failed.append(sentence)
+    sys.stderr.write(sentence + "\n")
 
 
 if __name__ == "__main__":
+    # Help is shown for a whole configuration, and only an experiment makes it one.
+    if {"-h", "--help"} & set(sys.argv) and not any(a.startswith("experiment=") for a in sys.argv):
+        sys.argv.append("experiment=xor")
     main()
+    sys.exit(1 if failed else 0)

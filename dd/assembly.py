@@ -1,5 +1,7 @@
 """From a configuration to the objects it describes."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import hydra
@@ -8,20 +10,48 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dd.checks import check_count, check_number
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 
-__all__ = ["choose_device", "make_model", "make_optimizer", "make_split", "validate", "with_seed"]
+__all__ = [
+    "choose_device",
+    "make_model",
+    "make_optimizer",
+    "make_split",
+    "optimizer_settings",
+    "refuse_idle_overrides",
+    "validate",
+    "with_seed",
+]
+
+
+GROUPS = ("data", "model", "optimizer", "available", "tracking")
+RATES = ("lr", "momentum", "weight_decay", "damping")
 
 
 def validate(config: DictConfig) -> None:
     """Check what no single part of the configuration can check.
 
     Raises:
-        ValueError: if ``optimizers``, ``trials`` or ``seed`` cannot be.
+        ValueError: if ``optimizers``, ``trials``, ``seed`` or a number of an optimizer cannot be.
     """
+    for group in GROUPS:
+        if not OmegaConf.is_dict(config[group]):
+            raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
+    check_seed(config.seed)
+    check_count("trials", config.trials)
+    _check_optimizers(config)
+
+
+def _check_optimizers(config: DictConfig) -> None:
+    if config.optimizer.name not in config.available:
+        raise ValueError(
+            f"optimizer.name must be one of {', '.join(config.available)}, got "
+            f"{config.optimizer.name!r}; choose an optimizer with optimizer=..."
+        )
     known = _known_optimizers(config)
     names = list(config.optimizers) if OmegaConf.is_list(config.optimizers) else None
     if not names or len(set(names)) < len(names) or any(name not in known for name in names):
@@ -29,9 +59,32 @@ def validate(config: DictConfig) -> None:
             f"optimizers must list some of {', '.join(known)}, each once, for example "
             f"optimizers=[dd]; got {config.optimizers}"
         )
-    if isinstance(config.trials, bool) or not isinstance(config.trials, int) or config.trials < 1:
-        raise ValueError(f"trials must be a positive integer, got {config.trials!r}")
-    check_seed(config.seed)
+    for name in names:
+        for rate in RATES:
+            if rate in known[name]:
+                check_number(f"{rate} of optimizer {name}", known[name][rate])
+
+
+def refuse_idle_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse settings of the command line that would reach no optimizer.
+
+    Args:
+        config: the composed configuration.
+        overrides: as typed, for example ``["lr=0.1", "optimizer.curvature=stein"]``.
+
+    Raises:
+        ValueError: if one of them sets an optimizer that is not trained, or is set elsewhere.
+    """
+    name = config.optimizer.name
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if key.startswith(f"available.{name}."):
+            raise ValueError(f"{override} has no effect: set {name} with optimizer.*")
+        if key.startswith("optimizer.") and name not in config.optimizers:
+            raise ValueError(
+                f"{override} sets {name}, which is not trained: optimizers={config.optimizers}; "
+                "use lr= for all optimizers, or available.<optimizer>.<setting>="
+            )
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,17 +113,19 @@ def with_seed(config: DictConfig, seed: int) -> DictConfig:
 
 def make_split(config: DictConfig) -> Split:
     """Return the data set on the CPU."""
-    split: Split = _build(config.data)
+    with _explained("data"):
+        split: Split = _build(config.data)
     return split
 
 
 def make_model(config: DictConfig, split: Split) -> nn.Sequential:
     """Return the network for a data set, with initial weights from the seed, on the CPU."""
-    model: nn.Sequential = _build(config.model)(
-        split.dimension,
-        num_outputs=split.num_classes,
-        generator=generator(config.seed, "initialisation"),
-    )
+    with _explained("model"):
+        model: nn.Sequential = _build(config.model)(
+            split.dimension,
+            num_outputs=split.num_classes,
+            generator=generator(config.seed, "initialisation"),
+        )
     return model
 
 
@@ -82,9 +137,10 @@ def make_optimizer(
     Raises:
         ValueError: if its settings are out of range.
     """
-    settings = dict(_known_optimizers(config)[name])
+    settings = optimizer_settings(config, name)
     settings.pop("name")
-    optimizer: torch.optim.Optimizer = _build(OmegaConf.create(settings))(model.parameters())
+    with _explained(f"optimizer {name}"):
+        optimizer: torch.optim.Optimizer = _build(OmegaConf.create(settings))(model.parameters())
     if isinstance(optimizer, DecoupledDescent):
         known = config.components_known or settings["curvature"] == "stein"
         components = split.train_components if known else None
@@ -92,9 +148,24 @@ def make_optimizer(
     return optimizer
 
 
+def optimizer_settings(config: DictConfig, name: str) -> dict[str, Any]:
+    """Return the resolved settings of the optimizer called ``name``."""
+    settings: Any = OmegaConf.to_container(_known_optimizers(config)[name], resolve=True)
+    return dict(settings)
+
+
 def _known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
     # What optimizer.* overrides replaces the default settings of the same name.
     return {**config.available, config.optimizer.name: config.optimizer}
+
+
+@contextmanager
+def _explained(part: str) -> Iterator[None]:
+    # Settings of a wrong type or name fail somewhere inside the part that takes them.
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"the settings of {part} do not fit: {error}") from error
 
 
 def _build(settings: DictConfig) -> Any:

@@ -22,7 +22,7 @@ __all__ = ["ProgressDisplay", "comparison", "print_report"]
 
 
 class ProgressDisplay:
-    """One progress bar for each optimizer and trial; use as a context manager.
+    """One progress bar for each optimizer; use as a context manager.
 
     Where the output is no terminal, each bar is printed once, at the end.
 
@@ -41,6 +41,7 @@ class ProgressDisplay:
             TimeElapsedColumn(),
             console=console,
         )
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "ProgressDisplay":
         """Start drawing."""
@@ -56,9 +57,13 @@ class ProgressDisplay:
         """Draw once more and stop."""
         self._progress.stop()
 
-    def add(self, label: str, steps: int) -> TaskID:
-        """Add a bar of so many steps and return its handle."""
-        return self._progress.add_task(label, total=steps, train="-", test="-")
+    def start(self, name: str, label: str, steps: int) -> TaskID:
+        """Start the bar of an optimizer, over again with every trial, and return its handle."""
+        if name in self._tasks:
+            self._progress.reset(self._tasks[name], description=label, train="-", test="-")
+        else:
+            self._tasks[name] = self._progress.add_task(label, total=steps, train="-", test="-")
+        return self._tasks[name]
 
     def update(self, task: TaskID, record: Record) -> None:
         """Move a bar to the record's step and show its errors."""
@@ -95,11 +100,13 @@ def print_report(
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table of one row a figure and one column an optimizer, means over trials."""
-    trials = max((len(s.get("per_trial", ())) for s in summaries.values()), default=1)
+    trials = max((len(s.get("per_trial", "1")) for s in summaries.values()), default=1)
     table = Table(title=f"means over {trials} trials" if trials > 1 else None)
     table.add_column("")
-    for name in summaries:
-        table.add_column(name.upper(), justify="right")
+    for name, summary in summaries.items():
+        completed = summary.get("completed_trials", trials)
+        part = "" if completed == trials else f" ({completed} of {trials} completed)"
+        table.add_column(name.upper() + part, justify="right")
     for label, cell in ROWS:
         table.add_row(label, *(cell(summary) for summary in summaries.values()))
     return table
@@ -119,7 +126,9 @@ def _single(key: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
 
 def _number(summary: Mapping[str, Any], key: str, digits: int) -> str:
     value = summary.get(key)
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (

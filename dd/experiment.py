@@ -1,10 +1,12 @@
 """One run of an experiment: from its configuration to its folder of results."""
 
 import copy
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from dd.assembly import (
     make_model,
     make_optimizer,
     make_split,
+    optimizer_settings,
     validate,
     with_seed,
 )
 from dd.checkpoint import Checkpoint
 from dd.console import ProgressDisplay
 from dd.data import Split
-from dd.figures import train_vs_test
 from dd.stability import EdgeWatch
 from dd.tracking import History, Record, aggregate, replacing, summarise, write_json
 from dd.training import Schedule, TrainingStopped, train
@@ -55,6 +57,7 @@ class _Recorder:
 
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.checkpoint.keep(self.name, step, model, optimizer)
+        self.history.write_csv(self.checkpoint.path.with_name("history.csv"))
 
 
 @dataclass
@@ -67,7 +70,6 @@ class Experiment:
         history: every record.
         failures: one sentence for each optimizer and trial that turned non-finite.
         notes: what else the user should know of an optimizer and trial.
-        summary: the figures of each optimizer, as in ``summary.json``.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -78,7 +80,6 @@ class Experiment:
     history: History = field(default_factory=History)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    summary: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -88,7 +89,12 @@ class Experiment:
         )
         check_mode(tracking.wandb.mode)
         self.device = choose_device(self.config.device)
-        self._outcomes: dict[str, list[dict[str, float]]] = {}
+        self._update_seconds: dict[tuple[str, int], list[float]] = {}
+
+    @property
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """The figures of each optimizer, as in ``summary.json``."""
+        return {name: self._summarise(name) for name in self.history.optimizers}
 
     @property
     def figure(self) -> Path:
@@ -132,7 +138,7 @@ class Experiment:
                 history=self.history,
                 tracker=self._tracker(config, name, trial),
                 display=display,
-                task=display.add(label, self.schedule.steps) if display else None,
+                task=display.start(name, label, self.schedule.steps) if display else None,
                 checkpoint=checkpoint,
                 edge=edge,
             )
@@ -152,13 +158,26 @@ class Experiment:
     ) -> None:
         with recorder.tracker:
             seconds = train(model, optimizer, split, self.schedule, recorder)
-            outcome = summarise(self.history.select(recorder.name, recorder.trial))
-            outcome |= {"seconds": seconds, "steps_per_second": self.schedule.steps / seconds}
-            recorder.tracker.summarise(outcome)
-        self._outcomes.setdefault(recorder.name, []).append(outcome)
+            self._update_seconds[recorder.name, recorder.trial] = seconds
+            recorder.tracker.summarise(self._figures(recorder.name, recorder.trial))
+
+    def _figures(self, name: str, trial: int) -> dict[str, float]:
+        seconds = self._update_seconds.get((name, trial))
+        rate = math.nan if seconds is None else 1 / median(seconds)
+        total = math.nan if seconds is None else sum(seconds)
+        figures = summarise(self.history.select(name, trial))
+        return figures | {"seconds": total, "steps_per_second": rate}
+
+    def _summarise(self, name: str) -> dict[str, Any]:
+        trials = self.history.trials(name)
+        completed = sum((name, trial) in self._update_seconds for trial in trials)
+        figures = aggregate([self._figures(name, trial) for trial in trials])
+        return figures | {"completed_trials": completed}
 
     def _tracker(self, config: DictConfig, name: str, trial: int) -> WandbRun:
         settings: Any = OmegaConf.to_container(config, resolve=True)
+        settings["optimizer"] = optimizer_settings(config, name)
+        del settings["available"]
         return WandbRun(
             mode=config.tracking.wandb.mode,
             directory=self.folder,
@@ -172,18 +191,23 @@ class Experiment:
     def _claim_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / "config.yaml"
-        if target.exists():
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
             raise FileExistsError(
-                f"{self.folder} holds another run; choose another folder with hydra.run.dir=..., "
-                "or start again in a second"
-            )
+                f"{self.folder} holds another run; choose another folder with hydra.run.dir=..."
+            ) from None
         with replacing(target) as scratch:
             scratch.write_text(OmegaConf.to_yaml(self.config, resolve=True), encoding="utf-8")
 
     def _write_results(self) -> None:
         if not self.history.records:
+            # Nothing began, so the folder is free for the mended command.
+            (self.folder / "config.yaml").unlink()
             return
-        self.summary = {name: aggregate(trials) for name, trials in self._outcomes.items()}
+        # Imported here, because matplotlib would double the time to an error message.
+        from dd.figures import train_vs_test
+
         self.history.write_csv(self.folder / "history.csv")
         write_json(self.folder / "summary.json", {**self.summary, **self._provenance()})
         train_vs_test(self.history, self.figure, self.config.name)

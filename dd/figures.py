@@ -7,6 +7,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dd.tracking import History, aggregate, replacing, summarise
 
@@ -52,6 +53,7 @@ def train_vs_test(history: History, path: str | os.PathLike[str], title: str) ->
     for column, optimizer in enumerate(optimizers):
         axes[0, column].set_title(LABELS.get(optimizer, optimizer), loc="left", weight="bold")
         axes[1, column].set_xlabel("Step")
+        axes[1, column].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes[0, 0].set_xlim(*_steps(history))
     axes[0, 0].legend(loc="upper right", frameon=False)
     figure.suptitle(_heading(history, title))
@@ -82,7 +84,11 @@ def _curve(
     low, median, high = _quartiles(values)
     if len(values) > 1:
         axes.fill_between(steps, low, high, color=colour, alpha=0.3, linewidth=0)
-    axes.plot(steps, median, color=colour, linestyle=style, linewidth=1.6, label=label)
+    # A curve of one point has no line to be seen.
+    marker = "o" if np.isfinite(median).sum() == 1 else None
+    axes.plot(
+        steps, median, color=colour, linestyle=style, linewidth=1.6, label=label, marker=marker
+    )
     return median
 
 
@@ -104,7 +110,7 @@ def _top(history: History, metric: str) -> float:
     values, start = values[np.isfinite(values)], start[np.isfinite(start)]
     if not values.any():
         return 1.0
-    usual = max(np.median(values), start.max(initial=0))
+    usual = start.max(initial=0) or np.median(values)
     return 1.05 * float(min(values.max(), 4 * usual) or values.max())
 
 
@@ -116,8 +122,9 @@ def _steps(history: History) -> tuple[float, float]:
 def _gap(history: History, optimizer: str, metric: str) -> str:
     trials = [summarise(history.select(optimizer, t)) for t in history.trials(optimizer)]
     gap = aggregate(trials)[f"mean_{metric}_gap"]
-    value = f"{gap:.3f}" if np.isfinite(gap) else "undefined"
-    return f"mean |train − test| {value}"
+    if not np.isfinite(gap):
+        return "mean |train − test| undefined"
+    return f"mean |train − test| {gap:.3f}" if gap < 1000 else f"mean |train − test| {gap:.1e}"
 
 
 def _heading(history: History, title: str) -> str:

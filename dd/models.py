@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dd.checks import check_count, check_number
+
 __all__ = ["ACTIVATIONS", "TanhSquared", "two_layer"]
 
 
@@ -52,9 +54,9 @@ def two_layer(
     Raises:
         ValueError: if an argument is out of range or the activation unknown.
     """
-    _check_sizes(dimension=dimension, width=width, num_outputs=num_outputs)
-    if not (math.isfinite(hidden_scale) and hidden_scale >= 0):
-        raise ValueError(f"hidden_scale must be finite and not negative, got {hidden_scale!r}")
+    for name, size in (("dimension", dimension), ("width", width), ("num_outputs", num_outputs)):
+        check_count(name, size)
+    check_number("hidden_scale", hidden_scale)
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation must be one of {known}, got {activation!r}")
@@ -71,9 +73,3 @@ def _linear(inputs: int, outputs: int, std: float, generator: torch.Generator | 
     nn.init.normal_(layer.weight, std=std, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")

@@ -22,7 +22,11 @@ class HeadSharpness:
         self._head = head
         self._parameters = [p for p in head.parameters() if p.requires_grad]
         self._iterations = iterations
-        self._direction = [torch.ones_like(p) for p in self._parameters]
+        # Not all ones: softmax does not see a number added to every score.
+        generator = torch.Generator().manual_seed(0)
+        self._direction = [
+            torch.randn(p.shape, generator=generator).to(p) for p in self._parameters
+        ]
 
     def __call__(self, preactivation: Tensor, targets: Tensor) -> float:
         """Return the largest curvature of the mean cross-entropy.

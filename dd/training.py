@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd.checks import check_count
 from dd.data.split import Split
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "measure", "train"]
@@ -47,8 +48,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_count(name, value)
 
     def records(self, step: int) -> bool:
         """Whether the state after this many updates is recorded."""
@@ -65,7 +65,7 @@ def train(
     split: Split,
     schedule: Schedule,
     observer: Observer,
-) -> float:
+) -> list[float]:
     """Train full batch by softmax cross-entropy.
 
     Args:
@@ -76,12 +76,12 @@ def train(
         observer: is shown the figures and the states.
 
     Returns:
-        Seconds spent on the updates, measuring not counted in.
+        Seconds spent on each update, measuring not counted in.
 
     Raises:
         TrainingStopped: if the loss or a gradient is not finite.
     """
-    seconds = 0.0
+    seconds = []
     for step in range(schedule.steps + 1):
         if schedule.records(step):
             figures = measure(model, split)
@@ -93,7 +93,7 @@ def train(
             break
         started = time.perf_counter()
         _update(model, optimizer, split, step)
-        seconds += time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
     return seconds
 
 
@@ -106,6 +106,8 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, st
         optimizer.step()
     except FloatingPointError as error:
         raise TrainingStopped(str(error)) from error
+    if split.train_inputs.is_cuda:
+        torch.cuda.synchronize()
 
 
 @torch.no_grad()
@@ -141,5 +143,6 @@ def _require_finite(loss: float, step: int, optimizer: torch.optim.Optimizer) ->
     rates = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
     raise TrainingStopped(
         f"the training loss is {loss} at step {step}. The likely cause is a learning rate that is "
-        f"too large (lr={rates}): try half of it. The last good weights are in checkpoint.pt."
+        f"too large (lr={rates}): try half of it; else initial weights or inputs of a size that "
+        "overflows. The last good weights are in checkpoint.pt."
     )

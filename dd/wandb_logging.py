@@ -13,9 +13,11 @@ __all__ = ["MODES", "WandbRun", "check_mode"]
 MODES = ("online", "offline", "disabled")
 
 # Only what the run itself logs is kept: no source code, git state, console, machine or packages.
+# A server that does not answer is given up after half a minute.
 PRIVATE_SETTINGS: dict[str, Any] = {
     "console": "off",
     "disable_code": True,
+    "init_timeout": 30.0,
     "disable_git": True,
     "host": "",
     "save_code": False,
@@ -119,11 +121,12 @@ class WandbRun:
                 reinit="create_new",
                 settings=wandb.Settings(**_known(PRIVATE_SETTINGS, wandb.Settings)),
             )
-        except wandb.Error as error:
+        except (ValueError, wandb.Error) as error:  # ValueError: a bad WANDB_ variable
             raise RuntimeError(
                 f"wandb could not start a run with tracking.wandb.mode={self.mode} "
-                f"({' '.join(str(error).split())}). Log in with `wandb login` or set "
-                "WANDB_API_KEY, or use tracking.wandb.mode=offline and `wandb sync` later."
+                f"({' '.join(str(error).split())}). Check the connection and the WANDB_ variables "
+                "of the environment, log in with `wandb login` or WANDB_API_KEY, or use "
+                "tracking.wandb.mode=offline and `wandb sync` later."
             ) from error
         run.define_metric("step")
         run.define_metric("*", step_metric="step")

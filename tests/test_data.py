@@ -293,7 +293,7 @@ def test_mnist_depends_on_the_seed_alone(mnist):
         ({"num_test": 41, "pooled": False}, "num_test=41 .* 40 can be used"),
         ({"num_train": 0}, "num_train must be a positive integer"),
         ({"num_train": 100, "num_test": None}, "num_test must be a positive integer"),
-        ({"noise": -1.0}, "noise must be finite and not negative"),
+        ({"noise": -1.0}, "noise must be a number, finite and not negative"),
         ({"num_train": 1, "noise": 0.0}, "raise num_train or noise"),
     ],
 )

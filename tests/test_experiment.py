@@ -14,7 +14,14 @@ from omegaconf import OmegaConf
 
 import dd
 from dd import training
-from dd.assembly import make_model, make_optimizer, make_split, with_seed
+from dd.assembly import (
+    make_model,
+    make_optimizer,
+    make_split,
+    refuse_idle_overrides,
+    with_seed,
+)
+from dd.checkpoint import Checkpoint
 from dd.experiment import Experiment
 from dd.tracking import COLUMNS
 from dd.training import Schedule
@@ -43,6 +50,7 @@ SUMMARY_KEYS = {
     "mean_loss_gap",
     "seconds",
     "steps_per_second",
+    "completed_trials",
 }
 
 pytestmark = pytest.mark.filterwarnings(
@@ -79,7 +87,9 @@ def test_every_experiment_composes(experiment):
 
 @pytest.mark.parametrize("group", ["data", "model", "optimizer", "tracking"])
 def test_every_group_member_composes(group):
-    for path in (CONFIGS / group).glob("*.yaml"):
+    members = list((CONFIGS / group).glob("*.yaml"))
+    assert members
+    for path in members:
         config = configure(f"{group}={path.stem}")
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
@@ -126,6 +136,12 @@ def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
         ("steps=0", "steps must be a positive integer, got 0"),
         ("tracking.record_every=0", "record_every must be a positive integer"),
         ("tracking.wandb.mode=dryrun", "mode must be one of online, offline, disabled"),
+        ("lr=-1", "lr of optimizer gd must be a number, finite and not negative, got -1"),
+        ("lr=abc", "lr of optimizer gd must be a number, finite and not negative, got 'abc'"),
+        ("optimizer.lr=null", "lr of optimizer dd must be"),
+        ("optimizer.damping=abc", "damping of optimizer dd must be"),
+        ("available.gd.momentum=-1", "momentum of optimizer gd must be"),
+        ("optimizer.name=foo", "optimizer.name must be one of gd, dd, got 'foo'"),
         ("device=quantum", r"device=quantum cannot be used .*device=auto"),
     ],
 )
@@ -139,8 +155,11 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, override,
     ("override", "message"),
     [
         ("optimizer.curvature=hutch", "curvature must be one of"),
-        ("lr=-1", "Invalid learning rate"),
         ("optimizer.damping=2", "damping must lie"),
+        ("+optimizer.foo=1", "the settings of optimizer dd do not fit.*'foo'"),
+        ("data.noise=abc", "noise must be a number, finite and not negative, got 'abc'"),
+        ("data.separation=null", "separation must be a number"),
+        ("model.hidden_scale=abc", "hidden_scale must be a number"),
         ("model.activation=elu", "activation must be one of"),
         ("data.num_train=0", "num_train must be"),
     ],
@@ -150,6 +169,19 @@ def test_bad_parts_are_refused_before_anything_is_trained(tmp_path, override, me
     with pytest.raises(ValueError, match=message):
         experiment.run()
     assert not (tmp_path / "history.csv").exists()
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizers=[gd]", "optimizer.lr=5"], "optimizer.lr=5 sets dd, which is not trained"),
+        (["available.dd.lr=5"], r"available.dd.lr=5 has no effect: set dd with optimizer.\*"),
+    ],
+)
+def test_settings_that_would_reach_no_optimizer_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_idle_overrides(configure(*overrides), overrides)
 
 
 # --- The run folder --------------------------------------------------------------------------
@@ -184,6 +216,9 @@ def test_corrected_loss_stands_beside_the_uncorrected_one(finished):
 def test_summary_maps_optimizers_to_figures_and_says_where_they_come_from(finished):
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary["gd"].keys() == summary["dd"].keys() == SUMMARY_KEYS
+    assert summary["gd"]["completed_trials"] == 1
+    assert summary["dd"]["seconds"] > 0
+    assert 0 < summary["dd"]["steps_per_second"] <= 12 * 12 / summary["dd"]["seconds"]
     assert summary["experiment"] == "xor"
     assert summary["seed"] == 0
     assert summary["torch"] == torch.__version__
@@ -260,6 +295,19 @@ def test_curvatures_that_need_a_graph_get_one(tmp_path, curvature):
     assert experiment.history.select("dd", 0)[-1].step == 12
 
 
+def test_a_checkpoint_is_a_copy(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", trial=0)
+    kept = model.weight.detach().clone()
+    checkpoint.keep("gd", 0, model, optimizer)
+    model.weight.data.add_(1)
+    checkpoint.keep("dd", 0, model, optimizer)
+    content = torch.load(checkpoint.path, weights_only=True)["optimizers"]
+    assert torch.equal(content["gd"]["model"]["weight"], kept)
+    assert torch.equal(content["dd"]["model"]["weight"], model.weight)
+
+
 # --- When training fails ---------------------------------------------------------------------
 
 
@@ -272,7 +320,9 @@ def test_divergence_keeps_the_other_optimizer_and_the_last_good_checkpoint(tmp_p
     assert experiment.history.select("dd", 0)[-1].step == 12
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["failures"] == experiment.failures
-    assert "gd" not in summary
+    assert summary["gd"]["completed_trials"] == 0
+    assert summary["gd"]["seconds"] is None
+    assert summary["dd"]["completed_trials"] == 1
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizers"]["gd"]
     assert kept["step"] == 0
     assert all(value.isfinite().all() for value in kept["model"].values())
@@ -336,6 +386,14 @@ def test_command_writes_the_folder_and_prints_the_table(tmp_path):
     assert str(tmp_path / "train_vs_test.png") in done.stdout.replace("\n", "")
     assert "Warning" not in done.stdout + done.stderr
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_one_bad_job_does_not_end_a_multirun(tmp_path):
+    done = command("-m", "experiment=xor", *SMALL, "lr=0.5,-1,0.3", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1
+    assert "lr of optimizer gd must be" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.glob("*/summary.json"))) == 2
 
 
 def test_command_says_in_one_sentence_what_is_wrong():

@@ -89,8 +89,11 @@ def test_unknown_activation_lists_the_known_ones():
         ({"dimension": 0}, "dimension must be a positive integer, got 0"),
         ({"width": 2.0}, "width must be a positive integer, got 2.0"),
         ({"num_outputs": True}, "num_outputs must be a positive integer, got True"),
-        ({"hidden_scale": -1.0}, "hidden_scale must be finite and not negative, got -1.0"),
-        ({"hidden_scale": float("inf")}, "hidden_scale must be finite"),
+        (
+            {"hidden_scale": -1.0},
+            "hidden_scale must be a number, finite and not negative, got -1.0",
+        ),
+        ({"hidden_scale": float("inf")}, "hidden_scale must be a number"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, words):

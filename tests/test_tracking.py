@@ -376,7 +376,7 @@ def test_table_says_where_there_is_no_number():
 def test_progress_shows_step_and_errors_without_a_terminal():
     def train(console):
         with ProgressDisplay(console) as progress:
-            first, second = progress.add("gd", 200), progress.add("dd", 200)
+            first, second = progress.start("gd", "gd", 200), progress.start("dd", "dd", 200)
             progress.update(first, record(step=200, train=(0, 0.001), test=(0, 0.199)))
             progress.update(second, record(step=40, train=(0, 0.25), test=(0, 0.26)))
 

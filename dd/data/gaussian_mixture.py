@@ -1,10 +1,9 @@
 """The XOR problem: four Gaussian clusters on two orthogonal axes."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from dd.checks import check_count, check_number
 from dd.data.seeding import generator
 from dd.data.split import Split
 
@@ -36,8 +35,11 @@ def xor(
     Raises:
         ValueError: if an argument is out of its range.
     """
-    _check_counts(dimension=(dimension, 2), num_train=(num_train, 1), num_test=(num_test, 1))
-    _check_scales(separation=separation, noise=noise)
+    check_count("dimension", dimension, least=2)
+    check_count("num_train", num_train)
+    check_count("num_test", num_test)
+    check_number("separation", separation)
+    check_number("noise", noise)
     means = separation * _directions(dimension, generator(seed, "data/means"))
     train, train_components = _sample(num_train, means, noise, generator(seed, "data/train"))
     test, test_components = _sample(num_test, means, noise, generator(seed, "data/test"))
@@ -64,15 +66,3 @@ def _sample(
     components = torch.randint(len(means), (count,), generator=source)
     inputs = torch.randn(count, means.shape[1], generator=source)
     return inputs.mul_(noise).add_(means[components]), components
-
-
-def _check_counts(**counts: tuple[int, int]) -> None:
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_scales(**scales: float) -> None:
-    for name, value in scales.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {value!r}")

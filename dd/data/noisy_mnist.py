@@ -1,6 +1,5 @@
 """MNIST digits with Gaussian pixel noise."""
 
-import math
 import os
 import shutil
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dd.checks import check_number
 from dd.data.seeding import generator
 from dd.data.split import Split
 
@@ -71,8 +71,7 @@ def noisy_mnist(
         RuntimeError: if its files are incomplete or damaged.
         ValueError: if an argument is out of range or more digits are asked for than exist.
     """
-    if not (math.isfinite(noise) and noise >= 0):
-        raise ValueError(f"noise must be finite and not negative, got {noise!r}")
+    check_number("noise", noise)
     images, labels, official = _load(data_root(root), download)
     train, test = _draw(len(images), None if pooled else official, num_train, num_test, seed)
     train_inputs, test_inputs = _preprocess(images[train], images[test], noise, seed)
@@ -118,7 +117,7 @@ def _count(name: str, asked: int | None, available: int) -> int:
     if asked > available:
         raise ValueError(
             f"{name}={asked} asks for more digits than there are: {available} can be used; "
-            f"lower {name}, or point data.root at a larger copy of MNIST"
+            f"lower num_train or num_test, or point data.root at a larger copy of MNIST"
         )
     return asked
 
