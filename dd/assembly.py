@@ -13,7 +13,7 @@ from dd.data.seeding import check_seed
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 
-__all__ = ["choose_device", "make_model", "make_optimizer", "make_split", "validate", "with_seed"]
+__all__ = ["make_model", "make_optimizer", "make_split", "validate", "with_seed"]
 
 
 def validate(config: DictConfig) -> None:
@@ -32,23 +32,6 @@ def validate(config: DictConfig) -> None:
     if isinstance(config.trials, bool) or not isinstance(config.trials, int) or config.trials < 1:
         raise ValueError(f"trials must be a positive integer, got {config.trials!r}")
     check_seed(config.seed)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used ({reason}); try device=auto") from error
-    return device
 
 
 def with_seed(config: DictConfig, seed: int) -> DictConfig:

@@ -12,17 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import dd
-from dd.assembly import (
-    choose_device,
-    make_model,
-    make_optimizer,
-    make_split,
-    validate,
-    with_seed,
-)
+from dd.assembly import make_model, make_optimizer, make_split, validate, with_seed
 from dd.checkpoint import Checkpoint
 from dd.console import ProgressDisplay
 from dd.data import Split
+from dd.device import choose_device
 from dd.figures import train_vs_test
 from dd.stability import EdgeWatch
 from dd.tracking import History, Record, aggregate, replacing, summarise, write_json
