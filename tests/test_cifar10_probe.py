@@ -23,6 +23,7 @@ from dd.data import cifar10_probe, feature_cache, generator
 from dd.data.backbone import backbone_features
 from dd.data.cifar10_images import cifar10_images
 from dd.data.cifar10_probe import _rows
+from dd.data.feature_cache import digest
 from dd.data.feature_file import load_features, load_images
 from dd.experiment import Experiment
 from tests.test_experiment import configure
@@ -191,6 +192,19 @@ def test_an_altered_byte_never_gives_other_numbers(tmp_path, save):
         # Some bytes, such as the time of writing, do not matter.
         for name in ("train", "train_labels", "test", "test_labels"):
             assert np.array_equal(getattr(before, name), getattr(after, name))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_altered_number_deep_in_a_large_array_is_found(tmp_path, save):
+    # Far beyond what a reader buffers while it looks at the header.
+    features = np.random.default_rng(2).normal(size=(TRAIN, 2000)).astype(np.float32)
+    content = samples(train_features=features, test_features=features[:TEST])
+    path = write(tmp_path / "features.npz", content, save)
+    altered = bytearray(path.read_bytes())
+    altered[200_000] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(ValueError, match="'train_features' cannot be read"):
+        load_features(path)
 
 
 def test_a_header_that_promises_more_than_there_is_costs_no_memory(tmp_path):
@@ -719,6 +733,12 @@ def test_features_are_computed_once_for_each_key(counted):
         assert len(built) == number
         assert not torch.equal(features[:1], first[:1]) or "images" in changes
     assert torch.equal(first, extract(IMAGES))
+
+
+def test_images_of_another_shape_have_another_key():
+    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert digest(black) == digest(black.clone())
+    assert digest(black) != digest(black.view(2, 3, 2, 8))
 
 
 def test_trained_and_random_weights_have_different_keys(counted, hub):
