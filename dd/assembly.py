@@ -17,7 +17,6 @@ from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 
 __all__ = [
-    "choose_device",
     "make_model",
     "make_optimizer",
     "make_split",
@@ -85,23 +84,6 @@ def refuse_idle_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
                 f"{override} sets {name}, which is not trained: optimizers={config.optimizers}; "
                 "use lr= for all optimizers, or available.<optimizer>.<setting>="
             )
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used ({reason}); try device=auto") from error
-    return device
 
 
 def with_seed(config: DictConfig, seed: int) -> DictConfig:

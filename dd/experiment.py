@@ -15,7 +15,6 @@ from torch import nn
 
 import dd
 from dd.assembly import (
-    choose_device,
     make_model,
     make_optimizer,
     make_split,
@@ -26,6 +25,7 @@ from dd.assembly import (
 from dd.checkpoint import Checkpoint
 from dd.console import ProgressDisplay
 from dd.data import Split
+from dd.device import choose_device
 from dd.stability import EdgeWatch
 from dd.tracking import History, Record, aggregate, replacing, summarise, write_json
 from dd.training import Schedule, TrainingStopped, train

@@ -15,7 +15,8 @@ import torch
 import torchvision
 
 from dd.data import Split, generator, noisy_mnist, xor
-from dd.data.noisy_mnist import FILES, data_root
+from dd.data.noisy_mnist import FILES
+from dd.data.places import data_root
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TENSORS = ("train_inputs", "train_targets", "train_components", "test_inputs", "test_targets")

@@ -2,21 +2,20 @@
 
 import os
 import shutil
-import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dd.checks import check_number
+from dd.data.counts import sample_count
+from dd.data.download import FAILURES, one_line, socket_timeout
+from dd.data.places import data_root
 from dd.data.seeding import generator
 from dd.data.split import Split
 
-__all__ = ["data_root", "noisy_mnist"]
+__all__ = ["noisy_mnist"]
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -24,7 +23,6 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-DOWNLOAD_TIMEOUT_SECONDS = 30.0
 
 # What torchvision's reader raises on a file that is cut short or is no IDX file at all.
 DAMAGE = (
@@ -84,12 +82,6 @@ def noisy_mnist(
     )
 
 
-def data_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """Return ``root``, else the environment variable DD_DATA, else the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "decoupled-descent"
-    return Path(root or os.environ.get("DD_DATA") or cache).expanduser()
-
-
 def _draw(
     total: int, official: int | None, num_train: int | None, num_test: int | None, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -108,18 +100,9 @@ def _draw(
 
 
 def _count(name: str, asked: int | None, available: int) -> int:
-    if asked is None:
-        asked = available
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise ValueError(
-            f"{name} must be a positive integer, or None for all {available} digits, got {asked!r}"
-        )
-    if asked > available:
-        raise ValueError(
-            f"{name}={asked} asks for more digits than there are: {available} can be used; "
-            f"lower num_train or num_test, or point data.root at a larger copy of MNIST"
-        )
-    return asked
+    return sample_count(
+        name, asked, available, "digits", "point data.root at a larger copy of MNIST"
+    )
 
 
 def _preprocess(train: Tensor, test: Tensor, noise: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -208,9 +191,8 @@ def _fetch(root: Path, download: bool) -> None:
     if download:
         try:
             return _download(root)
-        except (EOFError, HTTPException, OSError, RuntimeError) as error:
-            summary = " ".join(str(error).split())
-            reason = f"downloading it failed ({type(error).__name__}: {summary[:300]})"
+        except FAILURES as error:
+            reason = f"downloading it failed ({one_line(error)})"
     raise FileNotFoundError(
         f"MNIST is not in {root / 'MNIST' / 'raw'} (looked for {', '.join(FILES)}) and {reason}. "
         "Point data.root=... or the environment variable DD_DATA at a folder that holds "
@@ -224,7 +206,7 @@ def _download(root: Path) -> None:
 
     target = root / "MNIST" / "raw"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch, _socket_timeout():
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch, socket_timeout():
         MNIST(root=scratch, download=True)
         fresh = Path(scratch) / "MNIST" / "raw"
         if target.is_dir():
@@ -232,14 +214,3 @@ def _download(root: Path) -> None:
                 os.replace(fresh / name, target / name)
         else:
             shutil.move(fresh, target)
-
-
-@contextmanager
-def _socket_timeout() -> Iterator[None]:
-    """Give up on a silent server: torchvision itself would wait for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
