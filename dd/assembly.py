@@ -42,6 +42,7 @@ def validate(config: DictConfig) -> None:
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
     check_seed(config.seed)
     check_count("trials", config.trials)
+    check_count("noise_bins", config.noise_bins)
     _check_optimizers(config)
 
 
@@ -124,10 +125,22 @@ def make_optimizer(
     with _explained(f"optimizer {name}"):
         optimizer: torch.optim.Optimizer = _build(OmegaConf.create(settings))(model.parameters())
     if isinstance(optimizer, DecoupledDescent):
-        known = config.components_known or settings["curvature"] == "stein"
-        components = split.train_components if known else None
-        optimizer.attach(model, noise=NoiseModel.isotropic(split.train_inputs, components))
+        noise = _noise_model(config, settings["curvature"], split)
+        optimizer.attach(model, noise=noise)
     return optimizer
+
+
+def _noise_model(config: DictConfig, curvature: str, split: Split) -> NoiseModel:
+    known = config.components_known or curvature == "stein"
+    components = split.train_components if known else None
+    # A mass for every sample is defined with Stein's curvature, which needs the components.
+    stein = components is not None and curvature in {"auto", "stein"}
+    return NoiseModel.fit(
+        split.train_inputs,
+        components,
+        bins=config.noise_bins,
+        per_sample=None if stein and config.noise_bins > 1 else False,
+    )
 
 
 def optimizer_settings(config: DictConfig, name: str) -> dict[str, Any]:

@@ -307,8 +307,7 @@ class Attachment:
                 f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
             )
         given = self._given_noise
-        components = None if given is None else given.components
-        known = None if components is None else len(components)
+        known = None if given is None else given.num_samples
         expected = known if shadow is None else shadow.shape[1]
         if expected is not None and expected != len(inputs):
             raise ValueError(

@@ -194,10 +194,17 @@ def build(name: str, noise: NoiseModel | None) -> Curvature:
         The estimator.
 
     Raises:
-        ValueError: if the name is unknown, or Stein is asked for without component ids.
+        ValueError: if the name is unknown, Stein is asked for without component ids, or another
+            estimator for a noise model with a mass for every sample.
     """
     check_name(name)
     components = None if noise is None else noise.components
+    per_sample = noise is not None and noise.relative_mass is not None
+    if per_sample and (name not in {"auto", "stein"} or components is None):
+        raise ValueError(
+            "DecoupledDescent: a noise model with a mass for every sample needs Stein's curvature, "
+            "which weighs samples by it; give component ids, or NoiseModel.fit(per_sample=False)"
+        )
     if name == "auto":
         name = "probe" if components is None else "stein"
     if name == "stein":

@@ -55,8 +55,11 @@ def shadow_gradient(
     eigenvalues: Tensor,
     mass: Tensor,
     damping: float = 1.0,
+    relative_mass: Tensor | None = None,
 ) -> Tensor:
     """Gradient that drives the shadows: ∇Q_b = ρ λ_b Q_b H − τ_b G, equations (1) and (3).
+
+    Where samples carry unequal noise, row i of τ_b G is scaled by ‖z_i‖² over its mean.
 
     A linear optimizer that applies to Q what it applies to W, with this in place of the gradient,
     keeps Q equal to the leave-one-out displacement of every sample.
@@ -68,10 +71,13 @@ def shadow_gradient(
         eigenvalues: λ, shape (..., B).
         mass: τ, shape (..., B).
         damping: ρ; 1 leaves gradient descent's own update of W.
+        relative_mass: ‖z_i‖² over its mean, shape (..., n); equal masses by default.
 
     Returns:
         ∇Q, shape (..., B, n, k), in the dtype of ``shadow``.
     """
+    if relative_mass is not None:
+        gradient = relative_mass.unsqueeze(-1) * gradient
     gradient = gradient.to(shadow.dtype).unsqueeze(-3)
     decay = shadow @ (damping * curvature).to(shadow.dtype).unsqueeze(-3)
     return eigenvalues[..., None, None] * decay - mass[..., None, None] * gradient

@@ -1,5 +1,6 @@
 """The noise that a sample carries around the mean of its mixture component."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dd.functional import centre_within_components
+from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
 __all__ = ["NoiseModel"]
 
@@ -24,6 +26,8 @@ class NoiseModel:
         multiplicities: ν, dimension of each bin, shape (B,); they sum to the input dimension d.
         components: component of each sample in the order of the training batch, shape (n,),
             integers from 0; None when the components are unknown.
+        relative_mass: ‖z_i‖² over its mean, in the order of the training batch, shape (n,); None
+            where every sample carries the same.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -32,6 +36,7 @@ class NoiseModel:
     eigenvalues: Tensor
     multiplicities: Tensor
     components: Tensor | None = None
+    relative_mass: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -50,6 +55,8 @@ class NoiseModel:
             )
         if self.components is not None:
             _as_components(self.components, len(self.components))
+        if self.relative_mass is not None:
+            _check_relative_mass(self.relative_mass, self.components)
 
     @classmethod
     def isotropic(
@@ -70,36 +77,72 @@ class NoiseModel:
             ValueError: if the inputs are not a finite (n, d) matrix that varies within components,
                 or the components are not n integers.
         """
-        values = _as_matrix(inputs)
-        n, d = values.shape
-        ids = None if components is None else _as_components(components, n).to(values.device)
-        labels = torch.zeros(n, dtype=torch.long, device=values.device) if ids is None else ids
-        num_components = int(labels.max()) + 1
-        if n <= num_components:
-            raise ValueError(
-                f"NoiseModel: {n} samples in {num_components} components leave no noise to "
-                "measure; give more samples or fewer components"
-            )
-        centred = centre_within_components(values, labels, num_components)
-        # Once more, because the mean of inputs far from zero is rounded like numbers of their size.
-        centred = centre_within_components(centred, labels, num_components)
-        variance = centred.square().sum(dtype=torch.float64) / ((n - num_components) * d)
-        rounding = torch.finfo(values.dtype).eps
-        if not float(variance) > rounding**2 * float(values.square().mean()):
-            raise ValueError(
-                "NoiseModel: the inputs do not vary within their components; decoupled descent "
-                "needs noisy inputs"
-            )
+        noise = _noise_of(inputs, components)
+        variance = noise.centred.square().sum(dtype=torch.float64) / noise.degrees
+        d = noise.centred.shape[1]
         return cls(
-            eigenvalues=variance.to(values.dtype).reshape(1),
-            multiplicities=torch.tensor([d], device=values.device),
-            components=ids,
+            eigenvalues=(variance / d).to(noise.centred.dtype).reshape(1),
+            multiplicities=torch.tensor([d], device=noise.centred.device),
+            components=noise.components,
+        )
+
+    @classmethod
+    def fit(
+        cls,
+        inputs: Tensor | np.ndarray,
+        components: Tensor | np.ndarray | None = None,
+        bins: int = 12,
+        *,
+        per_sample: bool | None = None,
+    ) -> "NoiseModel":
+        """Estimate the population spectrum of Σ, in bins spaced geometrically in rank.
+
+        Section 4 of ``docs/theory.md``; the spectrum is that of
+        :func:`dd.spectrum.population_eigenvalues`. Takes time n d min(n, d) and memory
+        min(n, d)² beside one copy of the inputs.
+
+        Args:
+            inputs: training inputs, shape (n, d), on any device.
+            components: as in :meth:`isotropic`.
+            bins: largest number of bins; rounding of ranks to integers can leave fewer. One bin is
+                the isotropic model.
+            per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean; by default
+                where these norms vary far more than those of Gaussian noise would.
+
+        Returns:
+            A model with eigenvalues in descending order.
+
+        Raises:
+            ValueError: as :meth:`isotropic`, or if ``bins`` is not a positive integer.
+        """
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+            raise ValueError(f"NoiseModel: bins must be a positive integer, got {bins!r}")
+        if bins == 1 and per_sample is False:
+            return cls.isotropic(inputs, components)
+        noise = _noise_of(inputs, components)
+        spectrum = noise.spectrum()
+        edges = _edges(len(spectrum), bins)
+        values = torch.stack([part.mean() for part in spectrum.split(edges.diff().tolist())])
+        relative = noise.relative_mass()
+        if per_sample is None:
+            per_sample = _is_heavy_tailed(relative, spectrum)
+        return cls(
+            eigenvalues=values.to(noise.centred),
+            multiplicities=edges.diff().to(noise.centred.device),
+            components=noise.components,
+            relative_mass=relative if per_sample else None,
         )
 
     @property
     def dimension(self) -> int:
         """Input dimension d."""
         return int(self.multiplicities.sum())
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples n that the model knows one by one, or None."""
+        known = self.components if self.relative_mass is None else self.relative_mass
+        return None if known is None else len(known)
 
     @property
     def mass(self) -> Tensor:
@@ -112,7 +155,81 @@ class NoiseModel:
             eigenvalues=self.eigenvalues.to(device, dtype),
             multiplicities=self.multiplicities.to(device),
             components=None if self.components is None else self.components.to(device),
+            relative_mass=(
+                None if self.relative_mass is None else self.relative_mass.to(device, dtype)
+            ),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Noise:
+    """Inputs around their component means (n, d), the ids (n,) and the degrees of freedom."""
+
+    centred: Tensor
+    components: Tensor | None
+    degrees: int
+
+    def spectrum(self) -> Tensor:
+        """Population eigenvalues, shape (d,), float64, on the CPU."""
+        found = sample_eigenvalues(self.centred, self.degrees)
+        return population_eigenvalues(found, self.centred.shape[1], self.degrees)
+
+    def relative_mass(self) -> Tensor:
+        """‖z_i‖² over its mean, shape (n,)."""
+        mass = self.centred.square().sum(1)
+        return mass / mass.mean()
+
+
+def _noise_of(inputs: Tensor | np.ndarray, components: Tensor | np.ndarray | None) -> _Noise:
+    values = _as_matrix(inputs)
+    n = len(values)
+    ids = None if components is None else _as_components(components, n).to(values.device)
+    labels = torch.zeros(n, dtype=torch.long, device=values.device) if ids is None else ids
+    num_components = int(labels.max()) + 1
+    if n <= num_components:
+        raise ValueError(
+            f"NoiseModel: {n} samples in {num_components} components leave no noise to "
+            "measure; give more samples or fewer components"
+        )
+    centred = centre_within_components(values, labels, num_components)
+    # Once more, because the mean of inputs far from zero is rounded like numbers of their size.
+    centred = centre_within_components(centred, labels, num_components)
+    rounding = torch.finfo(values.dtype).eps
+    power = centred.square().sum(dtype=torch.float64) / ((n - num_components) * values.shape[1])
+    if not float(power) > rounding**2 * float(values.square().mean()):
+        raise ValueError(
+            "NoiseModel: the inputs do not vary within their components; decoupled descent "
+            "needs noisy inputs"
+        )
+    return _Noise(centred, ids, n - num_components)
+
+
+def _edges(dimension: int, bins: int) -> Tensor:
+    """Ranks at which bins begin and end, from 0 to d, spaced geometrically from 1 on."""
+    if bins == 1:
+        return torch.tensor([0, dimension])
+    ranks = torch.logspace(0, math.log10(dimension), bins, dtype=torch.float64).round().long()
+    return torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), ranks]))
+
+
+def _is_heavy_tailed(relative_mass: Tensor, spectrum: Tensor) -> bool:
+    # Gaussian norms have variance 2 tr Σ² / (tr Σ)²; features of one scale a sample have several
+    # times that.
+    gaussian = 2 * spectrum.square().sum() / spectrum.sum().square()
+    return float(relative_mass.double().var()) > 3 * float(gaussian)
+
+
+def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> None:
+    if relative_mass.dim() != 1 or (
+        components is not None and len(components) != len(relative_mass)
+    ):
+        raise ValueError(
+            "NoiseModel: expected one relative mass a sample, shape (n,), got "
+            f"{tuple(relative_mass.shape)}"
+            + ("" if components is None else f" for {len(components)} component ids")
+        )
+    if not bool((torch.isfinite(relative_mass) & (relative_mass >= 0)).all()):
+        raise ValueError("NoiseModel: relative masses must be finite and not negative")
 
 
 def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor:

@@ -319,7 +319,13 @@ class DecoupledDescent(torch.optim.SGD):
                 weight_gradient, layer.weight, curvature, noise.eigenvalues, self._damping
             )
         moved = shadow_gradient(
-            shadow, gradient, curvature, noise.eigenvalues, noise.mass, self._damping
+            shadow,
+            gradient,
+            curvature,
+            noise.eigenvalues,
+            noise.mass,
+            self._damping,
+            noise.relative_mass,
         )
         return _Update(layer.weight, weight_gradient, shadow, moved)
 

@@ -4,10 +4,8 @@ Written from ``docs/theory.md`` alone and sharing no code with the package, so t
 seen as a disagreement with the other. Nothing here is a recursion: the weights and the Onsager
 correction of step t are written out as sums over the steps s < t.
 
-Where later features belong: eigenvalue bins are one call of :func:`shadow_from_history` each,
-summed, and a full covariance Σ replaces the scalar in the drift of :func:`weight_from_history`; a
-mini-batch makes the rows of ``Step.gradients`` outside the batch zero and n the batch's size;
-momentum makes each factor of the product a 2k × 2k map of (position, velocity).
+Where later features belong: a mini-batch makes the rows of ``Step.gradients`` outside the batch
+zero and n the batch's size; momentum makes each factor a map of (position, velocity).
 """
 
 from collections.abc import Callable, Sequence
@@ -72,36 +70,42 @@ def sample_loss(r: Tensor, head: Head, label: int, activation: Activation) -> Te
 def shadow_from_history(
     past: Sequence[Step],
     rates: Sequence[float],
-    eigenvalue: float,
-    mass: float,
+    covariance: Tensor,
     damping: float,
-    shape: torch.Size,
+    relative_mass: Tensor,
 ) -> Tensor:
-    """Onsager correction as a sum over past steps: equation (1) unrolled, with damping (section 6).
+    """Onsager correction as a sum over past steps: equation (3) unrolled, before any binning.
 
-        Q^t = (τ/n) Σ_{s<t} η_s G^s Π_{r=s+1}^{t−1} (I − η_r ρ λ H̄^r),
+    The push x_i g_iᵀ of step s decays by W ↦ W − η_r ρ Σ W H̄^r at every later step r, a linear map
+    of d × k matrices; x_iᵀ(·)x_i is replaced by its mean, the trace against Σ:
 
-    the factors on the right of G^s, the oldest first.
+        Q_i^t = (r_i/n) Σ_{s<t} η_s tr_d[ (Σ ⊗ I) Π_{r=s+1}^{t−1} (I − η_r ρ Σ ⊗ H̄^r) ] g_i^s,
+
+    the newest factor on the left, tr_d the trace over the input's index, r_i = ‖z_i‖² / mean.
 
     Args:
-        past: steps 0 … t − 1.
+        past: steps 0 … t − 1, at least one.
         rates: learning rates η_0, η_1, …
-        eigenvalue: λ, noise variance per coordinate.
-        mass: τ, noise mass of a sample.
+        covariance: Σ, shape (d, d).
         damping: ρ.
-        shape: (n, k), needed while there is no past.
+        relative_mass: r, shape (n,).
 
     Returns:
         Q^t, shape (n, k).
     """
-    n, k = shape
-    identity = torch.eye(k, dtype=torch.float64)
+    n, k = past[0].gradients.shape
+    d = len(covariance)
+    identity = torch.eye(d * k, dtype=torch.float64)
     shadow = torch.zeros(n, k, dtype=torch.float64)
     for s in range(len(past)):
         survives = identity
         for r in range(s + 1, len(past)):
-            survives = survives @ (identity - rates[r] * damping * eigenvalue * past[r].curvature)
-        shadow = shadow + (mass / n) * rates[s] * (past[s].gradients @ survives)
+            decay = torch.kron(covariance, past[r].curvature)
+            survives = (identity - rates[r] * damping * decay) @ survives
+        response = torch.einsum("ab,bpaq->pq", covariance, survives.reshape(d, k, d, k))
+        for i in range(n):
+            push = rates[s] / n * relative_mass[i]
+            shadow[i] = shadow[i] + push * (response @ past[s].gradients[i])
     return shadow
 
 
@@ -110,19 +114,19 @@ def weight_from_history(
     rates: Sequence[float],
     inputs: Tensor,
     initial: Tensor,
-    noise_variance: float,
+    covariance: Tensor,
     damping: float,
 ) -> Tensor:
-    """Weights as a sum over past steps: section 6 unrolled, for Σ = λI.
+    """Weights as a sum over past steps: section 6 unrolled.
 
-        W^t = W^0 − Σ_{s<t} η_s [ (1/n) Σ_i x_i (g_i^s)ᵀ − (1 − ρ) λ W^s H̄^s ].
+        W^t = W^0 − Σ_{s<t} η_s [ (1/n) Σ_i x_i (g_i^s)ᵀ − (1 − ρ) Σ W^s H̄^s ].
 
     Args:
         past: steps 0 … t − 1.
         rates: learning rates η_0, η_1, …
         inputs: X, shape (n, d).
         initial: W^0, shape (d, k).
-        noise_variance: λ.
+        covariance: Σ, shape (d, d).
         damping: ρ.
 
     Returns:
@@ -133,7 +137,7 @@ def weight_from_history(
         push = torch.zeros_like(initial)
         for x, g in zip(inputs, step.gradients, strict=True):
             push = push + torch.outer(x, g) / len(inputs)
-        drift = noise_variance * step.weight @ step.curvature
+        drift = covariance @ step.weight @ step.curvature
         weight = weight - rates[s] * (push - (1 - damping) * drift)
     return weight
 
@@ -145,10 +149,11 @@ def decoupled_descent(
     head: Head,
     activation: Activation,
     rates: Sequence[float],
-    noise_variance: float = 1.0,
+    noise: float | Tensor = 1.0,
     damping: float = 1.0,
+    relative_mass: Tensor | None = None,
 ) -> list[Step]:
-    """Full-batch decoupled descent on a two-layer network, isotropic noise, exact curvature.
+    """Full-batch decoupled descent on a two-layer network, exact curvature.
 
     θ descends the plain gradient (1/n) Σ_i ∂ℓ_i/∂θ taken at R.
 
@@ -159,21 +164,24 @@ def decoupled_descent(
         head: θ^0.
         activation: applied to each hidden unit; twice differentiable.
         rates: learning rate of each step, η_0 … η_{T−1}.
-        noise_variance: λ; the noise mass is τ = dλ.
+        noise: covariance Σ, shape (d, d), or the variance λ of isotropic noise Σ = λI.
         damping: ρ.
+        relative_mass: ‖z_i‖² over its mean, shape (n,); equal masses by default.
 
     Returns:
         The T + 1 steps, from the initial state to the state after the last update.
     """
     n, d = inputs.shape
+    covariance = noise * torch.eye(d).double() if isinstance(noise, float) else noise
+    relative_mass = torch.ones(n).double() if relative_mass is None else relative_mass
     gradient_of = torch.func.grad(sample_loss, argnums=(0, 1))
     hessian_of = torch.func.hessian(sample_loss)
     past: list[Step] = []
     for t in range(len(rates) + 1):
-        current = weight_from_history(past, rates, inputs, weight, noise_variance, damping)
-        shadow = shadow_from_history(
-            past, rates, noise_variance, d * noise_variance, damping, (n, weight.shape[1])
-        )
+        current = weight_from_history(past, rates, inputs, weight, covariance, damping)
+        shadow = torch.zeros(n, weight.shape[1], dtype=torch.float64)
+        if past:
+            shadow = shadow_from_history(past, rates, covariance, damping, relative_mass)
         gradients, head_gradients, hessians, losses = [], [], [], []
         for x, q, label in zip(inputs, shadow, labels.tolist(), strict=True):
             arguments = (current.T @ x + q, head, label, activation)

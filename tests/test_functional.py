@@ -70,9 +70,10 @@ def fast_trajectory(
     problem: Problem,
     activation: Callable[[Tensor], Tensor],
     rates: Sequence[float],
-    noise_variance: float,
+    noise_variance: float | Tensor,
     damping: float,
     reduction: str = "mean",
+    relative_mass: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Decoupled descent by the recursions of ``dd.functional`` and the exact curvature of ``dd``.
 
@@ -80,19 +81,21 @@ def fast_trajectory(
         problem: data and initialisation.
         activation: of the hidden layer.
         rates: learning rates; divided by n here where the loss is summed.
-        noise_variance: λ.
+        noise_variance: λ, or with ρ = 1 the d eigenvalues of Σ, each a bin of its own.
         damping: ρ.
         reduction: of the cross-entropy over samples.
+        relative_mass: ‖z_i‖² over its mean, shape (n,).
 
     Returns:
         W (d, k) and Q (n, k) at every step, the initial one included.
     """
     n, d = problem.inputs.shape
     weight, head = problem.weight.T.clone(), problem.head
-    shadow = torch.zeros(1, n, weight.shape[0], dtype=torch.float64)
-    eigenvalues = torch.tensor([noise_variance], dtype=torch.float64)
+    eigenvalues = torch.as_tensor(noise_variance, dtype=torch.float64).reshape(-1)
+    mass = eigenvalues * (d / len(eigenvalues))
+    shadow = torch.zeros(len(eigenvalues), n, weight.shape[0], dtype=torch.float64)
     estimator = curvature.Exact()
-    trajectory = [(weight.T, shadow[0])]
+    trajectory = [(weight.T, shadow.sum(0))]
     for rate in rates:
         rate = rate if reduction == "mean" else rate / n
         r = corrected_preactivation(problem.inputs @ weight.T, shadow).requires_grad_()
@@ -106,13 +109,13 @@ def fast_trajectory(
         h = estimator.estimate(observed, curvature.Backward(g, None, get_gradient_edge(r)))
         g = g.detach()
 
-        descent = damped_weight_gradient(g.T @ problem.inputs, weight, h, noise_variance, damping)
+        descent = damped_weight_gradient(g.T @ problem.inputs, weight, h, eigenvalues[0], damping)
         weight = weight - rate * descent
         shadow = shadow - rate * shadow_gradient(
-            shadow, g, h, eigenvalues, d * eigenvalues, damping
+            shadow, g, h, eigenvalues, mass, damping, relative_mass
         )
         head = Head(*(p - rate * dp.detach() for p, dp in zip(head, head_gradients, strict=True)))
-        trajectory.append((weight.T, shadow[0]))
+        trajectory.append((weight.T, shadow.sum(0)))
     return trajectory
 
 
@@ -136,6 +139,24 @@ def test_recursion_equals_sums_over_the_past(problem, activation, rates, damping
     slow = slow_trajectory(problem, activation, rates, 1.4, damping)
     assert len(fast) == len(slow) == len(rates) + 1
     # Far enough from the start that every term of the recursion has acted.
+    assert slow[-1].shadow.abs().max() > 0.1
+    for (weight, shadow), step in zip(fast, slow, strict=True):
+        torch.testing.assert_close(weight, step.weight, rtol=0, atol=1e-10)
+        torch.testing.assert_close(shadow, step.shadow, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("unequal", [False, True], ids=["equal-mass", "per-sample-mass"])
+def test_one_bin_an_eigenvalue_equals_the_full_covariance(problem, unequal):
+    n, d = problem.inputs.shape
+    # Neither diagonal nor of small condition, and one eigenvalue at 0.
+    eigenvalues = torch.tensor([4.0, 1.7, 0.9, 0.3, 0.05, 0.0], dtype=torch.float64)
+    rotation = torch.linalg.qr(normal(11, d, d))[0]
+    covariance = rotation @ torch.diag(eigenvalues) @ rotation.T
+    relative = 0.3 + normal(12, n).square() if unequal else None
+    fast = fast_trajectory(problem, torch.tanh, VARYING, eigenvalues, 1.0, relative_mass=relative)
+    slow = decoupled_descent(
+        *problem, torch.tanh, VARYING, noise=covariance, relative_mass=relative
+    )
     assert slow[-1].shadow.abs().max() > 0.1
     for (weight, shadow), step in zip(fast, slow, strict=True):
         torch.testing.assert_close(weight, step.weight, rtol=0, atol=1e-10)

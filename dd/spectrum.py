@@ -1,0 +1,97 @@
+"""The population spectrum behind a sample covariance.
+
+Sample eigenvalues are spread wider than those of Σ, the more so the fewer samples there are a
+dimension (Marchenko and Pastur 1967). Decoupled descent needs sums tr Σ f(Σ) of the population, f
+decaying; the equation that binds the two spectra is solved here for the population's.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dd.nonnegative import nonnegative_least_squares
+
+__all__ = ["population_eigenvalues", "sample_eigenvalues"]
+
+# Rows or columns of the sample that are held in double precision at a time.
+_CHUNK = 1024
+# Resolution of the equation and of the spectrum; both are smooth on this scale.
+_RIDGES = 80
+_ATOMS = 100
+
+
+def sample_eigenvalues(centred: Tensor, degrees: int) -> Tensor:
+    """Positive eigenvalues of the sample covariance S = ZᵀZ / m.
+
+    They come from the smaller of ZᵀZ and ZZᵀ: time n d min(n, d), memory min(n, d)².
+
+    Args:
+        centred: Z, the sample around its component means, shape (n, d).
+        degrees: m, degrees of freedom, n less the number of components.
+
+    Returns:
+        At most min(m, d) eigenvalues in squared input units, descending, float64, on the CPU.
+    """
+    n, d = centred.shape
+    gram = torch.zeros(min(n, d), min(n, d), dtype=torch.float64, device=centred.device)
+    for block in centred.split(_CHUNK, dim=0 if n >= d else 1):
+        half = block.double() if n >= d else block.mT.double()
+        gram.addmm_(half.mT, half, alpha=1 / degrees)
+    values = torch.linalg.eigvalsh(gram).flip(0).cpu()[: min(degrees, d)]
+    # Linearly dependent inputs leave eigenvalues that are rounding errors.
+    precision = n**0.5 * torch.finfo(centred.dtype).eps
+    return values[values > precision**2 * values[0]]
+
+
+def population_eigenvalues(sample: Tensor, dimension: int, degrees: int) -> Tensor:
+    """Eigenvalues of Σ whose sample would have the eigenvalues given.
+
+    A ridge s on the sample covariance leaves as many degrees of freedom as the ridge κ on Σ:
+
+        Σ_i ℓ_i / (ℓ_i + s) = Σ_j λ_j / (λ_j + κ),      κ = s / (1 − (1/m) Σ_i ℓ_i / (ℓ_i + s)),
+
+    which is the Marchenko-Pastur equation on the negative real axis (Silverstein and Bai 1995). The
+    left side and κ are known at every s, the right side is linear in the density of λ; a
+    non-negative density on a logarithmic grid is fitted by least squares, as El Karoui (2008)
+    inverts the equation. Both sides fluctuate by O(1) in n and d, so by O(1/d) of their size.
+
+    With fewer degrees of freedom than dimensions κ stays above a positive bound, and what lies
+    below that bound is known by its trace alone.
+
+    Args:
+        sample: ℓ, positive, shape (r,), r ≤ min(m, d).
+        dimension: d.
+        degrees: m.
+
+    Returns:
+        λ, shape (d,), float64, descending, not negative, with the trace of the sample.
+    """
+    observed = sample.double().cpu().numpy()
+    ridges, freedom = _effective_ridges(observed, degrees)
+    atoms = np.geomspace(observed[0], min(observed[-1], 0.1 * ridges[-1]), _ATOMS)
+    # κ carries an error of order 1/m over the factor below, which blows up at small ridges.
+    weight = (1 - freedom / degrees) / freedom
+    response = weight[:, None] * atoms / (atoms + ridges[:, None])
+    # Directions without noise.
+    atoms, response = np.append(atoms, 0.0), np.pad(response, ((0, 0), (0, 1)))
+    # Trace and dimension are known without error: ten times the weight of any other equation.
+    trace = observed.sum()
+    matrix = np.vstack([response, 10 * atoms / trace, np.full(_ATOMS + 1, 10 / dimension)])
+    target = np.concatenate([weight * freedom, [10.0, 10.0]])
+    density = nonnegative_least_squares(matrix, target)
+    return torch.from_numpy(_by_rank(density, atoms, dimension, trace))
+
+
+def _effective_ridges(observed: np.ndarray, degrees: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return κ and the degrees of freedom that it leaves, over a grid of sample ridges."""
+    sample_ridges = np.geomspace(20 * observed[0], 0.1 * observed[-1], _RIDGES)
+    freedom = (observed / (observed + sample_ridges[:, None])).sum(1)
+    return sample_ridges / (1 - freedom / degrees), freedom
+
+
+def _by_rank(density: np.ndarray, atoms: np.ndarray, dimension: int, trace: float) -> np.ndarray:
+    """Spread a density over ``dimension`` eigenvalues, each the mean over one unit of rank."""
+    rank = np.concatenate([[0.0], np.cumsum(density)])
+    mass = np.concatenate([[0.0], np.cumsum(density * atoms)])
+    values = np.diff(np.interp(np.arange(dimension + 1), rank, mass))
+    return values * (trace / values.sum())
