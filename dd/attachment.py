@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dd.curvature import Backward, Curvature, build
 from dd.dual import DualLevel, carry_tangent, split_tangent
-from dd.functional import corrected_preactivation
+from dd.functional import at_least_single, corrected_preactivation
 from dd.gradient_check import require_same_weight, require_unedited
 from dd.noise import NoiseModel
 from dd.sample_order import SampleOrder
@@ -291,8 +291,7 @@ class Attachment:
     def remember_weight(self) -> None:
         """Remember the weight that a step leaves."""
         if self.order.direction is not None:
-            weight = self.layer.weight.detach()
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = at_least_single(self.layer.weight.detach())
             self.expected = weight @ self.order.direction.to(weight)
 
     def _fit_noise(self, inputs: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dd.functional import (
+    at_least_single,
     centre_within_components,
     probe_curvature,
     rademacher,
@@ -85,8 +86,8 @@ class Stein(Curvature):
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
         """Return R centred within components."""
         components = self.components = self.components.to(preactivation.device)
-        preactivation = preactivation.to(torch.promote_types(preactivation.dtype, torch.float32))
-        return centre_within_components(preactivation, components, self.num_components)
+        single = at_least_single(preactivation)
+        return centre_within_components(single, components, self.num_components)
 
     def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
         """Solve K H = R_cᵀ G."""
@@ -113,14 +114,11 @@ class Probe(Curvature):
         return probe_curvature(observed, backward.tangent)
 
 
-class GraphProbe(Curvature):
-    """One Rademacher curvature-vector product through ``loss.backward(create_graph=True)``."""
+class GraphProbe(Probe):
+    """The same product through ``loss.backward(create_graph=True)``."""
 
+    forward_mode = False
     second_order = True
-
-    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw the probe."""
-        return rademacher(preactivation, generator)
 
     def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
         """Differentiate the gradient once more along the probe.

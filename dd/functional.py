@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "at_least_single",
     "centre_within_components",
     "corrected_preactivation",
     "damped_weight_gradient",
@@ -142,7 +143,7 @@ def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> T
     Returns:
         H, shape (..., k, k), symmetric, in float32 at least.
     """
-    centred, gradient = _at_least_single(centred), _at_least_single(gradient)
+    centred, gradient = at_least_single(centred), at_least_single(gradient)
     n, k = centred.shape[-2:]
     covariance = centred.mT @ centred / n
     mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -167,7 +168,7 @@ def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
         H, shape (..., k, k), symmetric, in float32 at least; not finite where VᵀV is singular,
         as it is for n < k.
     """
-    probe, product = _at_least_single(probe), _at_least_single(product)
+    probe, product = at_least_single(probe), at_least_single(product)
     n = probe.shape[-2]
     solution = torch.linalg.solve_ex(probe.mT @ probe / n, probe.mT @ product)[0]
     return _symmetrised(solution)
@@ -187,7 +188,8 @@ def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor
     return bits.mul_(2).sub_(1)
 
 
-def _at_least_single(tensor: Tensor) -> Tensor:
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or in its own dtype where that is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dd.functional import at_least_single
+
 __all__ = ["require_same_weight", "require_unedited"]
 
 # The matrix product behind the weight gradient rounds each term by about a unit in the last place
@@ -30,9 +32,9 @@ def require_unedited(
         RuntimeError: if the two sides differ by more than rounding.
     """
     rounding = max(_rounding(gradient), _rounding(weight_gradient))
-    gradient = _at_least_single(gradient)
+    gradient = at_least_single(gradient)
     projection = projection.to(gradient)
-    arrived = _at_least_single(weight_gradient) @ direction.to(gradient)
+    arrived = at_least_single(weight_gradient) @ direction.to(gradient)
     delivered = (gradient * projection.unsqueeze(1)).sum(0)
     # A sample whose projection happens to be small still rounds like one of ordinary size.
     sizes = projection.abs() + projection.square().mean().sqrt()
@@ -60,7 +62,7 @@ def require_same_weight(weight: Tensor, direction: Tensor, expected: Tensor) -> 
     Raises:
         RuntimeError: if it is another weight.
     """
-    found = _at_least_single(weight) @ direction.to(weight.device, expected.dtype)
+    found = at_least_single(weight) @ direction.to(weight.device, expected.dtype)
     expected = expected.to(found)
     scale = expected.square().mean().sqrt()
     if bool(((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()):
@@ -70,10 +72,6 @@ def require_same_weight(weight: Tensor, direction: Tensor, expected: Tensor) -> 
         "shadows do not fit it. Restore model and optimizer together (load_state_dict of both), "
         "or start over with detach() and attach(); constrain weights with weight_decay=."
     )
-
-
-def _at_least_single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _rounding(tensor: Tensor) -> float:

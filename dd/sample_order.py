@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dd.functional import at_least_single
+
 __all__ = ["SampleOrder"]
 
 # A random projection tells two samples apart by about its standard deviation over samples, while
@@ -60,9 +62,7 @@ class SampleOrder:
         self._last = identity
 
     def _project(self, inputs: Tensor) -> Tensor:
-        values = inputs.detach()
-        if values.dtype not in {torch.float32, torch.float64}:
-            values = values.float()
+        values = at_least_single(inputs.detach())
         if self.direction is None:
             generator = torch.Generator().manual_seed(0)
             self.direction = torch.randn(values.shape[1], generator=generator)

@@ -12,6 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from dd.checks import check_count
 from dd.data.download import FAILURES, one_line, socket_timeout
 from dd.data.feature_cache import cached_features, digest
 from dd.data.places import cache_root
@@ -95,11 +96,9 @@ def _check(images: Tensor, resolution: int | None, batch_size: int) -> None:
             f"images must have shape (n, 3, height, width), none of them zero, "
             f"got {tuple(images.shape)}"
         )
-    for name, value in (("resolution", resolution), ("batch_size", batch_size)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    check_count("batch_size", batch_size)
+    if resolution is not None:
+        check_count("resolution", resolution)
 
 
 def _recipe(backbone: str, weights: str) -> Any:
