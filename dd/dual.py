@@ -90,6 +90,14 @@ class ProbedTensor(Tensor):
             ) from error
         return result.as_subclass(Tensor) if func is Tensor.detach else result
 
+    def __format__(self, spec: str) -> str:
+        """Format as an ordinary tensor."""
+        return format(self.detach(), spec)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Print as an ordinary tensor."""
+        return repr(self.as_subclass(Tensor))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy as an ordinary tensor."""
         return copy.deepcopy(self.as_subclass(Tensor), memo)

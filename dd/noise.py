@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dd.checks import check_count
 from dd.functional import centre_within_components
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
@@ -98,16 +99,17 @@ class NoiseModel:
         """Estimate the population spectrum of Σ, in bins spaced geometrically in rank.
 
         Section 4 of ``docs/theory.md``; the spectrum is that of
-        :func:`dd.spectrum.population_eigenvalues`. Takes time n d min(n, d) and memory
-        min(n, d)² beside one copy of the inputs.
+        :func:`dd.spectrum.population_eigenvalues`. Takes time n d min(n, d), and memory min(n, d)²
+        in float64 beside a few copies of the inputs.
 
         Args:
             inputs: training inputs, shape (n, d), on any device.
             components: as in :meth:`isotropic`.
             bins: largest number of bins; rounding of ranks to integers can leave fewer. One bin is
                 the isotropic model.
-            per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean; by default
-                where these norms vary far more than those of Gaussian noise would.
+            per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean, which needs
+                Stein's curvature; by default where the components are known and these norms vary
+                far more than those of Gaussian noise would.
 
         Returns:
             A model with eigenvalues in descending order.
@@ -115,8 +117,7 @@ class NoiseModel:
         Raises:
             ValueError: as :meth:`isotropic`, or if ``bins`` is not a positive integer.
         """
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-            raise ValueError(f"NoiseModel: bins must be a positive integer, got {bins!r}")
+        check_count("NoiseModel: bins", bins)
         if bins == 1 and per_sample is False:
             return cls.isotropic(inputs, components)
         noise = _noise_of(inputs, components)
@@ -125,7 +126,7 @@ class NoiseModel:
         values = torch.stack([part.mean() for part in spectrum.split(edges.diff().tolist())])
         relative = noise.relative_mass()
         if per_sample is None:
-            per_sample = _is_heavy_tailed(relative, spectrum)
+            per_sample = noise.components is not None and _is_heavy_tailed(relative, spectrum)
         return cls(
             eigenvalues=values.to(noise.centred),
             multiplicities=edges.diff().to(noise.centred.device),
@@ -175,9 +176,15 @@ class _Noise:
         return population_eigenvalues(found, self.centred.shape[1], self.degrees)
 
     def relative_mass(self) -> Tensor:
-        """‖z_i‖² over its mean, shape (n,)."""
+        """‖z_i‖² over its mean, shape (n,); 1 for the only sample of a component."""
         mass = self.centred.square().sum(1)
-        return mass / mass.mean()
+        if self.components is None:
+            return mass / mass.mean()
+        # The mean of n_a samples takes 1/n_a of each one's noise with it.
+        sizes = torch.bincount(self.components)[self.components]
+        alone = sizes == 1
+        mass = mass / (1 - 1 / sizes.clamp_min(2).to(mass))
+        return torch.where(alone, 1.0, mass / mass[~alone].mean())
 
 
 def _noise_of(inputs: Tensor | np.ndarray, components: Tensor | np.ndarray | None) -> _Noise:

@@ -218,7 +218,8 @@ def test_summary_maps_optimizers_to_figures_and_says_where_they_come_from(finish
     assert summary["gd"].keys() == summary["dd"].keys() == SUMMARY_KEYS
     assert summary["gd"]["completed_trials"] == 1
     assert summary["dd"]["seconds"] > 0
-    assert 0 < summary["dd"]["steps_per_second"] <= 12 * 12 / summary["dd"]["seconds"]
+    # Half of the 12 updates take at least the median time.
+    assert summary["dd"]["steps_per_second"] >= 6 / summary["dd"]["seconds"]
     assert summary["experiment"] == "xor"
     assert summary["seed"] == 0
     assert summary["torch"] == torch.__version__

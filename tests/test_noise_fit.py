@@ -120,8 +120,10 @@ def test_sample_norms_are_used_where_they_vary_beyond_chance():
     n, d = 400, 100
     gaussian = normal(5, n, d)
     scale = torch.where(torch.arange(n) % 2 == 0, 0.5, 1.5).double()
-    assert NoiseModel.fit(gaussian).relative_mass is None
-    model = NoiseModel.fit(gaussian * scale.sqrt()[:, None])
+    ids = torch.arange(n) // 2 % 2
+    assert NoiseModel.fit(gaussian, ids).relative_mass is None
+    assert NoiseModel.fit(gaussian * scale[:, None]).relative_mass is None
+    model = NoiseModel.fit(gaussian * scale.sqrt()[:, None], ids)
     assert model.num_samples == n
     # ‖z_i‖² is chi-squared with d degrees of freedom, relative deviation sqrt(2/d); its mean over n
     # samples adds little; five deviations for the largest of 400.
@@ -213,3 +215,14 @@ def test_masses_of_samples_are_refused_without_steins_curvature(curvature):
     noise = NoiseModel.fit(normal(9, 30, 5), per_sample=True)
     with pytest.raises(ValueError, match=r"needs Stein's curvature.*fit\(per_sample=False\)"):
         dd.DecoupledDescent(model, noise=noise, curvature=curvature)
+
+
+def test_mass_of_a_sample_does_not_depend_on_the_size_of_its_component():
+    """Means over 100 classes of 2: ‖z‖²/d has spread √(2/d), and half that many free samples."""
+    components = torch.cat(
+        [torch.zeros(500), 1 + torch.arange(100).repeat(2), 101 + torch.zeros(1)]
+    )
+    noise = NoiseModel.fit(normal(4, 701, 50), components.long(), per_sample=True)
+    pairs = noise.relative_mass[500:700].mean()
+    assert abs(pairs - 1) < 4 * (2 / 50 / 100) ** 0.5
+    assert noise.relative_mass[-1] == 1

@@ -411,7 +411,7 @@ def test_saved_state_continues_the_run():
     assert torch.equal(model[0].weight, twin[0].weight)
 
 
-def test_losses_and_scores_are_saved_and_copied_as_plain_tensors():
+def test_losses_and_scores_are_printed_saved_and_copied_as_plain_tensors():
     inputs, targets = make_problem()
     model = make_model()
     optimizer = dd.DecoupledDescent(model, lr=0.3, curvature="probe")
@@ -423,6 +423,10 @@ def test_losses_and_scores_are_saved_and_copied_as_plain_tensors():
     assert torch.equal(torch.load(buffer, weights_only=True)["loss"], loss.detach())
     assert type(loss.detach()) is type(copy.deepcopy(loss.detach())) is Tensor
     assert type(pickle.loads(pickle.dumps(scores.detach()))) is Tensor  # noqa: S301
+    assert f"{loss:.4f}" == f"{loss.item():.4f}"
+    assert f"{loss}" == str(loss.item())
+    assert f"{(scores.argmax(1) == targets).double().mean():.3f}"
+    assert repr(loss).startswith("tensor(")
     loss.backward()
     optimizer.step()
 
