@@ -266,7 +266,8 @@ class Attachment:
                 "freeze what is before it (requires_grad_(False)), or name "
                 "another layer with layer=."
             )
-        self.order.check(inputs)
+        if first:
+            self.order.check(inputs)
         if self.expected is not None and self.order.direction is not None:
             require_same_weight(self.layer.weight.detach(), self.order.direction, self.expected)
         if first or self.noise is None:

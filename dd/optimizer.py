@@ -339,8 +339,9 @@ class DecoupledDescent(torch.optim.SGD):
         gradients: list[Tensor] = []
         buffers: list[Tensor | None] = []
         sparse = self._init_group(group, params, gradients, buffers)
-        owner = update is not None and any(p is update.weight for p in params)
-        if update is not None and owner:
+        if update is not None and all(p is not update.weight for p in params):
+            update = None
+        if update is not None:
             index = next(i for i, p in enumerate(params) if p is update.weight)
             gradients[index] = update.weight_gradient
             params.append(update.shadow)
@@ -365,7 +366,7 @@ class DecoupledDescent(torch.optim.SGD):
         )
         if group["momentum"] == 0:
             return
-        if update is not None and owner:
+        if update is not None:
             self.state[update.weight]["shadow_momentum_buffer"] = buffers.pop()
             params.pop()
         for parameter, buffer in zip(params, buffers, strict=True):
@@ -390,17 +391,17 @@ class DecoupledDescent(torch.optim.SGD):
             )
 
     def _check_finite(self, attachment: Attachment, capture: Capture) -> None:
-        names = {id(p): name for name, p in attachment.module.named_parameters()}
-        found = {f"the output of {attachment.name!r}": capture.gradient}
-        for group in self.param_groups:
-            for p in group["params"]:
-                found[names.get(id(p), f"parameter {len(found)}")] = p.grad
-        tensors = {name: g.detach() for name, g in found.items() if g is not None}
-        finite = torch.stack([_values(g).isfinite().all() for g in tensors.values()])
+        assert capture.gradient is not None
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [capture.gradient, *(p.grad for p in moved)]
+        finite = torch.stack([_values(g.detach()).isfinite().all() for g in gradients])
         if bool(finite.all()):
             return
         attachment.drop()
-        bad = [name for name, ok in zip(tensors, finite.tolist(), strict=True) if not ok]
+        known = {id(p): name for name, p in attachment.module.named_parameters()}
+        names = [f"the output of {attachment.name!r}"]
+        names += [known.get(id(p), f"parameter {i}") for i, p in enumerate(moved)]
+        bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
         step = self.state[attachment.layer.weight].get("shadow_step", 0)
         raise FloatingPointError(
             f"DecoupledDescent: the gradient of {', '.join(bad)} is not finite at step {step}; "
