@@ -125,12 +125,13 @@ def make_optimizer(
     with _explained(f"optimizer {name}"):
         optimizer: torch.optim.Optimizer = _build(OmegaConf.create(settings))(model.parameters())
     if isinstance(optimizer, DecoupledDescent):
-        noise = _noise_model(config, settings["curvature"], split)
+        noise = _noise_model(config, settings, split)
         optimizer.attach(model, noise=noise)
     return optimizer
 
 
-def _noise_model(config: DictConfig, curvature: str, split: Split) -> NoiseModel:
+def _noise_model(config: DictConfig, settings: dict[str, Any], split: Split) -> NoiseModel:
+    curvature = settings["curvature"]
     known = config.components_known or curvature == "stein"
     components = split.train_components if known else None
     # A mass for every sample is defined with Stein's curvature, which needs the components.
@@ -140,6 +141,7 @@ def _noise_model(config: DictConfig, curvature: str, split: Split) -> NoiseModel
         components,
         bins=config.noise_bins,
         per_sample=None if stein and config.noise_bins > 1 else False,
+        separate_means=components is not None and settings["head"] is not False,
     )
 
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
 from dd.curvature import Backward, Curvature, build
 from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.functional import at_least_single, corrected_preactivation
 from dd.gradient_check import require_same_weight, require_unedited
+from dd.head import Scores, SharedParameters
 from dd.noise import NoiseModel
 from dd.sample_order import SampleOrder
 
@@ -67,10 +69,15 @@ class ForwardHook:
 
     A deep copy or an unpickled copy of the model gets an inert hook, as does the model itself once
     its optimizer is gone.
+
+    Args:
+        optimizer: the owner.
+        head: whether the layer is the head and not the decoupled one.
     """
 
-    def __init__(self, optimizer: "DecoupledDescent | None" = None) -> None:
+    def __init__(self, optimizer: "DecoupledDescent | None" = None, *, head: bool = False) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._head = head
 
     @property
     def optimizer(self) -> "DecoupledDescent | None":
@@ -91,12 +98,13 @@ class ForwardHook:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Return the corrected pre-activation, or None to leave the output as it is."""
+        """Return the corrected output, or None to leave it as it is."""
         optimizer = self.optimizer
         if optimizer is None:
             return None
         inputs = args[0] if args else kwargs["input"]
-        return optimizer._correct(layer, inputs, output)
+        correct = optimizer._correct_scores if self._head else optimizer._correct
+        return correct(layer, inputs, output)
 
 
 class Capture:
@@ -105,7 +113,13 @@ class Capture:
     Attributes:
         gradient: ∂L/∂R, shape (n, k), or None before the backward pass.
         tangent: derivative of the gradient along the probe, or None.
+        signal: coordinates of the samples along the component means, shape (n, m), where the head
+            is corrected.
+        scores: what the head saw and said, where it is corrected.
     """
+
+    signal: Tensor | None = None
+    scores: Scores | None = None
 
     def __init__(
         self, preactivation: Tensor, estimator: Curvature, generator: torch.Generator
@@ -143,6 +157,53 @@ class Capture:
             self.gradient, self.tangent = self.gradient + gradient, None
         return gradient if self._level is not None else None
 
+    def follow(self, scores: Tensor, corrected: Tensor, features: Tensor) -> None:
+        """Take down what the head saw and said.
+
+        Args:
+            scores: the head's plain output, shape (n, C).
+            corrected: what the loss receives, shape (n, C).
+            features: inputs of the head, and 1 for its bias, shape (n, f).
+
+        Raises:
+            RuntimeError: if the scores do not depend on the pre-activations.
+        """
+        self.scores = Scores(split_tangent(corrected.detach())[0], features, self._jacobian(scores))
+        listener = weakref.ref(self)
+        corrected.register_hook(lambda gradient: _deliver_scores(listener, gradient))
+
+    def _jacobian(self, scores: Tensor) -> Tensor:
+        self._estimating = True
+        try:
+            # The head's derivative is wanted, not that of its tangent.
+            with forward_ad._set_fwd_grad_enabled(False):
+                rows = [
+                    torch.autograd.grad(
+                        scores,
+                        self._edge,
+                        direction.expand_as(scores),
+                        retain_graph=True,
+                        allow_unused=True,
+                    )[0]
+                    for direction in torch.eye(scores.shape[1]).to(scores)
+                ]
+        finally:
+            self._estimating = False
+        if any(row is None for row in rows):
+            raise RuntimeError(
+                "DecoupledDescent: the head's output does not depend on the decoupled layer's; "
+                "name the layer that computes the scores with head="
+            )
+        return torch.stack(rows, 1).detach()
+
+    def receive_scores(self, gradient: Tensor) -> None:
+        """Keep a gradient that reached the scores."""
+        if self._estimating or self.scores is None:
+            return
+        gradient = split_tangent(gradient.detach())[0]
+        earlier = self.scores.gradient
+        self.scores.gradient = gradient if earlier is None else earlier + gradient
+
     def curvature(self) -> Tensor:
         """Estimate H, shape (k, k), once the gradient is there."""
         assert self.gradient is not None
@@ -158,9 +219,32 @@ class Capture:
             self._level.close()
 
 
+def _require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) -> None:
+    if noise is None:
+        return
+    separated = noise.mean_directions is not None
+    if corrects_head and noise.components is not None and not separated:
+        raise ValueError(
+            "DecoupledDescent: head=True follows the decoupled layer along the component means by "
+            "itself; keep them out of the noise model: NoiseModel.fit(inputs, components, "
+            "separate_means=True)"
+        )
+    if separated and not corrects_head:
+        raise ValueError(
+            "DecoupledDescent: this noise model leaves out the directions of the component means, "
+            "which only head=True follows; use head=True, or NoiseModel.fit without separate_means"
+        )
+
+
 def _deliver(listener: "weakref.ref[Capture]", gradient: Tensor) -> Tensor | None:
     capture = listener()
     return None if capture is None else capture.receive(gradient)
+
+
+def _deliver_scores(listener: "weakref.ref[Capture]", gradient: Tensor) -> None:
+    capture = listener()
+    if capture is not None:
+        capture.receive_scores(gradient)
 
 
 class Attachment:
@@ -174,10 +258,12 @@ class Attachment:
         pending: the training forward that the next step consumes.
         order: recognises the training batch.
         expected: the weight along the order's direction after the last step, shape (k,), or None.
+        shared: the parameters that all samples share, where they are corrected too.
 
     Raises:
-        ValueError: if there is no such layer, it is attached already, its weight is not a plain
-            parameter, or the noise model has another dimension than its input.
+        ValueError: if there is no such layer or head, one is attached already, its weight is not a
+            plain parameter, or the noise model has another dimension than its input or does not go
+            with the head's correction.
     """
 
     def __init__(
@@ -186,6 +272,7 @@ class Attachment:
         layer: nn.Module | str | None,
         noise: NoiseModel | None,
         curvature: str,
+        head: bool | nn.Module | str = False,
     ) -> None:
         self.module = module
         self.name, self.layer = find_layer(module, layer)
@@ -194,7 +281,8 @@ class Attachment:
         self.pending: Capture | None = None
         self.order = SampleOrder()
         self.expected: Tensor | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
+        self.shared = None if head is False else SharedParameters(module, self.layer, head)
         if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
             raise ValueError(
                 f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
@@ -205,6 +293,7 @@ class Attachment:
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
                 f"{self.name!r} takes {self.layer.in_features}; fit it on what this layer receives"
             )
+        _require_matching_means(noise, corrects_head=self.shared is not None)
         for hook in self.layer._forward_hooks.values():
             if isinstance(hook, ForwardHook) and hook.optimizer is not None:
                 raise ValueError(
@@ -213,13 +302,40 @@ class Attachment:
                 )
 
     def register(self, optimizer: "DecoupledDescent") -> None:
-        """Install the forward hook."""
-        self._handle = self.layer.register_forward_hook(ForwardHook(optimizer), with_kwargs=True)
+        """Install the forward hooks."""
+        hook = ForwardHook(optimizer)
+        self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
+        if self.shared is not None:
+            hook = ForwardHook(optimizer, head=True)
+            head = self.shared.head
+            self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hook and everything pending away."""
+        """Take the hooks and everything pending away."""
         self.drop()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def shadowed(self) -> list[tuple[Tensor, str]]:
+        """Every parameter with a shadow, and the key of the shadow in its state."""
+        parts = [] if self.shared is None else self.shared.parts
+        return [(self.layer.weight, "shadow"), *parts]
+
+    def forget(self) -> None:
+        """Forget the samples and the weights that the state belonged to."""
+        self.drop()
+        self.order.forget()
+        self.expected = None
+        if self.shared is not None:
+            self.shared.forget()
+
+    def signal(self, inputs: Tensor) -> Tensor | None:
+        """Coordinates of the samples along the component means where the head is corrected."""
+        if self.shared is None:
+            return None
+        given = self._given_noise
+        return self.shared.signal(inputs, None if given is None else given.mean_directions)
 
     def drop(self) -> None:
         """Forget the pending training forward."""

@@ -14,6 +14,9 @@ H      (k, k)      Σ_i ∂²L/∂r_i², the curvature of L in the pre-activatio
 Q      (B, n, k)   shadows: how far each sample's pre-activation would move without that sample
 λ      (B,)        noise variance per coordinate
 τ      (B,)        noise mass E‖z‖² of each bin, λ times the bin's dimension
+C                  scores, the outputs of the network's last linear layer, the *head*
+U      (n, m)      coordinates of the inputs along the component means, and 1 for a bias
+Φ      (n, f)      inputs of the head, and 1 for its bias
 =====  ==========  ==========================================================================
 
 Everything is written for the loss as it is differentiated. When L is a mean over n samples, G and H
@@ -32,6 +35,9 @@ __all__ = [
     "probe_curvature",
     "rademacher",
     "shadow_gradient",
+    "shared_curvature",
+    "shared_shadow_gradient",
+    "softmax_curvature",
     "stein_curvature",
 ]
 
@@ -174,6 +180,73 @@ def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
     return _symmetrised(solution)
 
 
+def softmax_curvature(scores: Tensor, weights: Tensor) -> Tensor:
+    """Curvature of weighted softmax cross-entropy in the scores: P_i = w_i (diag p_i − p_i p_iᵀ).
+
+    Args:
+        scores: shape (..., n, C).
+        weights: w, weight of each sample in L, shape (..., n).
+
+    Returns:
+        P, shape (..., n, C, C).
+    """
+    p = torch.softmax(at_least_single(scores), -1)
+    return weights[..., None, None] * (torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2))
+
+
+def shared_curvature(
+    score_curvature: Tensor, jacobian: Tensor, signal: Tensor, features: Tensor
+) -> Tensor:
+    """Gauss-Newton curvature of L in the shared parameters ψ = (Ω, A), equation (4).
+
+    Sample i's scores depend on Ω, shape (k, m), through R_i + Ω u_i, and on the head A, shape
+    (C, f), through A φ_i.
+
+    Args:
+        score_curvature: P, shape (..., n, C, C), symmetric.
+        jacobian: M_i = ∂scores_i/∂r_i, shape (..., n, C, k).
+        signal: U, shape (..., n, m); m may be 0.
+        features: Φ, shape (..., n, f).
+
+    Returns:
+        Σ_i J_iᵀ P_i J_i with J_i = (M_i ⊗ u_iᵀ, I ⊗ φ_iᵀ), shape (..., p, p), p = km + Cf.
+    """
+    through = score_curvature @ jacobian
+    in_layer = _summed_kronecker(jacobian.mT @ through, _outer(signal, signal))
+    across = _summed_kronecker(through.mT, _outer(signal, features))
+    in_head = _summed_kronecker(score_curvature, _outer(features, features))
+    return torch.cat([torch.cat([in_layer, across], -1), torch.cat([across.mT, in_head], -1)], -2)
+
+
+def shared_shadow_gradient(
+    shadow: Tensor,
+    gradient: Tensor,
+    score_gradient: Tensor,
+    signal: Tensor,
+    features: Tensor,
+    curvature: Tensor,
+) -> Tensor:
+    """Gradient that drives the shadows of the shared parameters: ∇ψ_i = H_ψ ψ_i − ∂L_i/∂ψ.
+
+    Equation (4).
+
+    Args:
+        shadow: for each sample its displacement of Ω and A, flattened, shape (..., n, p).
+        gradient: G, shape (..., n, k).
+        score_gradient: E = ∂L/∂scores, shape (..., n, C).
+        signal: U, shape (..., n, m).
+        features: Φ, shape (..., n, f).
+        curvature: H_ψ, shape (..., p, p), symmetric.
+
+    Returns:
+        The gradient, shape (..., n, p), in the dtype of ``shadow``.
+    """
+    push = torch.cat(
+        [_outer(gradient, signal).flatten(-2), _outer(score_gradient, features).flatten(-2)], -1
+    )
+    return shadow @ curvature.to(shadow.dtype) - push.to(shadow.dtype)
+
+
 def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Independent entries ±1 with equal probability, shaped and typed as ``like``.
 
@@ -195,3 +268,15 @@ def at_least_single(tensor: Tensor) -> Tensor:
 
 def _symmetrised(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+
+def _summed_kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_i left_i ⊗ right_i: (..., n, a, b) and (..., n, s, t) to (..., as, bt)."""
+    (a, b), (s, t) = left.shape[-2:], right.shape[-2:]
+    products = left.flatten(-2).mT @ right.flatten(-2)
+    blocks = products.unflatten(-1, (s, t)).unflatten(-3, (a, b))
+    return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)

@@ -24,11 +24,14 @@ class NoiseModel:
     Attributes:
         eigenvalues: λ, noise variance per coordinate of each bin, in squared input units,
             shape (B,).
-        multiplicities: ν, dimension of each bin, shape (B,); they sum to the input dimension d.
+        multiplicities: ν, dimension of each bin, shape (B,); with m they sum to the input
+            dimension d.
         components: component of each sample in the order of the training batch, shape (n,),
             integers from 0; None when the components are unknown.
         relative_mass: ‖z_i‖² over its mean, in the order of the training batch, shape (n,); None
             where every sample carries the same.
+        mean_directions: orthonormal basis of the span of the component means, shape (d, m), where
+            the bins describe the noise in its complement alone; None where they describe all of it.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -38,6 +41,7 @@ class NoiseModel:
     multiplicities: Tensor
     components: Tensor | None = None
     relative_mass: Tensor | None = None
+    mean_directions: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -95,6 +99,7 @@ class NoiseModel:
         bins: int = 12,
         *,
         per_sample: bool | None = None,
+        separate_means: bool = False,
     ) -> "NoiseModel":
         """Estimate the population spectrum of Σ, in bins spaced geometrically in rank.
 
@@ -110,17 +115,21 @@ class NoiseModel:
             per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean, which needs
                 Stein's curvature; by default where the components are known and these norms vary
                 far more than those of Gaussian noise would.
+            separate_means: whether the directions of the component means are kept out of the bins
+                and followed exactly, which ``DecoupledDescent(head=True)`` needs where the
+                components are known.
 
         Returns:
             A model with eigenvalues in descending order.
 
         Raises:
-            ValueError: as :meth:`isotropic`, or if ``bins`` is not a positive integer.
+            ValueError: as :meth:`isotropic`, if ``bins`` is not a positive integer, or if the means
+                of unknown components, or of as many as there are dimensions, are to be separated.
         """
         check_count("NoiseModel: bins", bins)
-        if bins == 1 and per_sample is False:
+        if bins == 1 and per_sample is False and not separate_means:
             return cls.isotropic(inputs, components)
-        noise = _noise_of(inputs, components)
+        noise = _noise_of(inputs, components, separate_means=separate_means)
         spectrum = noise.spectrum()
         edges = _edges(len(spectrum), bins)
         values = torch.stack([part.mean() for part in spectrum.split(edges.diff().tolist())])
@@ -132,12 +141,14 @@ class NoiseModel:
             multiplicities=edges.diff().to(noise.centred.device),
             components=noise.components,
             relative_mass=relative if per_sample else None,
+            mean_directions=noise.mean_directions,
         )
 
     @property
     def dimension(self) -> int:
         """Input dimension d."""
-        return int(self.multiplicities.sum())
+        separated = 0 if self.mean_directions is None else self.mean_directions.shape[1]
+        return int(self.multiplicities.sum()) + separated
 
     @property
     def num_samples(self) -> int | None:
@@ -159,27 +170,39 @@ class NoiseModel:
             relative_mass=(
                 None if self.relative_mass is None else self.relative_mass.to(device, dtype)
             ),
+            mean_directions=(
+                None if self.mean_directions is None else self.mean_directions.to(device, dtype)
+            ),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Noise:
-    """Inputs around their component means (n, d), the ids (n,) and the degrees of freedom."""
+    """Inputs around their component means (n, d), the ids (n,) and the degrees of freedom.
+
+    Where the means are separated, what lies along their directions (d, m) is taken out.
+    """
 
     centred: Tensor
     components: Tensor | None
     degrees: int
+    mean_directions: Tensor | None = None
 
     def spectrum(self) -> Tensor:
         """Population eigenvalues, shape (d,), float64, on the CPU."""
         found = sample_eigenvalues(self.centred, self.degrees)
-        return population_eigenvalues(found, self.centred.shape[1], self.degrees)
+        separated = 0 if self.mean_directions is None else self.mean_directions.shape[1]
+        return population_eigenvalues(found, self.centred.shape[1] - separated, self.degrees)
 
     def relative_mass(self) -> Tensor:
         """‖z_i‖² over its mean, shape (n,); 1 for the only sample of a component."""
         mass = self.centred.square().sum(1)
         if self.components is None:
             return mass / mass.mean()
+        if self.mean_directions is not None:
+            # What the mean of n_a samples takes of each one's noise lies along its direction, and
+            # is followed there.
+            return mass / mass.mean() * (self.degrees / len(mass))
         # The mean of n_a samples takes 1/n_a of each one's noise with it.
         sizes = torch.bincount(self.components)[self.components]
         alone = sizes == 1
@@ -187,7 +210,12 @@ class _Noise:
         return torch.where(alone, 1.0, mass / mass[~alone].mean())
 
 
-def _noise_of(inputs: Tensor | np.ndarray, components: Tensor | np.ndarray | None) -> _Noise:
+def _noise_of(
+    inputs: Tensor | np.ndarray,
+    components: Tensor | np.ndarray | None,
+    *,
+    separate_means: bool = False,
+) -> _Noise:
     values = _as_matrix(inputs)
     n = len(values)
     ids = None if components is None else _as_components(components, n).to(values.device)
@@ -208,7 +236,30 @@ def _noise_of(inputs: Tensor | np.ndarray, components: Tensor | np.ndarray | Non
             "NoiseModel: the inputs do not vary within their components; decoupled descent "
             "needs noisy inputs"
         )
-    return _Noise(centred, ids, n - num_components)
+    if not separate_means:
+        return _Noise(centred, ids, n - num_components)
+    if ids is None:
+        raise ValueError("NoiseModel: separate_means needs the component of every sample")
+    directions = _mean_directions(values - centred, ids, num_components)
+    centred = centred - (centred @ directions) @ directions.mT
+    return _Noise(centred, ids, n - num_components, directions)
+
+
+def _mean_directions(means: Tensor, ids: Tensor, num_components: int) -> Tensor:
+    """Orthonormal basis of the span of the component means, given as one row a sample.
+
+    Raises:
+        ValueError: if they span all dimensions.
+    """
+    first = torch.stack([(ids == a).nonzero()[0, 0] for a in range(num_components)])
+    _, sizes, directions = torch.linalg.svd(means[first], full_matrices=False)
+    spanned = sizes > 1e-4 * sizes[0]
+    if int(spanned.sum()) >= means.shape[1]:
+        raise ValueError(
+            f"NoiseModel: the means of {num_components} components span all {means.shape[1]} input "
+            "dimensions and leave no noise beside them; use separate_means=False"
+        )
+    return directions[spanned].mT.contiguous()
 
 
 def _edges(dimension: int, bins: int) -> Tensor:

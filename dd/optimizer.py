@@ -12,20 +12,28 @@ from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment, Capture
 from dd.curvature import check_name
-from dd.functional import damped_weight_gradient, shadow_gradient
+from dd.functional import at_least_single, damped_weight_gradient, shadow_gradient
 from dd.noise import NoiseModel
 
 __all__ = ["DecoupledDescent"]
 
 
 @dataclass(frozen=True)
-class _Update:
-    """One step of the decoupled layer: its weight and its shadows, each with its gradient."""
+class _ShadowUpdate:
+    """A shadow with its gradient, to be stepped with its parameter.
 
-    weight: Tensor
-    weight_gradient: Tensor
+    The parameter itself descends ``parameter_gradient`` where that is not its own gradient.
+    """
+
+    parameter: Tensor
+    key: str
     shadow: Tensor
-    shadow_gradient: Tensor
+    gradient: Tensor
+    parameter_gradient: Tensor | None = None
+
+    @property
+    def buffer_key(self) -> str:
+        return f"{self.key}_momentum_buffer"
 
 
 class DecoupledDescent(torch.optim.SGD):
@@ -55,6 +63,10 @@ class DecoupledDescent(torch.optim.SGD):
             ``loss.backward(create_graph=True)``.
         damping: ρ in [0, 1]; 1 updates W as gradient descent does, less removes a share of the
             drift (isotropic noise only).
+        head: whether the network's last linear layer (True), or the one given or named, is
+            corrected for its own over-fitting too, and with it the decoupled layer's bias and its
+            weights along the component means; for softmax cross-entropy. Takes n p numbers and
+            n p² operations a step, p the number of these weights.
         seed: of the curvature probes; the global generators are left alone.
         maximize: ascend instead of descend.
         foreach: as in ``torch.optim.SGD``.
@@ -69,6 +81,7 @@ class DecoupledDescent(torch.optim.SGD):
     _attachment: Attachment | None = None
     _curvature: str = "auto"
     _damping: float = 1.0
+    _head: bool | nn.Module | str = False
     _seed: int = 0
 
     def __init__(
@@ -84,6 +97,7 @@ class DecoupledDescent(torch.optim.SGD):
         noise: NoiseModel | None = None,
         curvature: str = "auto",
         damping: float = 1.0,
+        head: bool | nn.Module | str = False,
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -114,6 +128,7 @@ class DecoupledDescent(torch.optim.SGD):
         )
         self._curvature = curvature
         self._damping = damping
+        self._head = head
         self._seed = int(seed)
         if module is not None:
             self.attach(module, layer=layer, noise=noise)
@@ -167,21 +182,18 @@ class DecoupledDescent(torch.optim.SGD):
                 f"DecoupledDescent: attached to layer {self._attachment.name!r} already; call "
                 "detach() before attaching again"
             )
-        attachment = Attachment(module, layer, noise, self._curvature)
-        weight = attachment.layer.weight
-        group = next((g for g in self.param_groups if any(p is weight for p in g["params"])), None)
-        if group is None:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {attachment.name!r} is not among this "
-                "optimizer's parameters; construct the optimizer with the parameters of this module"
-            )
+        attachment = Attachment(module, layer, noise, self._curvature, self._head)
+        for parameter, _ in attachment.shadowed:
+            self._require_own(attachment, parameter)
         if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
             raise ValueError(
                 f"DecoupledDescent: damping={self._damping} is defined for isotropic noise, got a "
                 f"noise model of {len(noise.eigenvalues)} bins; use damping=1 or "
                 "NoiseModel.isotropic"
             )
-        if group["differentiable"]:
+        if self._head is not False and self._damping != 1.0:
+            raise ValueError("DecoupledDescent: head=True needs damping=1")
+        if any(group["differentiable"] for group in self.param_groups):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
         attachment.register(self)
         self._attachment = attachment
@@ -191,9 +203,9 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is None:
             return
         self._attachment.remove()
-        state = self.state[self._attachment.layer.weight]
-        for key in ("shadow", "shadow_momentum_buffer", "shadow_step", "shadow_samples"):
-            state.pop(key, None)
+        for parameter, key in self._attachment.shadowed:
+            for name in (key, f"{key}_momentum_buffer", "shadow_step", "shadow_samples"):
+                self.state[parameter].pop(name, None)
         self._attachment = None
 
     def drop_forward(self) -> None:
@@ -222,9 +234,7 @@ class DecoupledDescent(torch.optim.SGD):
         """
         super().load_state_dict(state_dict)
         if self._attachment is not None:
-            self._attachment.drop()
-            self._attachment.order.forget()
-            self._attachment.expected = None
+            self._attachment.forget()
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -249,7 +259,7 @@ class DecoupledDescent(torch.optim.SGD):
         for group in self.param_groups:
             _check_rate(group["lr"])
         if self._attachment is None:
-            self._step_groups(None)
+            self._step_groups([])
             return loss
         with _full_precision(self._attachment.layer.weight):
             self._step_groups(self._shadow_update(self._attachment))
@@ -271,17 +281,58 @@ class DecoupledDescent(torch.optim.SGD):
         attachment.order.resume(state.get("shadow_samples"))
         with _full_precision(output):
             corrected = attachment.preactivation(inputs, output, shadow)
+            signal = attachment.signal(inputs)
+            if attachment.shared is not None and signal is not None:
+                corrected = attachment.shared.correct_preactivation(corrected, signal, self._read)
             if not torch.is_grad_enabled():
                 return corrected
             seed = _probe_seed(self._seed, state.get("shadow_step", 0))
-            return attachment.capture(inputs, corrected, seed, first=shadow is None)
+            outgoing = attachment.capture(inputs, corrected, seed, first=shadow is None)
+            assert attachment.pending is not None
+            attachment.pending.signal = signal
+            return outgoing
 
-    def _shadow_update(self, attachment: Attachment) -> _Update | None:
+    def _correct_scores(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        attachment = self._attachment
+        if attachment is None or attachment.shared is None or not attachment.layer.training:
+            return None
+        shared = attachment.shared
+        if head is not shared.head or not head.training:
+            return None
+        with _full_precision(output):
+            corrected = shared.correct_scores(output, inputs, self._read)
+            if not torch.is_grad_enabled():
+                return corrected
+            if attachment.pending is None or attachment.pending.scores is not None:
+                raise RuntimeError(
+                    f"DecoupledDescent: head {shared.name!r} must run once in every training "
+                    f"forward, after layer {attachment.name!r}; run other forwards under "
+                    "model.eval() or torch.no_grad()"
+                )
+            if corrected is output:
+                corrected = output.clone()
+            attachment.pending.follow(output, corrected, shared.features(inputs))
+            return corrected
+
+    def _read(self, parameter: Tensor, key: str) -> Tensor | None:
+        state: dict[str, Any] = self.state.get(parameter, {})
+        return state.get(key)
+
+    def _require_own(self, attachment: Attachment, parameter: Tensor) -> None:
+        if any(p is parameter for group in self.param_groups for p in group["params"]):
+            return
+        name = next(n for n, p in attachment.module.named_parameters() if p is parameter)
+        raise ValueError(
+            f"DecoupledDescent: {name!r} is not among this optimizer's parameters; construct the "
+            "optimizer with the parameters of this module"
+        )
+
+    def _shadow_update(self, attachment: Attachment) -> list[_ShadowUpdate]:
         capture = attachment.pending
         weight = attachment.layer.weight
         if capture is None:
             self._check_idle(attachment)
-            return self._idle_update(weight)
+            return self._idle_updates(attachment)
         if capture.gradient is None or weight.grad is None:
             raise RuntimeError(
                 "DecoupledDescent: step() before loss.backward(): the last training forward has no "
@@ -290,9 +341,29 @@ class DecoupledDescent(torch.optim.SGD):
             )
         self._check_finite(attachment, capture)
         attachment.check_gradient(capture)
-        return self._build_update(attachment, capture)
+        shared = self._shared_updates(attachment, capture)
+        return [self._layer_update(attachment, capture), *shared]
 
-    def _build_update(self, attachment: Attachment, capture: Capture) -> _Update:
+    def _shared_updates(self, attachment: Attachment, capture: Capture) -> list[_ShadowUpdate]:
+        if attachment.shared is None:
+            return []
+        assert capture.gradient is not None
+        assert capture.signal is not None
+        if capture.scores is None or capture.scores.gradient is None:
+            raise RuntimeError(
+                f"DecoupledDescent: head {attachment.shared.name!r} took no part in the last "
+                "training forward and backward; name the layer that computes the scores with head="
+            )
+        gradient = at_least_single(capture.gradient.detach())
+        with torch.no_grad():
+            found = attachment.shared.shadow_gradients(
+                gradient, capture.scores, capture.signal, self._read
+            )
+        for parameter, key, shadow, _ in found:
+            self.state[parameter][key] = shadow
+        return [_ShadowUpdate(*part) for part in found]
+
+    def _layer_update(self, attachment: Attachment, capture: Capture) -> _ShadowUpdate:
         layer, noise = attachment.layer, attachment.noise
         assert capture.gradient is not None
         assert noise is not None
@@ -313,10 +384,10 @@ class DecoupledDescent(torch.optim.SGD):
             state["shadow"] = shadow
             state["shadow_samples"] = attachment.order.projection
         state["shadow_step"] = state.get("shadow_step", 0) + 1
-        weight_gradient = layer.weight.grad
+        damped = None
         if self._damping != 1.0:
-            weight_gradient = damped_weight_gradient(
-                weight_gradient, layer.weight, curvature, noise.eigenvalues, self._damping
+            damped = damped_weight_gradient(
+                layer.weight.grad, layer.weight, curvature, noise.eigenvalues, self._damping
             )
         moved = shadow_gradient(
             shadow,
@@ -327,27 +398,28 @@ class DecoupledDescent(torch.optim.SGD):
             self._damping,
             noise.relative_mass,
         )
-        return _Update(layer.weight, weight_gradient, shadow, moved)
+        return _ShadowUpdate(layer.weight, "shadow", shadow, moved, damped)
 
-    def _step_groups(self, update: _Update | None) -> None:
+    def _step_groups(self, updates: list[_ShadowUpdate]) -> None:
         for group in self.param_groups:
-            self._step_group(group, update)
+            self._step_group(group, updates)
 
-    def _step_group(self, group: dict[str, Any], update: _Update | None) -> None:
+    def _step_group(self, group: dict[str, Any], updates: list[_ShadowUpdate]) -> None:
         # One call updates weights and shadows, so that whatever rule moves W moves Q.
         params: list[Tensor] = []
         gradients: list[Tensor] = []
         buffers: list[Tensor | None] = []
         sparse = self._init_group(group, params, gradients, buffers)
-        if update is not None and all(p is not update.weight for p in params):
-            update = None
-        if update is not None:
-            index = next(i for i, p in enumerate(params) if p is update.weight)
-            gradients[index] = update.weight_gradient
+        count = len(params)
+        position = {id(parameter): i for i, parameter in enumerate(params)}
+        moving = [update for update in updates if id(update.parameter) in position]
+        for update in moving:
+            if update.parameter_gradient is not None:
+                gradients[position[id(update.parameter)]] = update.parameter_gradient
             params.append(update.shadow)
-            gradients.append(update.shadow_gradient)
+            gradients.append(update.gradient)
             if group["momentum"] != 0:
-                buffers.append(self.state[update.weight].get("shadow_momentum_buffer"))
+                buffers.append(self.state[update.parameter].get(update.buffer_key))
         sgd(
             params,
             gradients,
@@ -366,18 +438,18 @@ class DecoupledDescent(torch.optim.SGD):
         )
         if group["momentum"] == 0:
             return
-        if update is not None:
-            self.state[update.weight]["shadow_momentum_buffer"] = buffers.pop()
-            params.pop()
-        for parameter, buffer in zip(params, buffers, strict=True):
+        for parameter, buffer in zip(params[:count], buffers[:count], strict=True):
             self.state[parameter]["momentum_buffer"] = buffer
+        for update, buffer in zip(moving, buffers[count:], strict=True):
+            self.state[update.parameter][update.buffer_key] = buffer
 
-    def _idle_update(self, weight: Tensor) -> _Update | None:
+    def _idle_updates(self, attachment: Attachment) -> list[_ShadowUpdate]:
         # Momentum and weight decay move W on a zero gradient too, and then they move Q.
-        shadow = self.state[weight].get("shadow")
-        if shadow is None or weight.grad is None:
-            return None
-        return _Update(weight, weight.grad, shadow, torch.zeros_like(shadow))
+        return [
+            _ShadowUpdate(parameter, key, shadow, torch.zeros_like(shadow))
+            for parameter, key in attachment.shadowed
+            if (shadow := self._read(parameter, key)) is not None
+        ]
 
     def _check_idle(self, attachment: Attachment) -> None:
         # Distributed checkpointing creates optimizer state by a step on zero gradients.

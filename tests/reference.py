@@ -210,3 +210,127 @@ def decoupled_descent(
                 )
             )
     return past
+
+
+def scores_of(r: Tensor, head: Head, activation: Activation) -> Tensor:
+    """Return the scores of one sample, shape (C,), at a pre-activation r, shape (k,)."""
+    return head.weight @ activation(r + head.hidden_bias) + head.bias
+
+
+def shared_from_history(
+    pushes: Sequence[Tensor], curvatures: Sequence[Tensor], rates: Sequence[float]
+) -> Tensor:
+    """Displacements of the shared parameters as a sum over past steps: equation (4) unrolled.
+
+        ψ_i^t = Σ_{s<t} η_s Π_{r=s+1}^{t−1} (I − η_r H_ψ^r) ∂L_i/∂ψ^s.
+
+    Args:
+        pushes: ∂L_i/∂ψ at each past step, one row a sample, shape (n, p).
+        curvatures: H_ψ at each past step, shape (p, p).
+        rates: learning rates η_0, η_1, …
+
+    Returns:
+        ψ^t, shape (n, p).
+    """
+    displaced = torch.zeros_like(pushes[0])
+    for s, push in enumerate(pushes):
+        survives = torch.eye(push.shape[1], dtype=torch.float64)
+        for r in range(s + 1, len(pushes)):
+            survives = (torch.eye(push.shape[1]).double() - rates[r] * curvatures[r]) @ survives
+        for i, row in enumerate(push):
+            displaced[i] = displaced[i] + rates[s] * survives @ row
+    return displaced
+
+
+def decoupled_descent_with_head(
+    inputs: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    head: Head,
+    activation: Activation,
+    rates: Sequence[float],
+    covariance: Tensor,
+    directions: Tensor,
+) -> list[tuple[Step, Tensor]]:
+    """Decoupled descent that corrects the shared parameters ψ = (Ω, A) as well.
+
+    Ω, shape (k, m + 1), is the layer along the m directions and its bias; A, shape (C, k + 1), is
+    the head's weight and bias.
+
+    Args:
+        inputs: X, shape (n, d), float64.
+        labels: class of each sample, shape (n,).
+        weight: W^0, shape (d, k), float64.
+        head: θ^0.
+        activation: applied to each hidden unit; twice differentiable.
+        rates: learning rate of each step.
+        covariance: Σ in the complement of the directions, shape (d, d).
+        directions: orthonormal columns, shape (d, m).
+
+    Returns:
+        Each step, and the displacements ψ of every sample at it, shape (n, p).
+    """
+    n, k = len(inputs), weight.shape[1]
+    classes, along = len(head.bias), directions.shape[1] + 1
+    masses = torch.ones(n).double()
+    past: list[Step] = []
+    pushes: list[Tensor] = []
+    curvatures: list[Tensor] = []
+    result: list[tuple[Step, Tensor]] = []
+    for t in range(len(rates) + 1):
+        current = weight_from_history(past, rates, inputs, weight, covariance, 1.0)
+        bulk = torch.zeros(n, k).double()
+        shared = torch.zeros(n, k * along + classes * (k + 1)).double()
+        if past:
+            bulk = shadow_from_history(past, rates, covariance, 1.0, masses)
+            shared = shared_from_history(pushes, curvatures, rates)
+        gradients, hessians, losses, push, head_gradients = [], [], [], [], []
+        curvature = torch.zeros(shared.shape[1], shared.shape[1]).double()
+        for i, (x, label) in enumerate(zip(inputs, labels.tolist(), strict=True)):
+            u = torch.cat([directions.T @ x, torch.ones(1).double()])
+            omega = shared[i, : k * along].reshape(k, along)
+            extra = shared[i, k * along :].reshape(classes, k + 1)
+            r = current.T @ x + bulk[i] + omega @ u
+            features = torch.cat([activation(r + head.hidden_bias), torch.ones(1).double()])
+            shift = extra @ features
+
+            def loss(r, shift=shift, label=label, head=head):
+                outputs = scores_of(r, head, activation) + shift
+                return torch.logsumexp(outputs, 0) - outputs[label]
+
+            outputs = scores_of(r, head, activation) + shift
+            p = torch.softmax(outputs, 0)
+            e = p - torch.eye(classes).double()[label]
+            g = torch.func.grad(loss)(r)
+            through = torch.func.jacrev(scores_of)(r, head, activation).contiguous()
+            jacobian = torch.cat(
+                [
+                    torch.kron(through, u[None]),
+                    torch.kron(torch.eye(classes).double(), features[None]),
+                ],
+                1,
+            )
+            curvature += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / n
+            push.append(
+                torch.cat([torch.outer(g, u).flatten(), torch.outer(e, features).flatten()])
+            )
+            gradients.append(g)
+            hessians.append(torch.func.hessian(loss)(r))
+            losses.append(float(loss(r)))
+            head_gradients.append(Head(g, torch.outer(e, features[:k]), e))
+        step = Step(
+            weight=current,
+            shadow=bulk,
+            head=head,
+            gradients=torch.stack(gradients),
+            curvature=torch.stack(hessians).mean(0),
+            loss=sum(losses) / n,
+        )
+        past.append(step)
+        pushes.append(torch.stack(push) / n)
+        curvatures.append(curvature)
+        result.append((step, shared))
+        if t < len(rates):
+            mean = [torch.stack(part).mean(0) for part in zip(*head_gradients, strict=True)]
+            head = Head(*(a - rates[t] * b for a, b in zip(head, mean, strict=True)))
+    return result

@@ -1,0 +1,303 @@
+"""What all samples share: the decoupled layer along the component means, its bias, and the head.
+
+One sample moves these parameters by no more than O(p/n), p their number, so that the theory at
+large n leaves them alone. A head of hundreds of numbers fitted to a thousand samples over-fits all
+the same, and is corrected here as the decoupled layer is: every sample meets the parameters as they
+would be without it. Section 7 of ``docs/theory.md``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dd.functional import (
+    at_least_single,
+    shared_curvature,
+    shared_shadow_gradient,
+    softmax_curvature,
+)
+
+__all__ = ["Scores", "SharedParameters", "find_head"]
+
+# H_ψ has this many rows at most: 1.6 GB in single precision.
+_MOST_PARAMETERS = 20_000
+
+# Rounding of half precision, in which autocast delivers gradients.
+_CROSS_ENTROPY_TOLERANCE = 1e-2
+
+Read = Callable[[Tensor, str], Tensor | None]
+
+
+def find_head(
+    module: nn.Module, layer: nn.Linear, choice: bool | nn.Module | str
+) -> tuple[str, nn.Linear]:
+    """Choose the head, the linear layer that computes the scores.
+
+    Args:
+        module: the model.
+        layer: the decoupled layer.
+        choice: the head, its dotted name, or True for the last :class:`torch.nn.Linear` in the
+            order of ``module.named_modules()``.
+
+    Returns:
+        The head's dotted name and the head.
+
+    Raises:
+        ValueError: if there is no such layer, it is the decoupled one, or its weight is frozen.
+        TypeError: if it is not an ``nn.Linear``.
+    """
+    named = list(module.named_modules())
+    if choice is True:
+        found = [(name, m) for name, m in named if isinstance(m, nn.Linear)][-1:]
+    else:
+        found = [(name, m) for name, m in named if m is choice or name == choice]
+    if not found:
+        raise ValueError(f"DecoupledDescent: head={choice!r} is not part of the model")
+    name, head = found[0]
+    if not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"DecoupledDescent: head {name!r} is a {type(head).__name__}; expected nn.Linear"
+        )
+    if head is layer:
+        raise ValueError(
+            f"DecoupledDescent: the decoupled layer {name!r} is the model's last linear layer, so "
+            "there is no head to correct; use head=False"
+        )
+    if not isinstance(head.weight, nn.Parameter) or not head.weight.requires_grad:
+        raise ValueError(
+            f"DecoupledDescent: the weight of head {name!r} must be a trainable parameter of its "
+            "own (not frozen, not parametrised); use head=False for a fixed head"
+        )
+    return name, head
+
+
+@dataclass(eq=False)
+class Scores:
+    """What the head saw and said in one training forward.
+
+    Attributes:
+        values: corrected scores, shape (n, C).
+        features: inputs of the head, and 1 for its bias, shape (n, f).
+        jacobian: ∂scores_i/∂r_i, shape (n, C, k).
+        gradient: ∂L/∂scores, shape (n, C), or None before the backward pass.
+    """
+
+    values: Tensor
+    features: Tensor
+    jacobian: Tensor
+    gradient: Tensor | None = None
+
+    def curvature(self) -> Tensor:
+        """Curvature of L in the scores, shape (n, C, C).
+
+        Raises:
+            RuntimeError: if the gradient is not that of softmax cross-entropy.
+        """
+        assert self.gradient is not None
+        return softmax_curvature(self.values, _sample_weights(self.values, self.gradient))
+
+
+class SharedParameters:
+    """The shared parameters ψ of one attached model and where their shadows are kept.
+
+    Args:
+        module: the model.
+        layer: the decoupled layer.
+        choice: as in :func:`find_head`.
+
+    Attributes:
+        name: dotted name of the head.
+        head: the last linear layer.
+    """
+
+    def __init__(self, module: nn.Module, layer: nn.Linear, choice: bool | nn.Module | str) -> None:
+        self.layer = layer
+        self.name, self.head = find_head(module, layer, choice)
+        self._signal: Tensor | None = None
+
+    @property
+    def parts(self) -> list[tuple[Tensor, str]]:
+        """Each parameter with a shadow of its own, and the key of that shadow in its state."""
+        both = (self.layer, self.head)
+        keys = ("signal_shadow", "shadow")
+        parts: list[tuple[Tensor, str]] = []
+        for linear, key in zip(both, keys, strict=True):
+            parts.append((linear.weight, key))
+            if linear.bias is not None and linear.bias.requires_grad:
+                parts.append((linear.bias, "shadow"))
+        return parts
+
+    def forget(self) -> None:
+        """Compute the coordinates along the means anew at the next forward."""
+        self._signal = None
+
+    def signal(self, inputs: Tensor, directions: Tensor | None) -> Tensor:
+        """Coordinates U of the inputs along the component means, and 1 for the bias.
+
+        Args:
+            inputs: shape (n, d).
+            directions: shape (d, m), or None where the means are unknown.
+
+        Returns:
+            Shape (n, m) or (n, m + 1).
+        """
+        if self._signal is None or len(self._signal) != len(inputs):
+            values = at_least_single(inputs.detach())
+            along = values[:, :0] if directions is None else values @ directions.to(values)
+            self._signal = _with_one(along, self.layer.bias)
+        return self._signal
+
+    def correct_preactivation(self, output: Tensor, signal: Tensor, read: Read) -> Tensor:
+        """Add each sample's displacement of the decoupled layer along the means."""
+        return _displaced(output, signal, self.layer, "signal_shadow", read)
+
+    def correct_scores(self, output: Tensor, inputs: Tensor, read: Read) -> Tensor:
+        """Add each sample's displacement of the head.
+
+        Args:
+            output: scores, shape (n, C).
+            inputs: of the head, shape (n, f).
+            read: gives the shadow of a parameter under a key.
+
+        Raises:
+            ValueError: if the head does not receive one row a sample.
+        """
+        shadow = read(self.head.weight, "shadow")
+        if output.dim() != 2 or (shadow is not None and len(shadow) != len(output)):
+            expected = "n" if shadow is None else str(len(shadow))
+            raise ValueError(
+                f"DecoupledDescent: head {self.name!r} must return one row a sample, shape "
+                f"({expected}, {self.head.out_features}), in training; got {tuple(output.shape)}"
+            )
+        features = self.features(inputs)
+        return _displaced(output, features, self.head, "shadow", read)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Inputs of the head, and 1 for its bias, shape (n, f)."""
+        return _with_one(at_least_single(inputs.detach()), self.head.bias)
+
+    def shadow_gradients(
+        self, gradient: Tensor, scores: Scores, signal: Tensor, read: Read
+    ) -> list[tuple[Tensor, str, Tensor, Tensor]]:
+        """Shadows and their gradients, equation (4).
+
+        Args:
+            gradient: G, shape (n, k).
+            scores: of the same forward and backward.
+            signal: U, shape (n, m).
+            read: gives the shadow of a parameter under a key; None before the first step.
+
+        Returns:
+            Parameter, key, shadow and gradient of each part.
+
+        Raises:
+            RuntimeError: if the loss is not softmax cross-entropy of the scores.
+            ValueError: if there are too many shared parameters.
+        """
+        assert scores.gradient is not None
+        sizes = self._sizes(gradient, scores)
+        shadows = [
+            gradient.new_zeros(size, dtype=signal.dtype) if found is None else found
+            for size, found in zip(sizes, (read(*part) for part in self.parts), strict=True)
+        ]
+        curvature = shared_curvature(
+            scores.curvature(), at_least_single(scores.jacobian), signal, scores.features
+        )
+        moved = shared_shadow_gradient(
+            self._joined(shadows, gradient.shape[1]),
+            gradient,
+            scores.gradient,
+            signal,
+            scores.features,
+            curvature,
+        )
+        gradients = self._split(moved, signal.shape[1], scores.features.shape[1])
+        return [
+            (parameter, key, shadow, part.reshape(shadow.shape))
+            for (parameter, key), shadow, part in zip(self.parts, shadows, gradients, strict=True)
+        ]
+
+    def _sizes(self, gradient: Tensor, scores: Scores) -> list[tuple[int, ...]]:
+        n, k = gradient.shape
+        assert self._signal is not None
+        count = k * self._signal.shape[1] + scores.features.shape[1] * scores.values.shape[1]
+        if count > _MOST_PARAMETERS:
+            raise ValueError(
+                f"DecoupledDescent: head=True would follow {count} shared parameters, each "
+                f"sample's and their {count} x {count} curvature; it is made for at most "
+                f"{_MOST_PARAMETERS}. Use fewer units, or head=False"
+            )
+        sizes: list[tuple[int, ...]] = []
+        for parameter, key in self.parts:
+            if key == "signal_shadow":
+                along = self._signal.shape[1] - int(_has_bias(self.layer))
+                sizes.append((n, k, along))
+            else:
+                sizes.append((n, *parameter.shape))
+        return sizes
+
+    def _joined(self, shadows: list[Tensor], width: int) -> Tensor:
+        """One row ψ_i a sample, shape (n, p)."""
+        split = 1 + int(_has_bias(self.layer))
+        blocks = (shadows[:split], shadows[split:])
+        rows = [
+            torch.cat([s if s.dim() == 3 else s.unsqueeze(-1) for s in block], -1).flatten(1)
+            for block in blocks
+        ]
+        return torch.cat(rows, 1)
+
+    def _split(self, joined: Tensor, along: int, features: int) -> list[Tensor]:
+        k = self.layer.out_features
+        omega = joined[:, : k * along].unflatten(1, (k, along))
+        head = joined[:, k * along :].unflatten(1, (self.head.out_features, features))
+        parts: list[Tensor] = []
+        for block, linear in ((omega, self.layer), (head, self.head)):
+            parts += [block[..., :-1], block[..., -1]] if _has_bias(linear) else [block]
+        return parts
+
+
+def _has_bias(linear: nn.Linear) -> bool:
+    return linear.bias is not None and linear.bias.requires_grad
+
+
+def _with_one(values: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or not bias.requires_grad:
+        return values
+    return torch.cat([values, values.new_ones(len(values), 1)], 1)
+
+
+def _displaced(output: Tensor, rows: Tensor, linear: nn.Linear, key: str, read: Read) -> Tensor:
+    shadow = read(linear.weight, key)
+    if shadow is None:
+        return output
+    shift = torch.einsum("noi,ni->no", shadow, rows[:, : shadow.shape[2]])
+    if _has_bias(linear):
+        bias = read(linear.bias, "shadow")
+        assert bias is not None
+        shift = shift + bias
+    return output + shift.to(output.dtype)
+
+
+def _sample_weights(scores: Tensor, gradient: Tensor) -> Tensor:
+    """Weights w of the samples in a softmax cross-entropy with gradient w_i (p_i − y_i).
+
+    Raises:
+        RuntimeError: if the gradient is another.
+    """
+    gradient = at_least_single(gradient)
+    p = torch.softmax(at_least_single(scores), 1).to(gradient)
+    label = torch.nn.functional.one_hot(gradient.argmin(1), gradient.shape[1]).to(gradient)
+    wrong = (p * (1 - label)).sum(1)
+    weights = (gradient * (1 - label)).sum(1) / wrong.clamp_min(torch.finfo(wrong.dtype).tiny)
+    expected = weights.unsqueeze(1) * (p - label)
+    tolerance = _CROSS_ENTROPY_TOLERANCE * gradient.norm()
+    if bool((expected - gradient).norm() <= tolerance) and bool((weights >= 0).all()):
+        return weights
+    raise RuntimeError(
+        "DecoupledDescent: head=True needs the softmax cross-entropy of the head's output with one "
+        "label a sample (torch.nn.CrossEntropyLoss without label smoothing); the gradient at the "
+        "output is another. Use such a loss, name the layer that computes the scores with "
+        "head=..., or use head=False."
+    )
