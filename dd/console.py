@@ -73,6 +73,7 @@ def print_report(
     summaries: Mapping[str, Mapping[str, Any]],
     figure: str | None = None,
     notes: Sequence[str] = (),
+    noise: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> None:
     """Print the optimizers side by side, what else is worth knowing, and where the picture is.
@@ -81,11 +82,14 @@ def print_report(
         summaries: figures of ``summary.json`` for each optimizer's name.
         figure: path of the picture, if there is one.
         notes: sentences to print below the table.
+        noise: a line on the noise model, for the names of decoupled optimizers.
         console: where to print; None is the standard output.
     """
     console = console or Console()
     if summaries:
         console.print(comparison(summaries))
+    for name, line in (noise or {}).items():
+        console.print(f"{name}: {line}", markup=False, highlight=False)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     if figure is not None:

@@ -99,7 +99,7 @@ def test_defaults_are_those_of_the_published_figures():
     assert (xor.data.dimension, xor.data.num_train, xor.data.separation) == (1000, 4000, 2.5)
     assert (xor.lr, xor.steps, xor.model.width, xor.model.activation) == (0.5, 200, 8, "gelu")
     assert xor.optimizer.curvature == "auto"
-    assert not xor.components_known
+    assert xor.components == "none"
     mnist = configure(experiment="noisy_mnist")
     assert (mnist.data.num_train, mnist.data.noise, mnist.model.width) == (2000, 0.5, 64)
     assert (mnist.lr, mnist.steps, mnist.model.activation) == (0.2, 300, "relu")
@@ -113,7 +113,7 @@ def test_learning_rate_reaches_both_optimizers_and_optimizer_lr_only_one():
 
 @pytest.mark.parametrize(
     ("overrides", "estimator"),
-    [([], "Probe"), (["optimizer.curvature=stein"], "Stein"), (["components_known=true"], "Stein")],
+    [([], "Probe"), (["optimizer.curvature=stein"], "Stein"), (["components=known"], "Stein")],
 )
 def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
     config = configure(*SMALL, *overrides)
