@@ -37,8 +37,8 @@ def validate(config: DictConfig) -> None:
     """Check what no single part of the configuration can check.
 
     Raises:
-        ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins`` or a number of
-            an optimizer cannot be.
+        ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins`` or a
+            number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):

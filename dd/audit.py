@@ -31,7 +31,7 @@ class ComponentWarning(UserWarning):
 
 
 def is_due(forward: int) -> bool:
-    """Whether the training forward of this number, from 1 on, is audited: 1, 2, 5, 10, 20, 50, …"""
+    """Whether a training forward is audited: number 1, 2, 5, 10, 20, 50, 100 and so on."""
     return str(forward).rstrip("0") in {"1", "2", "5"}
 
 

@@ -73,8 +73,8 @@ def print_report(
     summaries: Mapping[str, Mapping[str, Any]],
     figure: str | None = None,
     notes: Sequence[str] = (),
-    noise: Mapping[str, str] | None = None,
     console: Console | None = None,
+    noise: Mapping[str, str] | None = None,
 ) -> None:
     """Print the optimizers side by side, what else is worth knowing, and where the picture is.
 
@@ -82,8 +82,8 @@ def print_report(
         summaries: figures of ``summary.json`` for each optimizer's name.
         figure: path of the picture, if there is one.
         notes: sentences to print below the table.
-        noise: a line on the noise model, for the names of decoupled optimizers.
         console: where to print; None is the standard output.
+        noise: a line on the noise model, for the names of decoupled optimizers.
     """
     console = console or Console()
     if summaries:

@@ -156,9 +156,7 @@ class Experiment:
             if edge.crossing is not None:
                 self.notes.append(f"{label}: {edge.crossing}")
 
-    def _note(
-        self, name: str, optimizer: torch.optim.Optimizer, sentences: Sequence[str]
-    ) -> None:
+    def _note(self, name: str, optimizer: torch.optim.Optimizer, sentences: Sequence[str]) -> None:
         # What is said of the sizes is the same in every trial.
         notes = [f"{name}: {sentence}" for sentence in sentences]
         self.notes.extend(note for note in notes if note not in self.notes)

@@ -227,7 +227,11 @@ class _Noise:
         return variance.reshape(1), torch.tensor([self.dimension])
 
     def sample_spectrum(self) -> Tensor:
-        """Positive eigenvalues of the sample covariance, float64, on the CPU."""
+        """Positive eigenvalues of the sample covariance, float64, on the CPU.
+
+        Raises:
+            ValueError: if min(n, d) is too large for memory.
+        """
         smaller = min(self.centred.shape)
         if smaller > LARGEST_GRAM:
             raise ValueError(

@@ -39,7 +39,8 @@ class Step(NamedTuple):
         shadow: Q^t, shape (n, k).
         head: θ^t.
         gradients: g_i^t = ∂ℓ_i/∂r at R^t = X W^t + Q^t, one row a sample, shape (n, k).
-        curvature: H̄^t, mean over samples of r_i ∂²ℓ_i/∂r² at R^t, r_i = ‖z_i‖² / mean, shape (k, k).
+        curvature: H̄^t, mean over samples of r_i ∂²ℓ_i/∂r² at R^t, r_i = ‖z_i‖² / mean, shape
+            (k, k).
         loss: mean of ℓ_i at R^t.
     """
 
