@@ -33,7 +33,7 @@ def strains(n: int, d: int, k: int, head: int) -> list[str]:
         )
     if k * k > MAX_SQUARED_WIDTH_PER_SAMPLE * n:
         sentences.append(
-            f"a decoupled layer of width {k} on {n} samples (k²/n = {k * k / n:.2g}): the "
+            f"a decoupled layer of width {k} on {n} samples (k²/n = {k * k / n:.3g}): the "
             "curvature is estimated with much noise; expect the training loss to drift from the "
             "test loss, less so with fewer units."
         )
