@@ -259,6 +259,19 @@ def hook_tensor(model):
     return calls
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_models_that_would_notice_are_not_audited():
+    assert audit.is_safe(make_model())
+    assert not audit.is_safe(nn.Sequential(torch.compile(make_model(), backend="eager")))
+    hooked = make_model()
+    hooked[1].register_full_backward_pre_hook(lambda *_: None)
+    assert not audit.is_safe(hooked)
+    with torch.autograd.forward_ad.dual_level():
+        assert not audit.is_safe(make_model())
+    with torch.autograd.detect_anomaly(check_nan=False):
+        assert not audit.is_safe(make_model())
+
+
 @pytest.mark.parametrize("hook", [hook_module, hook_tensor])
 def test_hooks_on_gradients_are_called_once_a_step(hook, monkeypatch):
     monkeypatch.setattr(oversight, "is_due", lambda forward: True)
