@@ -4,9 +4,18 @@ Lovig, *Decoupled Descent: Exact Test Error Tracking Via Approximate Message Pas
 arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
+from dd.audit import ComponentWarning
+from dd.components import find_components
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.strain import StrainWarning
 
 __version__ = "0.1.0"
 
-__all__ = ["DecoupledDescent", "NoiseModel"]
+__all__ = [
+    "ComponentWarning",
+    "DecoupledDescent",
+    "NoiseModel",
+    "StrainWarning",
+    "find_components",
+]

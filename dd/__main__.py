@@ -47,7 +47,9 @@ def main(config: DictConfig) -> None:
     except expected as error:
         _report(_sentence(error, folder))
         return
-    print_report(experiment.summary, str(experiment.figure), experiment.notes)
+    print_report(
+        experiment.summary, str(experiment.figure), experiment.notes, noise=experiment.noise
+    )
     for failure in experiment.failures:
         _report(f"stopped early: {failure}")
 

@@ -8,9 +8,10 @@ import hydra
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from dd.checks import check_count, check_number
+from dd.components import find_components
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
 from dd.noise import NoiseModel
@@ -28,6 +29,7 @@ __all__ = [
 
 
 GROUPS = ("data", "model", "optimizer", "available", "tracking")
+COMPONENTS = ("none", "known", "labels", "found")
 RATES = ("lr", "momentum", "weight_decay", "damping")
 
 
@@ -35,14 +37,20 @@ def validate(config: DictConfig) -> None:
     """Check what no single part of the configuration can check.
 
     Raises:
-        ValueError: if ``optimizers``, ``trials``, ``seed`` or a number of an optimizer cannot be.
+        ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins`` or a
+            number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
     check_seed(config.seed)
     check_count("trials", config.trials)
-    check_count("noise_bins", config.noise_bins)
+    if config.noise_bins is not None:
+        check_count("noise_bins", config.noise_bins)
+    if config.components not in COMPONENTS:
+        raise ValueError(
+            f"components must be one of {', '.join(COMPONENTS)}, got {config.components!r}"
+        )
     _check_optimizers(config)
 
 
@@ -131,18 +139,32 @@ def make_optimizer(
 
 
 def _noise_model(config: DictConfig, settings: dict[str, Any], split: Split) -> NoiseModel:
-    curvature = settings["curvature"]
-    known = config.components_known or curvature == "stein"
-    components = split.train_components if known else None
-    # A mass for every sample is defined with Stein's curvature, which needs the components.
-    stein = components is not None and curvature in {"auto", "stein"}
+    components = _components(config, settings["curvature"], split)
     return NoiseModel.fit(
         split.train_inputs,
         components,
         bins=config.noise_bins,
-        per_sample=None if stein and config.noise_bins > 1 else False,
+        per_sample=False if config.noise_bins == 1 else None,
         separate_means=components is not None and settings["head"] is not False,
     )
+
+
+def _components(config: DictConfig, curvature: str, split: Split) -> Tensor | None:
+    source = config.components
+    if source == "none" and curvature == "stein":
+        source = "known"
+    if source == "known" and split.train_components is None:
+        raise ValueError(
+            f"components=known, but the data of {config.name} has no component ids; use "
+            "components=labels, found or none"
+        )
+    if source == "known":
+        return split.train_components
+    if source == "labels":
+        return split.train_targets
+    if source == "found":
+        return find_components(split.train_inputs, split.train_targets)
+    return None
 
 
 def optimizer_settings(config: DictConfig, name: str) -> dict[str, Any]:

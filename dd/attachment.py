@@ -1,13 +1,15 @@
 """One decoupled layer: how it is found, hooked, corrected and read."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dd.curvature import Backward, Curvature, build
 from dd.dual import DualLevel, carry_tangent, split_tangent
@@ -15,6 +17,7 @@ from dd.functional import at_least_single, corrected_preactivation
 from dd.gradient_check import require_same_weight, require_unedited
 from dd.head import Scores, SharedParameters
 from dd.noise import NoiseModel
+from dd.oversight import Oversight
 from dd.sample_order import SampleOrder
 
 if TYPE_CHECKING:
@@ -142,6 +145,20 @@ class Capture:
         # An in-place operation downstream changes the tangent too; the probe must survive it.
         return carry_tangent(preactivation, self._observed.clone())
 
+    @property
+    def node(self) -> Any:
+        """Node of R in the autograd graph."""
+        return self._edge.node
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[tuple[Tensor, GradientEdge]]:
+        """Let gradients pass by R uncounted; yields what was observed, and R's place."""
+        self._estimating = True
+        try:
+            yield self._observed, self._edge
+        finally:
+            self._estimating = False
+
     def receive(self, gradient: Tensor) -> Tensor | None:
         """Keep a gradient that reached R; return what goes on to the layer's weights."""
         if self._estimating:
@@ -170,7 +187,9 @@ class Capture:
         """
         self.scores = Scores(split_tangent(corrected.detach())[0], features, self._jacobian(scores))
         listener = weakref.ref(self)
-        corrected.register_hook(lambda gradient: _deliver_scores(listener, gradient))
+        # A tensor under audit gives its audit up when it is hooked; this hook looks away from it.
+        with torch._C.DisableTorchFunctionSubclass():
+            corrected.register_hook(lambda gradient: _deliver_scores(listener, gradient))
 
     def _jacobian(self, scores: Tensor) -> Tensor:
         self._estimating = True
@@ -257,6 +276,7 @@ class Attachment:
         noise: the noise model; None until the first training forward fits it.
         pending: the training forward that the next step consumes.
         order: recognises the training batch.
+        oversight: warns where the theory is strained or the component ids are wrong.
         expected: the weight along the order's direction after the last step, shape (k,), or None.
         shared: the parameters that all samples share, where they are corrected too.
 
@@ -280,6 +300,7 @@ class Attachment:
         self.estimator = build(curvature, noise)
         self.pending: Capture | None = None
         self.order = SampleOrder()
+        self.oversight = Oversight()
         self.expected: Tensor | None = None
         self._handles: list[Any] = []
         self.shared = None if head is False else SharedParameters(module, self.layer, head)
@@ -388,9 +409,10 @@ class Attachment:
             require_same_weight(self.layer.weight.detach(), self.order.direction, self.expected)
         if first or self.noise is None:
             self._fit_noise(inputs)
+            self.oversight.look(self, len(inputs))
         generator = torch.Generator(preactivation.device).manual_seed(seed)
         self.pending = Capture(preactivation, self.estimator, generator)
-        return self.pending.outgoing(preactivation)
+        return self.oversight.outgoing(self, self.pending.outgoing(preactivation), seed)
 
     def check_gradient(self, capture: Capture) -> None:
         """Check that the weight's gradient is the one that the capture's backward delivered.

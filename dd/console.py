@@ -74,6 +74,7 @@ def print_report(
     figure: str | None = None,
     notes: Sequence[str] = (),
     console: Console | None = None,
+    noise: Mapping[str, str] | None = None,
 ) -> None:
     """Print the optimizers side by side, what else is worth knowing, and where the picture is.
 
@@ -82,10 +83,13 @@ def print_report(
         figure: path of the picture, if there is one.
         notes: sentences to print below the table.
         console: where to print; None is the standard output.
+        noise: a line on the noise model, for the names of decoupled optimizers.
     """
     console = console or Console()
     if summaries:
         console.print(comparison(summaries))
+    for name, line in (noise or {}).items():
+        console.print(f"{name}: {line}", markup=False, highlight=False)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     if figure is not None:

@@ -1,5 +1,7 @@
 """Three estimators of the curvature H = Σ_i ∂²L/∂r_i² behind one interface.
 
+Under a noise mass for every sample H is Σ_i r_i ∂²L/∂r_i², r_i the sample's mass over the mean.
+
 An estimator sees the corrected pre-activation in the forward pass (:meth:`Curvature.observe`) and
 is asked for H once the backward pass has delivered the gradient (:meth:`Curvature.estimate`).
 """
@@ -94,7 +96,24 @@ class Stein(Curvature):
         return stein_curvature(observed, backward.gradient.detach(), self.ridge)
 
 
-class Probe(Curvature):
+class _SecondDerivative(Curvature):
+    """An estimator that differentiates the gradient: Σ_i r_i ∂²L/∂r_i² under masses r.
+
+    Args:
+        relative_mass: r, noise mass of each sample over its mean, shape (n,); equal by default.
+    """
+
+    def __init__(self, relative_mass: Tensor | None = None) -> None:
+        self.relative_mass = relative_mass
+
+    def weighted(self, product: Tensor) -> Tensor:
+        """Scale row i of a curvature-vector product (n, k) by sample i's relative mass."""
+        if self.relative_mass is None:
+            return product
+        return self.relative_mass.to(product).unsqueeze(-1) * product
+
+
+class Probe(_SecondDerivative):
     """One Rademacher curvature-vector product by forward-over-reverse differentiation."""
 
     forward_mode = True
@@ -111,7 +130,7 @@ class Probe(Curvature):
         """
         if backward.tangent is None:
             raise RuntimeError(LOST_TANGENT)
-        return probe_curvature(observed, backward.tangent)
+        return probe_curvature(observed, self.weighted(backward.tangent))
 
 
 class GraphProbe(Probe):
@@ -127,10 +146,10 @@ class GraphProbe(Probe):
             RuntimeError: if the gradient is not part of a graph.
         """
         product = _differentiate(backward, observed, keep_graph=False)
-        return probe_curvature(observed, product)
+        return probe_curvature(observed, self.weighted(product))
 
 
-class Exact(Curvature):
+class Exact(_SecondDerivative):
     """All k curvature-vector products, through ``loss.backward(create_graph=True)``."""
 
     second_order = True
@@ -147,7 +166,9 @@ class Exact(Curvature):
         """
         columns = torch.eye(observed.shape[-1], device=backward.gradient.device)
         rows = [
-            _differentiate(backward, column.expand_as(observed), keep_graph=True).sum(0)
+            self.weighted(
+                _differentiate(backward, column.expand_as(observed), keep_graph=True)
+            ).sum(0)
             for column in columns.to(backward.gradient.dtype)
         ]
         hessian = torch.stack(rows)
@@ -192,17 +213,11 @@ def build(name: str, noise: NoiseModel | None) -> Curvature:
         The estimator.
 
     Raises:
-        ValueError: if the name is unknown, Stein is asked for without component ids, or another
-            estimator for a noise model with a mass for every sample.
+        ValueError: if the name is unknown, or Stein is asked for without component ids.
     """
     check_name(name)
     components = None if noise is None else noise.components
-    per_sample = noise is not None and noise.relative_mass is not None
-    if per_sample and (name not in {"auto", "stein"} or components is None):
-        raise ValueError(
-            "DecoupledDescent: a noise model with a mass for every sample needs Stein's curvature, "
-            "which weighs samples by it; give component ids, or NoiseModel.fit(per_sample=False)"
-        )
+    relative_mass = None if noise is None else noise.relative_mass
     if name == "auto":
         name = "probe" if components is None else "stein"
     if name == "stein":
@@ -212,12 +227,12 @@ def build(name: str, noise: NoiseModel | None) -> Curvature:
                 'pass noise=dd.NoiseModel.isotropic(inputs, components), or curvature="probe"'
             )
         return Stein(components)
-    without_ids: dict[str, Callable[[], Curvature]] = {
+    without_ids: dict[str, Callable[[Tensor | None], Curvature]] = {
         "probe": Probe,
         "probe_create_graph": GraphProbe,
         "exact": Exact,
     }
-    return without_ids[name]()
+    return without_ids[name](relative_mass)
 
 
 def _differentiate(backward: Backward, direction: Tensor, *, keep_graph: bool) -> Tensor:

@@ -1,14 +1,14 @@
 """Forward-mode derivatives that begin in a forward hook and end in the backward pass."""
 
 import contextlib
-import copy
 from collections.abc import Callable
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar
 
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from dd.curvature import LOST_TANGENT, REMEDY
+from dd.marked import MarkedTensor
 
 __all__ = ["DualLevel", "carry_tangent", "split_tangent"]
 
@@ -53,7 +53,7 @@ class DualLevel:
             self.close()
 
 
-class ProbedTensor(Tensor):
+class ProbedTensor(MarkedTensor):
     """A tensor that carries a curvature probe and explains where the probe cannot pass.
 
     It is an ordinary tensor to every operation; only the error of an operation without
@@ -78,7 +78,7 @@ class ProbedTensor(Tensor):
         if func is Tensor.backward and DualLevel.is_open():
             _require_tangent(args[0])
         try:
-            result = super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
         except RuntimeError as error:  # NotImplementedError is one
             if not _lacks_forward_mode(error):
                 raise
@@ -88,23 +88,6 @@ class ProbedTensor(Tensor):
                 "Writing the operation with elementary ones also works, for example "
                 "((output - target) ** 2).mean() for a mean square loss."
             ) from error
-        return result.as_subclass(Tensor) if func is Tensor.detach else result
-
-    def __format__(self, spec: str) -> str:
-        """Format as an ordinary tensor."""
-        return format(self.detach(), spec)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Print as an ordinary tensor."""
-        return repr(self.as_subclass(Tensor))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Copy as an ordinary tensor."""
-        return copy.deepcopy(self.as_subclass(Tensor), memo)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickle as an ordinary tensor."""
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def carry_tangent(primal: Tensor, tangent: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from dd.checkpoint import Checkpoint
 from dd.console import ProgressDisplay
 from dd.data import Split
 from dd.device import choose_device
+from dd.notices import noted
+from dd.optimizer import DecoupledDescent
 from dd.stability import EdgeWatch
 from dd.tracking import History, Record, aggregate, replacing, summarise, write_json
 from dd.training import Schedule, TrainingStopped, train
@@ -70,6 +73,7 @@ class Experiment:
         history: every record.
         failures: one sentence for each optimizer and trial that turned non-finite.
         notes: what else the user should know of an optimizer and trial.
+        noise: a line on the noise model of each decoupled optimizer, of the first trial.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -80,6 +84,7 @@ class Experiment:
     history: History = field(default_factory=History)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    noise: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -143,11 +148,20 @@ class Experiment:
                 edge=edge,
             )
             try:
-                self._train(model, optimizer, split, recorder)
+                with noted() as sentences:
+                    self._train(model, optimizer, split, recorder)
             except TrainingStopped as error:
                 self.failures.append(f"{label}: {error}")
+            self._note(name, optimizer, sentences)
             if edge.crossing is not None:
                 self.notes.append(f"{label}: {edge.crossing}")
+
+    def _note(self, name: str, optimizer: torch.optim.Optimizer, sentences: Sequence[str]) -> None:
+        # What is said of the sizes is the same in every trial.
+        notes = [f"{name}: {sentence}" for sentence in sentences]
+        self.notes.extend(note for note in notes if note not in self.notes)
+        if isinstance(optimizer, DecoupledDescent):
+            self.noise.setdefault(name, str(optimizer.noise))
 
     def _train(
         self,
@@ -221,6 +235,7 @@ class Experiment:
             "torch": torch.__version__,
             "dd_version": dd.__version__,
             "failures": self.failures,
+            "noise": self.noise,
             "notes": self.notes,
         }
 

@@ -39,6 +39,7 @@ __all__ = [
     "shared_shadow_gradient",
     "softmax_curvature",
     "stein_curvature",
+    "stein_excess",
 ]
 
 
@@ -245,6 +246,38 @@ def shared_shadow_gradient(
         [_outer(gradient, signal).flatten(-2), _outer(score_gradient, features).flatten(-2)], -1
     )
     return shadow @ curvature.to(shadow.dtype) - push.to(shadow.dtype)
+
+
+def stein_excess(
+    centred: Tensor, gradient: Tensor, probe: Tensor, product: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far Stein's lemma exceeds a probe, as a share and in standard errors.
+
+    With the right components tr R_cᵀG and tr K H agree, K = R_cᵀR_c / n and H the probe's. Where a
+    component is several clusters, R_c keeps the spread of their means, which the layer has moved
+    against the gradient: Stein's side falls short. Both sides are sums over samples, so that the
+    standard error is that of a sum of independent terms, H and K taken as fitted to them.
+
+    Args:
+        centred: R centred within components, shape (..., n, k).
+        gradient: G, shape (..., n, k).
+        probe: V, shape (..., n, k), entries ±1.
+        product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
+
+    Returns:
+        The difference tr R_cᵀG − tr K H over the nuclear norm of K H, and over its standard error;
+        each of shape (...), not a number where nothing varies.
+    """
+    centred, gradient = at_least_single(centred), at_least_single(gradient)
+    probe, product = at_least_single(probe), at_least_single(product)
+    n = centred.shape[-2]
+    curvature = probe_curvature(probe, product)
+    covariance = centred.mT @ centred / n
+    unexplained = (centred * (gradient - centred @ curvature / n)).sum(-1)
+    scatter = ((probe @ covariance) * (product - probe @ curvature / n)).sum(-1)
+    total = unexplained.sum(-1)
+    scale = torch.linalg.matrix_norm(covariance @ curvature, "nuc")
+    return total / scale, total / ((unexplained - scatter).std(-1) * n**0.5)
 
 
 def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

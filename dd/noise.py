@@ -13,6 +13,13 @@ from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
 __all__ = ["NoiseModel"]
 
+MOST_BINS = 12
+# Largest side of the matrix whose eigenvalues are the spectrum: 3.2 GB in double precision.
+LARGEST_GRAM = 20_000
+# A relative variance of the eigenvalues below this moves the correction by less than a hundredth.
+FLAT = 0.02
+SAME_EIGENVALUE = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseModel:
@@ -32,6 +39,8 @@ class NoiseModel:
             where every sample carries the same.
         mean_directions: orthonormal basis of the span of the component means, shape (d, m), where
             the bins describe the noise in its complement alone; None where they describe all of it.
+        fitted_on: number of samples that the model was fitted on, or None.
+        norm_variation: standard deviation of ‖z_i‖² over its mean, or None where not measured.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -42,6 +51,8 @@ class NoiseModel:
     components: Tensor | None = None
     relative_mass: Tensor | None = None
     mean_directions: Tensor | None = None
+    fitted_on: int | None = None
+    norm_variation: float | None = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -83,20 +94,14 @@ class NoiseModel:
                 or the components are not n integers.
         """
         noise = _noise_of(inputs, components)
-        variance = noise.centred.square().sum(dtype=torch.float64) / noise.degrees
-        d = noise.centred.shape[1]
-        return cls(
-            eigenvalues=(variance / d).to(noise.centred.dtype).reshape(1),
-            multiplicities=torch.tensor([d], device=noise.centred.device),
-            components=noise.components,
-        )
+        return cls._of(noise, *noise.one_bin())
 
     @classmethod
     def fit(
         cls,
         inputs: Tensor | np.ndarray,
         components: Tensor | np.ndarray | None = None,
-        bins: int = 12,
+        bins: int | None = None,
         *,
         per_sample: bool | None = None,
         separate_means: bool = False,
@@ -105,16 +110,18 @@ class NoiseModel:
 
         Section 4 of ``docs/theory.md``; the spectrum is that of
         :func:`dd.spectrum.population_eigenvalues`. Takes time n d min(n, d), and memory min(n, d)²
-        in float64 beside a few copies of the inputs.
+        in float64 beside two copies of the inputs.
 
         Args:
             inputs: training inputs, shape (n, d), on any device.
             components: as in :meth:`isotropic`.
-            bins: largest number of bins; rounding of ranks to integers can leave fewer. One bin is
-                the isotropic model.
-            per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean, which needs
-                Stein's curvature; by default where the components are known and these norms vary
-                far more than those of Gaussian noise would.
+            bins: largest number of bins; rounding of ranks to integers can leave fewer, and so can
+                eigenvalues that are equal. One bin is the isotropic model. By default one where the
+                spectrum is flat up to what n samples resolve or the correction feels (a relative
+                variance of the eigenvalues below 0.02 or 6/n), else 12.
+            per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean; by default
+                where the components are known and these norms vary far more than those of Gaussian
+                noise would.
             separate_means: whether the directions of the component means are kept out of the bins
                 and followed exactly, which ``DecoupledDescent(head=True)`` needs where the
                 components are known.
@@ -123,26 +130,64 @@ class NoiseModel:
             A model with eigenvalues in descending order.
 
         Raises:
-            ValueError: as :meth:`isotropic`, if ``bins`` is not a positive integer, or if the means
-                of unknown components, or of as many as there are dimensions, are to be separated.
+            ValueError: as :meth:`isotropic`; if ``bins`` is not a positive integer; if min(n, d) is
+                beyond 20 000, where the matrix behind the spectrum would take gigabytes; or if the
+                means of unknown components, or of as many as there are dimensions, are to be
+                separated.
         """
-        check_count("NoiseModel: bins", bins)
-        if bins == 1 and per_sample is False and not separate_means:
-            return cls.isotropic(inputs, components)
+        if bins is not None:
+            check_count("NoiseModel: bins", bins)
         noise = _noise_of(inputs, components, separate_means=separate_means)
-        spectrum = noise.spectrum()
-        edges = _edges(len(spectrum), bins)
-        values = torch.stack([part.mean() for part in spectrum.split(edges.diff().tolist())])
+        if bins == 1 and per_sample is False:
+            return cls._of(noise, *noise.one_bin())
+        sample = noise.sample_spectrum()
+        spectrum = population_eigenvalues(sample, noise.dimension, noise.degrees)
+        if bins is None:
+            flat = _is_flat(sample, noise.dimension, noise.degrees)
+            bins = 1 if flat else MOST_BINS
         relative = noise.relative_mass()
         if per_sample is None:
             per_sample = noise.components is not None and _is_heavy_tailed(relative, spectrum)
+        binned = noise.one_bin() if bins == 1 else _bins(spectrum, bins)
+        return cls._of(noise, *binned, relative if per_sample else None)
+
+    @classmethod
+    def _of(
+        cls,
+        noise: "_Noise",
+        eigenvalues: Tensor,
+        multiplicities: Tensor,
+        relative_mass: Tensor | None = None,
+    ) -> "NoiseModel":
+        relative = noise.relative_mass() if relative_mass is None else relative_mass
         return cls(
-            eigenvalues=values.to(noise.centred),
-            multiplicities=edges.diff().to(noise.centred.device),
+            eigenvalues=eigenvalues.to(noise.centred),
+            multiplicities=multiplicities.to(noise.centred.device),
             components=noise.components,
-            relative_mass=relative if per_sample else None,
+            relative_mass=relative_mass,
+            fitted_on=len(noise.centred),
+            norm_variation=float(relative.double().std(correction=0)),
             mean_directions=noise.mean_directions,
         )
+
+    def __str__(self) -> str:
+        """One line: bins, effective rank (tr Σ)²/tr Σ², n/d, and how the norms vary."""
+        d = self.dimension
+        second = self.multiplicities * self.eigenvalues.double().square()
+        rank = float(self.mass.double().sum().square() / second.sum().clamp_min(1e-300))
+        count = len(self.eigenvalues)
+        parts = [f"{count} bin{'s' * (count > 1)}", f"effective rank {rank:.4g} of {d}"]
+        if self.fitted_on is not None:
+            parts.append(f"n/d {self.fitted_on / d:.3g}")
+        if self.norm_variation is not None:
+            # The relative deviation of ‖z‖² = Σ λ_j ξ_j² under Gaussian noise.
+            gaussian = math.sqrt(2 / rank) if rank > 0 else math.nan
+            parts.append(f"norm variation {self.norm_variation:.2f} (Gaussian {gaussian:.2f})")
+        if self.components is not None:
+            parts.append(f"{int(self.components.max()) + 1} components")
+        if self.relative_mass is not None:
+            parts.append("a mass for every sample")
+        return "noise model: " + ", ".join(parts)
 
     @property
     def dimension(self) -> int:
@@ -173,6 +218,8 @@ class NoiseModel:
             mean_directions=(
                 None if self.mean_directions is None else self.mean_directions.to(device, dtype)
             ),
+            fitted_on=self.fitted_on,
+            norm_variation=self.norm_variation,
         )
 
 
@@ -188,15 +235,36 @@ class _Noise:
     degrees: int
     mean_directions: Tensor | None = None
 
-    def spectrum(self) -> Tensor:
-        """Population eigenvalues, shape (d,), float64, on the CPU."""
-        found = sample_eigenvalues(self.centred, self.degrees)
+    @property
+    def dimension(self) -> int:
+        """Input dimension d, less the directions taken out."""
         separated = 0 if self.mean_directions is None else self.mean_directions.shape[1]
-        return population_eigenvalues(found, self.centred.shape[1] - separated, self.degrees)
+        return self.centred.shape[1] - separated
+
+    def one_bin(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalue and multiplicity of the isotropic model, each of shape (1,)."""
+        variance = _squared_norms(self.centred).sum() / (self.degrees * self.dimension)
+        return variance.reshape(1), torch.tensor([self.dimension])
+
+    def sample_spectrum(self) -> Tensor:
+        """Positive eigenvalues of the sample covariance, float64, on the CPU.
+
+        Raises:
+            ValueError: if min(n, d) is too large for memory.
+        """
+        smaller = min(self.centred.shape)
+        if smaller > LARGEST_GRAM:
+            raise ValueError(
+                f"NoiseModel: the spectrum of {tuple(self.centred.shape)} inputs takes a "
+                f"{smaller} × {smaller} matrix, {8e-9 * smaller**2:.0f} GB; use "
+                f"NoiseModel.isotropic, or fit on a sample of at most {LARGEST_GRAM} rows and give "
+                "the model every sample's component, dataclasses.replace(model, components=...)"
+            )
+        return sample_eigenvalues(self.centred, self.degrees)
 
     def relative_mass(self) -> Tensor:
         """‖z_i‖² over its mean, shape (n,); 1 for the only sample of a component."""
-        mass = self.centred.square().sum(1)
+        mass = _squared_norms(self.centred).to(self.centred.dtype)
         if self.components is None:
             return mass / mass.mean()
         if self.mean_directions is not None:
@@ -226,12 +294,14 @@ def _noise_of(
             f"NoiseModel: {n} samples in {num_components} components leave no noise to "
             "measure; give more samples or fewer components"
         )
-    centred = centre_within_components(values, labels, num_components)
-    # Once more, because the mean of inputs far from zero is rounded like numbers of their size.
-    centred = centre_within_components(centred, labels, num_components)
+    centred = torch.empty_like(values)
+    for some, target in zip(_blocks(values), _blocks(centred), strict=True):
+        once = centre_within_components(some, labels, num_components)
+        # Twice, because the mean of inputs far from zero is rounded like numbers of their size.
+        target.copy_(centre_within_components(once, labels, num_components))
     rounding = torch.finfo(values.dtype).eps
-    power = centred.square().sum(dtype=torch.float64) / ((n - num_components) * values.shape[1])
-    if not float(power) > rounding**2 * float(values.square().mean()):
+    power = float(_squared_norms(centred).sum()) / ((n - num_components) * values.shape[1])
+    if not power > rounding**2 * float(_squared_norms(values).mean()) / values.shape[1]:
         raise ValueError(
             "NoiseModel: the inputs do not vary within their components; decoupled descent "
             "needs noisy inputs"
@@ -240,23 +310,23 @@ def _noise_of(
         return _Noise(centred, ids, n - num_components)
     if ids is None:
         raise ValueError("NoiseModel: separate_means needs the component of every sample")
-    directions = _mean_directions(values - centred, ids, num_components)
-    centred = centred - (centred @ directions) @ directions.mT
+    first = torch.stack([(ids == a).nonzero()[0, 0] for a in range(num_components)])
+    directions = _span(values[first] - centred[first])
+    centred.addmm_(centred @ directions, directions.mT, alpha=-1)
     return _Noise(centred, ids, n - num_components, directions)
 
 
-def _mean_directions(means: Tensor, ids: Tensor, num_components: int) -> Tensor:
-    """Orthonormal basis of the span of the component means, given as one row a sample.
+def _span(means: Tensor) -> Tensor:
+    """Orthonormal basis of the span of the component means, given as rows.
 
     Raises:
         ValueError: if they span all dimensions.
     """
-    first = torch.stack([(ids == a).nonzero()[0, 0] for a in range(num_components)])
-    _, sizes, directions = torch.linalg.svd(means[first], full_matrices=False)
+    _, sizes, directions = torch.linalg.svd(means, full_matrices=False)
     spanned = sizes > 1e-4 * sizes[0]
     if int(spanned.sum()) >= means.shape[1]:
         raise ValueError(
-            f"NoiseModel: the means of {num_components} components span all {means.shape[1]} input "
+            f"NoiseModel: the means of {len(means)} components span all {means.shape[1]} input "
             "dimensions and leave no noise beside them; use separate_means=False"
         )
     return directions[spanned].mT.contiguous()
@@ -270,11 +340,52 @@ def _edges(dimension: int, bins: int) -> Tensor:
     return torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), ranks]))
 
 
+def _bins(spectrum: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Means and sizes of at most ``most`` bins of eigenvalues in descending order."""
+    sizes = _edges(len(spectrum), most).diff()
+    values = torch.stack([part.mean() for part in spectrum.split(sizes.tolist())])
+    return _merged(values, sizes)
+
+
+def _merged(values: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Join neighbouring bins of one eigenvalue: a shadow each would be the same shadow."""
+    means, counts = values[:1].tolist(), sizes[:1].tolist()
+    for value, size in zip(values[1:].tolist(), sizes[1:].tolist(), strict=True):
+        if abs(value - means[-1]) > SAME_EIGENVALUE * means[-1]:
+            means.append(value)
+            counts.append(size)
+        else:
+            means[-1] += (value - means[-1]) * size / (counts[-1] + size)
+            counts[-1] += size
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(counts)
+
+
+def _is_flat(sample: Tensor, dimension: int, degrees: int) -> bool:
+    # The relative variance of the eigenvalues, which sampling a flat spectrum raises by (d + 1)/m
+    # with deviation 2/m (Ledoit and Wolf 2002).
+    mean = sample.sum() / dimension
+    spread = float(sample.square().sum() / (dimension * mean.square())) - 1
+    return spread - (dimension + 1) / degrees < max(FLAT, 6 / degrees)
+
+
 def _is_heavy_tailed(relative_mass: Tensor, spectrum: Tensor) -> bool:
     # Gaussian norms have variance 2 tr Σ² / (tr Σ)²; features of one scale a sample have several
     # times that.
     gaussian = 2 * spectrum.square().sum() / spectrum.sum().square()
     return float(relative_mass.double().var()) > 3 * float(gaussian)
+
+
+def _squared_norms(values: Tensor) -> Tensor:
+    """‖x_i‖² of every row, shape (n,), float64; never a copy of all values."""
+    total = torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    for block in _blocks(values):
+        total += block.square().sum(1, dtype=torch.float64)
+    return total
+
+
+def _blocks(values: Tensor) -> tuple[Tensor, ...]:
+    """Views of some columns each, an eighth of them or fewer."""
+    return values.split(max(1, values.shape[1] // 8), dim=1)
 
 
 def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> None:
@@ -299,7 +410,7 @@ def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor:
         )
     if values.dtype not in {torch.float32, torch.float64}:
         values = values.float()
-    if not bool(torch.isfinite(values).all()):
+    if not all(bool(torch.isfinite(block).all()) for block in _blocks(values)):
         raise ValueError("NoiseModel: the inputs contain NaN or infinity; clean them first")
     return values
 

@@ -39,7 +39,8 @@ class Step(NamedTuple):
         shadow: Q^t, shape (n, k).
         head: θ^t.
         gradients: g_i^t = ∂ℓ_i/∂r at R^t = X W^t + Q^t, one row a sample, shape (n, k).
-        curvature: H̄^t, mean over samples of ∂²ℓ_i/∂r² at R^t, shape (k, k).
+        curvature: H̄^t, mean over samples of r_i ∂²ℓ_i/∂r² at R^t, r_i = ‖z_i‖² / mean, shape
+            (k, k).
         loss: mean of ℓ_i at R^t.
     """
 
@@ -196,7 +197,9 @@ def decoupled_descent(
                 shadow=shadow,
                 head=head,
                 gradients=torch.stack(gradients),
-                curvature=torch.stack(hessians).mean(0),
+                curvature=torch.stack(
+                    [m * h for m, h in zip(relative_mass, hessians, strict=True)]
+                ).mean(0),
                 loss=sum(losses) / n,
             )
         )

@@ -885,7 +885,7 @@ def test_defaults_are_those_of_the_published_figures():
         "gelu",
     )
     assert (config.lr, config.steps, config.model.hidden_scale) == (0.05, 300, 1.0)
-    assert config.components_known
+    assert config.components == "known"
 
 
 # --- Real data -------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Experiments from the command line's configuration to the run folder."""
 
 import csv
+import dataclasses
 import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from dd.assembly import (
 )
 from dd.checkpoint import Checkpoint
 from dd.experiment import Experiment
+from dd.notices import noted
 from dd.tracking import COLUMNS
 from dd.training import Schedule
 
@@ -99,7 +102,7 @@ def test_defaults_are_those_of_the_published_figures():
     assert (xor.data.dimension, xor.data.num_train, xor.data.separation) == (1000, 4000, 2.5)
     assert (xor.lr, xor.steps, xor.model.width, xor.model.activation) == (0.5, 200, 8, "gelu")
     assert xor.optimizer.curvature == "auto"
-    assert not xor.components_known
+    assert xor.components == "none"
     mnist = configure(experiment="noisy_mnist")
     assert (mnist.data.num_train, mnist.data.noise, mnist.model.width) == (2000, 0.5, 64)
     assert (mnist.lr, mnist.steps, mnist.model.activation) == (0.2, 300, "relu")
@@ -113,7 +116,7 @@ def test_learning_rate_reaches_both_optimizers_and_optimizer_lr_only_one():
 
 @pytest.mark.parametrize(
     ("overrides", "estimator"),
-    [([], "Probe"), (["optimizer.curvature=stein"], "Stein"), (["components_known=true"], "Stein")],
+    [([], "Probe"), (["optimizer.curvature=stein"], "Stein"), (["components=known"], "Stein")],
 )
 def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
     config = configure(*SMALL, *overrides)
@@ -130,6 +133,8 @@ def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
         ("optimizers=[]", r"optimizers must list"),
         ("optimizers=[dd,dd]", r"each once"),
         ("optimizers=dd", r"for example optimizers=\[dd\]"),
+        ("components=some", "components must be one of none, known, labels, found, got 'some'"),
+        ("noise_bins=0", "noise_bins must be a positive integer"),
         ("trials=0", "trials must be a positive integer, got 0"),
         ("trials=1.5", "trials must be a positive integer"),
         ("seed=-1", "seed must be a non-negative integer"),
@@ -354,6 +359,44 @@ def test_a_step_past_the_stability_edge_is_reported(tmp_path):
     assert json.loads((tmp_path / "wild" / "summary.json").read_text())["notes"] == wild.notes
 
 
+def test_labels_in_place_of_clusters_are_noted_and_found_ones_are_not(tmp_path):
+    sizes = ["data.num_train=1000", "data.dimension=250", "steps=50", "optimizers=[dd]"]
+    labels = run(tmp_path / "labels", *sizes, "components=labels")
+    assert len(labels.notes) == 1
+    assert labels.notes[0].startswith("dd: at training forward")
+    assert "not the mixture components" in labels.notes[0]
+    summary = json.loads((tmp_path / "labels" / "summary.json").read_text())
+    assert summary["notes"] == labels.notes
+    assert summary["noise"]["dd"].endswith("2 components")
+    found = run(tmp_path / "found", *sizes, "components=found")
+    assert found.notes == []
+    assert found.noise["dd"].endswith("4 components")
+
+
+def test_strained_sizes_are_noted_once_over_all_trials(tmp_path):
+    strained = run(tmp_path, "data.num_train=20", "optimizers=[dd]", "trials=2", "model.width=4")
+    assert len(strained.notes) == 2
+    assert "20 samples of dimension 50" in strained.notes[0]
+    assert "parameters beside the decoupled weight" in strained.notes[1]
+
+
+def test_other_warnings_keep_their_way():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with noted() as sentences:
+            warnings.warn("of someone else", UserWarning, stacklevel=1)
+            warnings.warn("DecoupledDescent: of ours", dd.StrainWarning, stacklevel=1)
+    assert [str(w.message) for w in caught] == ["of someone else"]
+    assert sentences == ["of ours"]
+
+
+def test_known_components_must_be_known():
+    config = configure(*SMALL, "components=known")
+    split = dataclasses.replace(make_split(config), train_components=None)
+    with pytest.raises(ValueError, match="components=known, but the data of xor has no"):
+        make_optimizer(config, "dd", make_model(config, split), split)
+
+
 def test_schedule_looks_at_the_first_and_last_state():
     schedule = Schedule(steps=7, record_every=3, checkpoint_every=4)
     assert [s for s in range(8) if schedule.records(s)] == [0, 3, 6, 7]
@@ -384,6 +427,7 @@ def test_command_writes_the_folder_and_prints_the_table(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "GD" in done.stdout
     assert "DD" in done.stdout
+    assert "dd: noise model: 1 bin" in done.stdout
     assert str(tmp_path / "train_vs_test.png") in done.stdout.replace("\n", "")
     assert "Warning" not in done.stdout + done.stderr
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2

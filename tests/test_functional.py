@@ -94,7 +94,7 @@ def fast_trajectory(
     eigenvalues = torch.as_tensor(noise_variance, dtype=torch.float64).reshape(-1)
     mass = eigenvalues * (d / len(eigenvalues))
     shadow = torch.zeros(len(eigenvalues), n, weight.shape[0], dtype=torch.float64)
-    estimator = curvature.Exact()
+    estimator = curvature.Exact(relative_mass)
     trajectory = [(weight.T, shadow.sum(0))]
     for rate in rates:
         rate = rate if reduction == "mean" else rate / n

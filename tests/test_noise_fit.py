@@ -1,11 +1,13 @@
 """The fitted noise model: spectra of known truth, refusals, and its way into the optimizer."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
 from dd.noise import NoiseModel
@@ -38,6 +40,28 @@ def decayed_trace(
 ) -> Tensor:
     """Traces tr Σ exp(−tΣ), shape (len(times),)."""
     return (multiplicities * eigenvalues * torch.exp(-times[:, None] * eigenvalues)).sum(1)
+
+
+class Alive(TorchDispatchMode):
+    """Most bytes that tensors made within were alive at once."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.most, self._sizes = 0, {given.untyped_storage().data_ptr(): 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage):
+        pointer = storage.data_ptr()
+        if pointer not in self._sizes and len(storage):
+            self._sizes[pointer] = len(storage)
+            weakref.finalize(storage, self._sizes.pop, pointer, None)
+            self.most = max(self.most, sum(self._sizes.values()))
 
 
 @pytest.mark.parametrize("name", ["flat", "spikes", "levels", "power"])
@@ -209,12 +233,97 @@ def test_a_batch_of_another_size_than_the_masses_is_refused():
         model(normal(9, 29, 5))
 
 
-@pytest.mark.parametrize("curvature", ["auto", "probe", "exact"])
-def test_masses_of_samples_are_refused_without_steins_curvature(curvature):
-    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    noise = NoiseModel.fit(normal(9, 30, 5), per_sample=True)
-    with pytest.raises(ValueError, match=r"needs Stein's curvature.*fit\(per_sample=False\)"):
-        dd.DecoupledDescent(model, noise=noise, curvature=curvature)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_every_second_derivative_is_weighed_by_the_masses_of_the_samples():
+    """With one unit a probe is exact, so that all estimators agree to rounding."""
+    n, d = 40, 12
+    ids = torch.arange(n) % 2
+    inputs = normal(9, n, d) * (0.5 + torch.arange(n) / n).double()[:, None]
+    noise = NoiseModel.fit(inputs, ids, per_sample=True, bins=3)
+    shadows = {}
+    for curvature in ("exact", "probe", "probe_create_graph", "unweighted"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(d, 1), nn.Tanh(), nn.Linear(1, 2)).double()
+        name = "exact" if curvature == "unweighted" else curvature
+        optimizer = dd.DecoupledDescent(model, lr=2.0, noise=noise, curvature=name)
+        if curvature == "unweighted":
+            optimizer._attachment.estimator.relative_mass = None
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), ids)
+            loss.backward(create_graph=optimizer.needs_graph)
+            optimizer.step()
+        shadows[curvature] = optimizer.shadow
+    for curvature in ("probe", "probe_create_graph"):
+        torch.testing.assert_close(shadows[curvature], shadows["exact"], rtol=1e-9, atol=1e-12)
+    assert float((shadows["unweighted"] - shadows["exact"]).abs().max()) > 1e-4
+
+
+# --- The number of bins, the line that describes a model, and memory ---------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_flat_spectra_get_one_bin_and_steep_ones_twelve(ratio, seed):
+    n = int(ratio * D)
+    flat = NoiseModel.fit(normal(seed, n, D))
+    assert flat.multiplicities.tolist() == [D]
+    torch.testing.assert_close(
+        flat.eigenvalues, NoiseModel.isotropic(normal(seed, n, D)).eigenvalues
+    )
+    for name in ("spikes", "levels", "power"):
+        steep = NoiseModel.fit(normal(seed, n, D) * spectrum(name).sqrt())
+        assert 2 <= len(steep.eigenvalues) <= 12
+
+
+def test_bins_of_one_eigenvalue_are_merged():
+    # Two levels, resolved by many samples: far fewer bins than asked for, and none twice.
+    truth = torch.cat([torch.full((8,), 25.0), torch.ones(8)]).double()
+    model = NoiseModel.fit(normal(0, 20, 16) * truth.sqrt(), bins=16)
+    values = model.eigenvalues
+    assert model.dimension == 16
+    assert bool((values[:-1] - values[1:] > 1e-3 * values[:-1]).all())
+    dead = torch.cat([normal(1, 200, 4), torch.ones(200, 60).double()], 1)
+    model = NoiseModel.fit(dead, bins=64)
+    assert int((model.eigenvalues == 0).sum()) == 1
+    # The density of the four others reaches over a rank or two.
+    assert int(model.multiplicities[-1]) >= 57
+
+
+def test_a_model_describes_itself_in_one_line():
+    n, d = 400, 100
+    ids = torch.arange(n) % 4
+    scale = torch.linspace(0.5, 1.5, n).double().sqrt()[:, None]
+    model = NoiseModel.fit(normal(5, n, d) * scale, ids, bins=1, per_sample=True)
+    # r is uniform on [0.5, 1.5], of variance 1/12; chi-squared norms add (1 + 1/12) 2/d.
+    variation = math.sqrt(1 / 12 + (1 + 1 / 12) * 2 / d)
+    assert model.norm_variation == pytest.approx(variation, rel=0.1)
+    assert str(model) == (
+        "noise model: 1 bin, effective rank 100 of 100, n/d 4, norm variation "
+        f"{model.norm_variation:.2f} (Gaussian 0.14), 4 components, a mass for every sample"
+    )
+    assert str(model.to(torch.device("cpu"), torch.float32)) == str(model)
+    by_hand = NoiseModel(torch.tensor([4.0, 1.0]), torch.tensor([1, 4]))
+    # (4 + 4)² / (16 + 4)
+    assert str(by_hand) == "noise model: 2 bins, effective rank 3.2 of 5"
+    assert "effective rank" in str(NoiseModel(torch.zeros(1), torch.tensor([4])))
+
+
+def test_spectra_beyond_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("dd.noise.LARGEST_GRAM", 50)
+    sample = normal(6, 60, 70)
+    with pytest.raises(ValueError, match=r"60 × 60 matrix.*NoiseModel.isotropic.*at most 50 rows"):
+        NoiseModel.fit(sample)
+    assert len(NoiseModel.fit(sample, bins=1, per_sample=False).eigenvalues) == 1
+    assert len(NoiseModel.fit(sample[:50]).eigenvalues) >= 1
+
+
+def test_no_more_than_two_copies_of_the_inputs_are_alive():
+    inputs, ids = normal(7, 6000, 64), torch.arange(6000) % 3
+    with Alive(inputs) as alive:
+        NoiseModel.fit(inputs, ids)
+    # Beside the centred inputs: an eighth of them at a time, chunks of 1024 rows, and single rows.
+    assert alive.most < 2 * inputs.nbytes
 
 
 def test_mass_of_a_sample_does_not_depend_on_the_size_of_its_component():

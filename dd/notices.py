@@ -1,0 +1,30 @@
+"""What the optimizer warns of, as notes of a run instead of raw Python warnings."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dd.audit import ComponentWarning
+from dd.strain import StrainWarning
+
+__all__ = ["noted"]
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Collect the sentences of the optimizer's warnings; every other warning takes its own way."""
+    sentences: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def collect(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, (ComponentWarning, StrainWarning)):
+                sentences.append(str(message).removeprefix("DecoupledDescent: "))
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = collect  # type: ignore[assignment]
+        for category in (ComponentWarning, StrainWarning):
+            warnings.simplefilter("always", category)
+        yield sentences

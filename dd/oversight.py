@@ -1,0 +1,66 @@
+"""What is said to the user while an attached optimizer trains; it changes nothing."""
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dd.audit import Audit, AuditedTensor, is_due, is_safe
+from dd.curvature import Stein
+from dd.strain import StrainWarning, strains
+
+if TYPE_CHECKING:
+    from dd.attachment import Attachment
+
+__all__ = ["Oversight"]
+
+logger = logging.getLogger("dd")
+
+
+class Oversight:
+    """Looks after one attachment: its noise model, its sizes and its component ids."""
+
+    def __init__(self) -> None:
+        self._forwards = 0
+        self._audit: Audit | None = None
+        self._has_looked = self._has_found = False
+
+    def look(self, attachment: "Attachment", n: int) -> None:
+        """Log the noise model and warn of strained sizes, once.
+
+        Args:
+            attachment: with its noise model fitted.
+            n: number of training samples.
+        """
+        if self._has_looked:
+            return
+        self._has_looked = True
+        logger.info("%s", attachment.noise)
+        layer = attachment.layer
+        corrected = {id(parameter) for parameter, _ in attachment.shadowed}
+        others = (p for p in attachment.module.parameters() if id(p) not in corrected)
+        head = sum(p.numel() for p in others if p.requires_grad)
+        for sentence in strains(n, layer.in_features, layer.out_features, head):
+            warnings.warn(f"DecoupledDescent: {sentence}", StrainWarning, stacklevel=2)
+
+    def outgoing(self, attachment: "Attachment", preactivation: Tensor, seed: int) -> Tensor:
+        """Return what the following layers receive, marked for an audit where one is due.
+
+        Args:
+            attachment: with a pending training forward.
+            preactivation: R, shape (n, k).
+            seed: of the audit's probe.
+        """
+        self._forwards += 1
+        estimator = attachment.estimator
+        if self._has_found or not isinstance(estimator, Stein) or not is_due(self._forwards):
+            return preactivation
+        if attachment.pending is None or not is_safe(attachment.module):
+            return preactivation
+        mass = None if attachment.noise is None else attachment.noise.relative_mass
+        self._audit = Audit(attachment.pending, mass, seed, self._forwards, self._found)
+        return preactivation.as_subclass(AuditedTensor)
+
+    def _found(self) -> None:
+        self._has_found = True

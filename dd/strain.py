@@ -1,0 +1,47 @@
+"""Sizes at which the theory of decoupled descent is strained."""
+
+__all__ = ["StrainWarning", "strains"]
+
+# Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
+# 1.6 times (docs/when-to-trust.md).
+MIN_SAMPLES_PER_INPUT = 0.5
+MAX_SQUARED_WIDTH_PER_SAMPLE = 4.0
+MAX_HEAD_PER_SAMPLE = 0.5
+
+
+class StrainWarning(UserWarning):
+    """The training error may be off, because the sizes are far from those of the theory."""
+
+
+def strains(n: int, d: int, k: int, head: int) -> list[str]:
+    """Say what to expect where samples are few for the network.
+
+    Args:
+        n: training samples.
+        d: inputs of the decoupled layer.
+        k: its width.
+        head: trainable parameters that are not corrected.
+
+    Returns:
+        One sentence for every ratio that is out of range.
+    """
+    sentences = []
+    if n < MIN_SAMPLES_PER_INPUT * d:
+        sentences.append(
+            f"{n} samples of dimension {d} (n/d = {n / d:.2g}): the noise spectrum is known "
+            "poorly and the correction is coarse; expect the training error to be off by several "
+            "points."
+        )
+    if k * k > MAX_SQUARED_WIDTH_PER_SAMPLE * n:
+        sentences.append(
+            f"a decoupled layer of width {k} on {n} samples (k²/n = {k * k / n:.3g}): the "
+            "curvature is estimated with much noise; expect the training loss to drift from the "
+            "test loss, less so with fewer units."
+        )
+    if head > MAX_HEAD_PER_SAMPLE * n:
+        sentences.append(
+            f"{head} parameters beside the decoupled weight on {n} samples ({head / n:.2g} a "
+            "sample): those are not corrected and over-fit; expect a training error that is too "
+            "low, less so with a smaller head or with head=True."
+        )
+    return sentences

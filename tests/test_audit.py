@@ -1,0 +1,347 @@
+"""The audit of component ids: what it finds, and that training does not notice it."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dd
+from dd import audit, oversight
+from dd.data import xor
+from dd.functional import (
+    centre_within_components,
+    probe_curvature,
+    rademacher,
+    stein_curvature,
+    stein_excess,
+)
+from dd.models import two_layer
+from tests.test_optimizer import C, D, K, make_model, make_problem, train
+
+
+def normal(seed: int, *shape: int):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# --- When, and by which figures ----------------------------------------------------------------
+
+
+def test_forwards_are_audited_ever_more_rarely():
+    due = [n for n in range(1, 2001) if audit.is_due(n)]
+    assert due == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
+
+
+def quartic(seed: int, n: int, k: int, spread: float):
+    """ℓ(r) = (Σ_j (r_j² + r_j⁴/6))/2 of two clusters at ±spread, and one Rademacher probe."""
+    r = normal(seed, n, k)
+    r[:, 0] += spread * (1 - 2 * (torch.arange(n) % 2))
+    gradient = (r + r**3 / 3) / n
+    probe = rademacher(r, torch.Generator().manual_seed(seed))
+    return r, gradient, probe, (1 + r**2) * probe / n
+
+
+def test_excess_has_mean_zero_and_unit_variance_with_the_right_components():
+    n, clusters = 400, torch.arange(400) % 2
+    found = []
+    for seed in range(200):
+        r, *others = quartic(seed, n, 3, spread=1.0)
+        found.append(stein_excess(centre_within_components(r, clusters, 2), *others)[1])
+    errors = torch.stack(found)
+    # The mean of 200 has deviation 1/√200, the variance √(2/200); four and five of them.
+    assert abs(float(errors.mean())) < 4 / math.sqrt(200)
+    assert float(errors.var()) == pytest.approx(1, abs=5 * math.sqrt(2 / 200))
+
+
+def test_excess_is_the_difference_of_the_traces_over_the_curvature():
+    r, gradient, probe, product = quartic(1, 500, 3, spread=1.0)
+    centred = r - r.mean(0)
+    covariance = centred.T @ centred / len(r)
+    curvature = probe_curvature(probe, product)
+    stein = stein_curvature(centred, gradient, ridge=0.0)
+    difference = torch.trace(covariance @ stein) - torch.trace(covariance @ curvature)
+    scale = torch.linalg.svdvals(covariance @ curvature).sum()
+    torch.testing.assert_close(
+        stein_excess(centred, gradient, probe, product)[0], difference / scale
+    )
+
+
+# --- XOR ---------------------------------------------------------------------------------------
+
+
+def train_on_xor(ids: str, activation: str, seed: int) -> None:
+    """Fifty steps with Stein's curvature, d = 250, n = 1000, k = 4."""
+    split = xor(dimension=250, num_train=1000, num_test=10, separation=2.5, noise=1.0, seed=seed)
+    model = two_layer(
+        250,
+        num_outputs=2,
+        width=4,
+        activation=activation,
+        hidden_scale=0.5,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    components = split.train_targets if ids == "labels" else split.train_components
+    noise = dd.NoiseModel.isotropic(split.train_inputs, components)
+    optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, curvature="stein")
+    train(model, optimizer, split.train_inputs, split.train_targets, steps=50)
+
+
+def warnings_on_xor(*arguments) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", dd.ComponentWarning)
+        train_on_xor(*arguments)
+    return sum(issubclass(w.category, dd.ComponentWarning) for w in caught)
+
+
+@pytest.mark.parametrize("activation", ["tanh_squared", "relu"])
+@pytest.mark.parametrize(("ids", "warned"), [("labels", 1), ("clusters", 0)])
+def test_labels_are_told_from_clusters(ids, warned, activation):
+    assert [warnings_on_xor(ids, activation, seed) for seed in range(3)] == [warned] * 3
+
+
+def test_the_warning_points_at_the_backward_call_and_names_the_remedies():
+    with pytest.warns(dd.ComponentWarning, match=r'curvature="probe".*find_comp') as caught:
+        train_on_xor("labels", "tanh_squared", 0)
+    assert caught[0].filename.endswith("test_optimizer.py")
+
+
+# --- Training does not notice ------------------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    """Counts its backward passes."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Doubled.calls += 1
+        return 2 * gradient
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(K, 2, batch_first=True)
+
+    def forward(self, x):
+        return x + self.inner(x[:, None], x[:, None], x[:, None])[0][:, 0]
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+HEADS = {
+    "tanh": nn.Tanh,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "layer norm": lambda: nn.LayerNorm(K),
+    "batch norm": lambda: nn.Sequential(nn.BatchNorm1d(K), nn.GELU()),
+    "dropout": lambda: nn.Sequential(nn.GELU(), nn.Dropout(0.3)),
+    "attention": Attention,
+    "custom function": lambda: Apply(Doubled.apply),
+    "fft and sort": lambda: Apply(lambda x: torch.fft.irfft(torch.fft.rfft(x), n=K).sort(1).values),
+    "checkpoint": lambda: Apply(lambda x: checkpoint(torch.tanh, x, use_reentrant=False)),
+    "reentrant checkpoint": lambda: Apply(lambda x: checkpoint(torch.tanh, x, use_reentrant=True)),
+    "compiled": lambda: torch.compile(nn.Tanh(), backend="aot_eager"),
+    "compiled function": lambda: Apply(torch.compile(torch.tanh, backend="aot_eager")),
+    "in-place indexing": lambda: Apply(lambda x: x.clone().index_fill_(1, torch.tensor([0]), 0.5)),
+    "out of torch": lambda: Apply(lambda x: torch.tanh(x) * float(x.detach().numpy().mean())),
+}
+
+
+def square(output, targets):
+    return F.mse_loss(output[:, 0], targets.to(output.dtype))
+
+
+def huber(output, targets):
+    return F.huber_loss(output[:, 0], targets.to(output.dtype))
+
+
+def summed(output, targets):
+    return F.cross_entropy(output, targets, reduction="sum", label_smoothing=0.1)
+
+
+def trajectory(model, monkeypatch, due: bool, steps: int = 4, **settings):
+    """Losses, gradients, state and random state of a run, audited at every forward or at none."""
+    monkeypatch.setattr(oversight, "is_due", lambda forward: due)
+    inputs, targets = make_problem()
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    noise = dd.NoiseModel.isotropic(inputs, targets)
+    optimizer = dd.DecoupledDescent(model, lr=0.05, noise=noise, curvature="stein")
+    losses = train(model, optimizer, inputs, targets, steps=steps, **settings)
+    gradients = [p.grad for p in model.parameters()]
+    result = [torch.tensor(losses), optimizer.shadow, torch.get_rng_state(), *gradients]
+    return [*result, *model.state_dict().values()]
+
+
+def require_equal(audited, plain):
+    assert len(audited) == len(plain)
+    for one, other in zip(audited, plain, strict=True):
+        assert type(one) is type(other)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, square, huber, summed])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.filterwarnings(
+    "ignore:.*:UserWarning:torch.*",
+    "ignore:.*:DeprecationWarning",
+    # Sorted units are kinks all over, on 120 samples.
+    "ignore:.*at training forward.*:dd.ComponentWarning",
+)
+def test_audited_training_is_unaudited_training_bit_for_bit(name, loss_fn, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, K), HEADS[name](), nn.Linear(K, C)).double()
+    plain = trajectory(model, monkeypatch, due=False, loss_fn=loss_fn)
+    require_equal(trajectory(model, monkeypatch, due=True, loss_fn=loss_fn), plain)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Excesses that audits measured."""
+    found, inner = [], audit.stein_excess
+
+    def spy(*arguments):
+        found.append(inner(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(audit, "stein_excess", spy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        *((name, 4) for name in ("tanh", "relu in place", "silu", "mish", "dropout", "attention")),
+        *((name, 4) for name in ("layer norm", "batch norm", "in-place indexing")),
+        *((name, 0) for name in ("custom function", "checkpoint", "reentrant checkpoint")),
+        *((name, 0) for name in ("compiled", "compiled function")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch.*", "ignore:.*:DeprecationWarning")
+def test_which_heads_are_audited(name, runs, monkeypatch, measured):
+    model = nn.Sequential(nn.Linear(D, K), HEADS[name](), nn.Linear(K, C)).double()
+    Doubled.calls = 0
+    trajectory(model, monkeypatch, due=True)
+    assert len(measured) == runs
+    assert Doubled.calls == (4 if name == "custom function" else 0)
+
+
+def hook_module(model):
+    calls = []
+    model[1].register_full_backward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def hook_tensor(model):
+    calls = []
+    model[1].register_forward_hook(
+        lambda _, __, output: output.register_hook(lambda g: calls.append(1)) and None
+    )
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_models_that_would_notice_are_not_audited():
+    assert audit.is_safe(make_model())
+    assert not audit.is_safe(nn.Sequential(torch.compile(make_model(), backend="eager")))
+    hooked = make_model()
+    hooked[1].register_full_backward_pre_hook(lambda *_: None)
+    assert not audit.is_safe(hooked)
+    with torch.autograd.forward_ad.dual_level():
+        assert not audit.is_safe(make_model())
+    with torch.autograd.detect_anomaly(check_nan=False):
+        assert not audit.is_safe(make_model())
+
+
+@pytest.mark.parametrize("hook", [hook_module, hook_tensor])
+def test_hooks_on_gradients_are_called_once_a_step(hook, monkeypatch):
+    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    inputs, targets = make_problem()
+    model = make_model()
+    calls = hook(model)
+    optimizer = dd.DecoupledDescent(model, noise=dd.NoiseModel.isotropic(inputs, targets))
+    train(model, optimizer, inputs, targets, steps=3)
+    assert len(calls) == 3
+
+
+def test_retained_gradients_are_not_doubled(monkeypatch):
+    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, noise=dd.NoiseModel.isotropic(inputs, targets))
+    output = model(inputs)
+    output.retain_grad()
+    F.cross_entropy(output, targets).backward()
+    expected = (output.detach().softmax(1) - F.one_hot(targets, C)) / len(targets)
+    torch.testing.assert_close(output.grad.as_subclass(torch.Tensor), expected)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "create_graph", "explicit", "probe first", "level"])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_unusual_loops_go_on(kind, monkeypatch):
+    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    inputs, targets = make_problem(dtype=torch.float32)
+    model, other = make_model(dtype=torch.float32), make_model(1, dtype=torch.float32)
+    noise = dd.NoiseModel.isotropic(inputs, targets)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if kind == "bfloat16":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+        elif kind == "create_graph":
+            F.cross_entropy(model(inputs), targets).backward(create_graph=True)
+        elif kind == "explicit":
+            F.cross_entropy(model(inputs), targets).backward(torch.tensor(1.0), retain_graph=True)
+        elif kind == "level":
+            with torch.autograd.forward_ad.dual_level():
+                F.cross_entropy(model(inputs), targets).backward()
+        else:
+            probing = dd.DecoupledDescent(other, lr=0.1, curvature="probe")
+            probing.zero_grad()
+            first, second = (F.cross_entropy(m(inputs), targets) for m in (model, other))
+            (first + second).backward()
+            probing.step()
+            probing.detach()
+        optimizer.step()
+    assert bool(optimizer.shadow.any())
+    assert not audit.Audit._pending
+
+
+def test_masses_of_samples_weigh_the_probe(monkeypatch, measured):
+    """Right ids, masses from 0.1 to 1.9: without weights the two curvatures would disagree."""
+    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    n, d = 4000, 40
+    ids = torch.arange(n) % 2
+    scale = 0.1 + 1.8 * (torch.arange(n) // 2 % 2)
+    inputs = normal(0, n, d) * scale.sqrt()[:, None] + 2 * ids[:, None]
+    model = nn.Sequential(nn.Linear(d, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    noise = dd.NoiseModel.fit(inputs, ids, per_sample=True)
+    optimizer = dd.DecoupledDescent(model, lr=0.0, noise=noise, curvature="stein")
+
+    def loss_fn(output, _):
+        return (output**2).mean() + (output[:, 0] ** 4).mean()
+
+    train(model, optimizer, inputs, ids, steps=1, loss_fn=loss_fn)
+    assert abs(float(measured[0][1])) < 4

@@ -1,0 +1,64 @@
+"""Warnings of strained sizes, and the line that is logged with them."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dd
+from dd.strain import strains
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((100, 200, 10, 50), None),
+        ((99, 200, 9, 49), "n/d = 0.49"),
+        ((99, 100, 10, 49), "k²/n = 1.01"),
+        ((100, 100, 10, 51), "0.51 a sample"),
+    ],
+)
+def test_each_ratio_has_its_sentence(sizes, message):
+    found = strains(*sizes)
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
+
+
+def problem(n: int):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 3), nn.Tanh(), nn.Linear(3, 2))
+    return model, torch.randn(n, 30, generator=generator), torch.arange(n) % 2
+
+
+def test_the_optimizer_warns_once_at_the_first_training_forward():
+    model, inputs, targets = problem(14)
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    model.eval()(inputs)
+    model.train()
+    with pytest.warns(dd.StrainWarning) as caught:
+        loss = F.cross_entropy(model(inputs), targets)
+    # 14 samples of 30 inputs, and 3 + 6 + 2 parameters beside the weight; k² is 9.
+    few, large = (str(w.message) for w in caught if w.category is dd.StrainWarning)
+    assert "14 samples of dimension 30" in few
+    assert "11 parameters" in large
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dd.StrainWarning)
+        loss.backward()
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_noise_model_is_logged(given, caplog):
+    model, inputs, targets = problem(60)
+    noise = dd.NoiseModel.isotropic(inputs, targets) if given else None
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+    with caplog.at_level(logging.INFO, logger="dd"):
+        model(inputs)
+    assert [r.name for r in caplog.records] == ["dd"]
+    assert caplog.messages[0] == str(optimizer.noise)
+    assert caplog.messages[0].startswith("noise model: 1 bin, effective rank 30 of 30, n/d 2,")
