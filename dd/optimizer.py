@@ -12,6 +12,7 @@ from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment, Capture
 from dd.curvature import check_name
+from dd.divergence import DivergenceWatch
 from dd.functional import damped_weight_gradient, shadow_gradient
 from dd.noise import NoiseModel
 
@@ -67,6 +68,7 @@ class DecoupledDescent(torch.optim.SGD):
     """
 
     _attachment: Attachment | None = None
+    _watch: DivergenceWatch | None = None
     _curvature: str = "auto"
     _damping: float = 1.0
     _seed: int = 0
@@ -194,7 +196,7 @@ class DecoupledDescent(torch.optim.SGD):
         state = self.state[self._attachment.layer.weight]
         for key in ("shadow", "shadow_momentum_buffer", "shadow_step", "shadow_samples"):
             state.pop(key, None)
-        self._attachment = None
+        self._attachment = self._watch = None
 
     def drop_forward(self) -> None:
         """Forget a training forward that will get no step, after a skipped or interrupted one."""
@@ -225,6 +227,7 @@ class DecoupledDescent(torch.optim.SGD):
             self._attachment.drop()
             self._attachment.order.forget()
             self._attachment.expected = None
+            self._watch = None
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -274,7 +277,16 @@ class DecoupledDescent(torch.optim.SGD):
             if not torch.is_grad_enabled():
                 return corrected
             seed = _probe_seed(self._seed, state.get("shadow_step", 0))
-            return attachment.capture(inputs, corrected, seed, first=shadow is None)
+            outgoing = attachment.capture(inputs, corrected, seed, first=shadow is None)
+            self._watch_for(attachment, len(inputs)).observe(corrected)
+            return outgoing
+
+    def _watch_for(self, attachment: Attachment, num_samples: int) -> DivergenceWatch:
+        noise = attachment.noise
+        assert noise is not None
+        if self._watch is None:
+            self._watch = DivergenceWatch(noise.eigenvalues, noise.multiplicities, num_samples)
+        return self._watch
 
     def _shadow_update(self, attachment: Attachment) -> _Update | None:
         capture = attachment.pending
@@ -304,6 +316,8 @@ class DecoupledDescent(torch.optim.SGD):
                 f"{gradient.shape[1]} units of layer {attachment.name!r}; use fewer units or more "
                 'samples, or give component ids for curvature="stein"'
             )
+        group = next(g for g in self.param_groups if any(p is layer.weight for p in g["params"]))
+        self._watch_for(attachment, len(gradient)).look(gradient, curvature, group)
         attachment.drop()
         state = self.state[layer.weight]
         shadow = state.get("shadow")
