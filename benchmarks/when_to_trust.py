@@ -7,7 +7,7 @@ test set of n_test samples at error p would leave 0.8 √(p(1 − p)(1/n + 1/n_t
 the mixture components unless stated. Rows of real data find it through DD_DATA and are skipped,
 with a sentence, where it is absent.
 
-    python benchmarks/when_to_trust.py [n_over_d width ...] [--seeds 3] [--json when_to_trust.json]
+    python benchmarks/when_to_trust.py [n_over_d width ...] [--seeds 4] [--json when_to_trust.json]
 """
 
 import argparse
@@ -423,8 +423,9 @@ def depth() -> Iterator[Row]:
 
 
 def regression() -> Iterator[Row]:
-    """Square loss; errors are mean squared ones, of which the noise of the targets is 0.25, and
-    error gaps are relative to the test error.
+    """Square loss; errors are mean squared ones, error gaps relative to the test error.
+
+    The noise of the targets alone is an error of 0.25.
     """
     for ratio in (0.3, 0.5, 0.8, 1.5, 3.0):
         yield f"linear, n/d = {ratio:g}", lambda seed, r=ratio: _regression(seed, r, 0, 0.0)
@@ -555,7 +556,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweeps", nargs="*", metavar="sweep", help=", ".join(SWEEPS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--json", type=Path, default=Path("when_to_trust.json"))
     arguments = parser.parse_args()
     unknown = set(arguments.sweeps) - set(SWEEPS)
@@ -571,7 +572,7 @@ def main() -> int:
 
 def sweep(name: str, seeds: int) -> list[dict[str, Any]]:
     """Run one sweep and print its table."""
-    print(f"\n### {name}: {SWEEPS[name].__doc__}\n")
+    print(f"\n### {name}: {(SWEEPS[name].__doc__ or '').splitlines()[0]}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     rows = []
     for label, build in SWEEPS[name]():
