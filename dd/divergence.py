@@ -70,6 +70,7 @@ class DivergenceWatch:
         self._growth = feedback_growth(eigenvalues, multiplicities, num_samples)
         self._samples, self._dimension = num_samples, int(multiplicities.sum())
         self._done = self._growth == 0.0
+        self._due: str | None = None
         self._feedback = 0.0
         self._least = float("inf")
         self._now: Tensor | None = None
@@ -81,7 +82,7 @@ class DivergenceWatch:
             self._now = at_least_single(preactivation.detach()).clone()
 
     def look(self, gradient: Tensor, curvature: Tensor, settings: Mapping[str, Any]) -> None:
-        """Take one step into account and warn if it must be.
+        """Take one step into account.
 
         Args:
             gradient: G at the R last observed, shape (n, k).
@@ -101,7 +102,15 @@ class DivergenceWatch:
             return
         suspect = growth > 0 and self._feedback > FEEDBACK and norm > RISE * self._least
         if suspect and self._share(gradient, curvature) > SHARE:
-            self._warn(growth, sharpest)
+            self._due = self._message(growth, sharpest)
+            self._done, self._now, self._then = True, None, None
+
+    def tell(self) -> None:
+        """Issue the warning that is due; called by ``step`` when everything is updated."""
+        due, self._due = self._due, None
+        if due is not None:
+            # Two wrappers of torch stand between ``step`` and whoever called it.
+            warnings.warn(due, DivergenceWarning, stacklevel=5)
 
     def _share(self, gradient: Tensor, curvature: Tensor) -> float:
         assert self._now is not None
@@ -112,19 +121,16 @@ class DivergenceWatch:
         # ‖G‖ > ‖G₀‖ makes the rise positive.
         return explained / rise
 
-    def _warn(self, growth: float, sharpest: float) -> None:
-        warnings.warn(
+    def _message(self, growth: float, sharpest: float) -> str:
+        return (
             f"DecoupledDescent: with {self._samples} samples of {self._dimension} inputs the "
             f"correction feeds back on itself: pre-activations, training and test loss grow by "
             f"{growth:.2g} of themselves a step, and the gradient at the decoupled layer is "
             f"{RISE:g} times its least. Stop here and keep the weights of the lowest training "
             f"loss; or train with weight_decay={2 * self._growth * sharpest:.2g} (above half of "
             "that the growth ends, at that it is small from the start); or give as many samples "
-            "as inputs, or a loss of bounded gradient, such as cross-entropy.",
-            DivergenceWarning,
-            stacklevel=5,
+            "as inputs, or a loss of bounded gradient, such as cross-entropy."
         )
-        self._done, self._now, self._then = True, None, None
 
 
 def _effective_rate(settings: Mapping[str, Any]) -> float:

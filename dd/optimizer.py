@@ -244,6 +244,9 @@ class DecoupledDescent(torch.optim.SGD):
             RuntimeError: if attached and no training forward and backward came before, the weight
                 gradient is not the one they delivered, or the curvature could not be had.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
+
+        Warns:
+            DivergenceWarning: once, if the correction has begun to feed back on itself.
         """
         loss = None
         if closure is not None:
@@ -257,6 +260,8 @@ class DecoupledDescent(torch.optim.SGD):
         with _full_precision(self._attachment.layer.weight):
             self._step_groups(self._shadow_update(self._attachment))
             self._attachment.remember_weight()
+        if self._watch is not None:
+            self._watch.tell()
         return loss
 
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
