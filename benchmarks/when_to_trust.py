@@ -212,6 +212,7 @@ def _classification(
     noise: Callable[..., dd.NoiseModel],
     *,
     lr: float = 0.25,
+    momentum: float = 0.0,
     steps: int = 200,
     scale: float = 0.5,
     activation: str = "gelu",
@@ -235,7 +236,7 @@ def _classification(
         test=(split.test_inputs, split.test_targets),
         model=model,
         noise=noise(split.train_inputs, split.train_components),
-        settings={"lr": lr},
+        settings={"lr": lr, "momentum": momentum},
         steps=steps,
     )
 
@@ -266,7 +267,7 @@ def n_over_d() -> Iterator[Row]:
 
 def width() -> Iterator[Row]:
     """Width k of the decoupled layer."""
-    for k in (4, 16, 64, 256):
+    for k in (4, 16, 64, 128, 256):
         yield f"XOR, n = 1000, {_sizes(k, 2, 1000)}", lambda seed, k=k: xor_task(seed, 1000, k)
     for k in (4, 16, 64, 256):
         label = f"noisy MNIST, n = 1000, {_sizes(k, 10, 1000)}"
@@ -471,6 +472,18 @@ def _regression(seed: int, ratio: float, width: int, decay: float) -> Task:
     )
 
 
+def few_samples() -> Iterator[Row]:
+    """Cross-entropy with fewer samples than inputs, at several rates."""
+    for ratio in (0.3, 0.5, 0.8):
+        for lr, momentum, steps in ((0.1, 0.0, 600), (0.5, 0.0, 200), (0.05, 0.9, 300)):
+            yield (
+                f"XOR, n/d = {ratio:g}, rate {lr:g}, momentum {momentum:g}, {steps} steps",
+                lambda seed, r=ratio, m=momentum, lr=lr, steps=steps: xor_task(
+                    seed, int(r * D), lr=lr, momentum=m, steps=steps
+                ),
+            )
+
+
 SWEEPS: dict[str, Callable[[], Iterator[Row]]] = {
     sweep.__name__: sweep
     for sweep in (
@@ -482,6 +495,7 @@ SWEEPS: dict[str, Callable[[], Iterator[Row]]] = {
         duplicates,
         depth,
         regression,
+        few_samples,
     )
 }
 
