@@ -6,6 +6,7 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 
 from dd.audit import ComponentWarning
 from dd.components import find_components
+from dd.divergence import DivergenceWarning
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.strain import StrainWarning
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ComponentWarning",
     "DecoupledDescent",
+    "DivergenceWarning",
     "NoiseModel",
     "StrainWarning",
     "find_components",

@@ -12,6 +12,7 @@ from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment, Capture
 from dd.curvature import check_name
+from dd.divergence import DivergenceWatch
 from dd.functional import at_least_single, damped_weight_gradient, shadow_gradient
 from dd.noise import NoiseModel
 
@@ -79,6 +80,7 @@ class DecoupledDescent(torch.optim.SGD):
     """
 
     _attachment: Attachment | None = None
+    _watch: DivergenceWatch | None = None
     _curvature: str = "auto"
     _damping: float = 1.0
     _head: bool | nn.Module | str = False
@@ -206,7 +208,7 @@ class DecoupledDescent(torch.optim.SGD):
         for parameter, key in self._attachment.shadowed:
             for name in (key, f"{key}_momentum_buffer", "shadow_step", "shadow_samples"):
                 self.state[parameter].pop(name, None)
-        self._attachment = None
+        self._attachment = self._watch = None
 
     def drop_forward(self) -> None:
         """Forget a training forward that will get no step, after a skipped or interrupted one."""
@@ -235,6 +237,7 @@ class DecoupledDescent(torch.optim.SGD):
         super().load_state_dict(state_dict)
         if self._attachment is not None:
             self._attachment.forget()
+            self._watch = None
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -251,6 +254,9 @@ class DecoupledDescent(torch.optim.SGD):
             RuntimeError: if attached and no training forward and backward came before, the weight
                 gradient is not the one they delivered, or the curvature could not be had.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
+
+        Warns:
+            DivergenceWarning: once, if the correction has begun to feed back on itself.
         """
         loss = None
         if closure is not None:
@@ -264,6 +270,8 @@ class DecoupledDescent(torch.optim.SGD):
         with _full_precision(self._attachment.layer.weight):
             self._step_groups(self._shadow_update(self._attachment))
             self._attachment.remember_weight()
+        if self._watch is not None:
+            self._watch.tell()
         return loss
 
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
@@ -290,7 +298,15 @@ class DecoupledDescent(torch.optim.SGD):
             outgoing = attachment.capture(inputs, corrected, seed, first=shadow is None)
             assert attachment.pending is not None
             attachment.pending.signal = signal
+            self._watch_for(attachment, len(inputs)).observe(corrected)
             return outgoing
+
+    def _watch_for(self, attachment: Attachment, num_samples: int) -> DivergenceWatch:
+        noise = attachment.noise
+        assert noise is not None
+        if self._watch is None:
+            self._watch = DivergenceWatch(noise.eigenvalues, noise.multiplicities, num_samples)
+        return self._watch
 
     def _correct_scores(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
         attachment = self._attachment
@@ -375,6 +391,8 @@ class DecoupledDescent(torch.optim.SGD):
                 f"{gradient.shape[1]} units of layer {attachment.name!r}; use fewer units or more "
                 'samples, or give component ids for curvature="stein"'
             )
+        group = next(g for g in self.param_groups if any(p is layer.weight for p in g["params"]))
+        self._watch_for(attachment, len(gradient)).look(gradient, curvature, group)
         attachment.drop()
         state = self.state[layer.weight]
         shadow = state.get("shadow")
