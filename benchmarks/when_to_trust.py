@@ -47,6 +47,7 @@ class Task:
         curvature: of DD.
         square: half mean squared error in place of cross-entropy.
         weights: of the training samples in the loss and in the error, shape (n,).
+        head: whether DD corrects the head too.
     """
 
     train: tuple[Tensor, Tensor]
@@ -58,6 +59,7 @@ class Task:
     curvature: str = "auto"
     square: bool = False
     weights: Tensor | None = None
+    head: bool = False
 
 
 @dataclass
@@ -79,7 +81,9 @@ def run(task: Task, *, decoupled: bool, looks: int = 30) -> Curves:
     torch.manual_seed(0)
     model, curves = _copy(task.model), Curves()
     optimizer = (
-        dd.DecoupledDescent(model, noise=task.noise, curvature=task.curvature, **task.settings)
+        dd.DecoupledDescent(
+            model, noise=task.noise, curvature=task.curvature, head=task.head, **task.settings
+        )
         if decoupled
         else torch.optim.SGD(model.parameters(), **task.settings)
     )
@@ -88,11 +92,13 @@ def run(task: Task, *, decoupled: bool, looks: int = 30) -> Curves:
             _look(task, model, curves)
             if not curves.train_loss[-1] < 1e6:
                 break
-        optimizer.zero_grad()
-        loss = _loss(task, model(task.train[0]), task.train[1], task.weights)
-        loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", UserWarning)
+            # The gradients are cleared before every step, which is what this warning asks for.
+            warnings.filterwarnings("ignore", message=".*create_graph=True.*")
+            optimizer.zero_grad()
+            loss = _loss(task, model(task.train[0]), task.train[1], task.weights)
+            loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
             optimizer.step()
         for warning in caught:
             curves.warned.setdefault(warning.category.__name__, step)
@@ -188,18 +194,27 @@ def xor_task(
     return _classification(split, seed, width, noise or dd.NoiseModel.isotropic, **how)
 
 
-def features_task(seed: int, n: int = 3000, width: int = 32, **how: Any) -> Task:
+def features_task(
+    seed: int, n: int = 3000, width: int = 32, scaling: str = "coordinate", **how: Any
+) -> Task:
     """CIFAR-10 features, d = 1280, GELU, rate 0.05, 200 steps, fitted spectrum.
 
     The test samples are the same 2000 at every seed, and with n = 8000 so are the training ones.
     """
-    split = cifar10_probe(source="features", num_train=n, num_test=2000, seed=seed, progress=False)
+    split = cifar10_probe(
+        source="features",
+        num_train=n,
+        num_test=2000,
+        scaling=scaling,
+        seed=seed,
+        progress=False,
+    )
     how = {"lr": 0.05, "scale": 1.0} | how
     return _classification(split, seed, width, dd.NoiseModel.fit, **how)
 
 
 def mnist_task(seed: int, n: int = 2000, width: int = 16, **how: Any) -> Task:
-    """Noisy MNIST, d = 784, tanh, rate 0.2, 200 steps, isotropic noise."""
+    """Noisy MNIST, d = 784, tanh, rate 0.2, 200 steps, isotropic noise without head correction."""
     split = noisy_mnist(num_train=n, num_test=5000, seed=seed, download=False)
     how = {"lr": 0.2, "scale": 1.0, "activation": "tanh"} | how
     return _classification(split, seed, width, dd.NoiseModel.isotropic, **how)
@@ -217,6 +232,7 @@ def _classification(
     scale: float = 0.5,
     activation: str = "gelu",
     depth: int = 1,
+    head: bool = False,
 ) -> Task:
     source = generator(seed, "initialisation")
     model = two_layer(
@@ -235,9 +251,14 @@ def _classification(
         train=(split.train_inputs, split.train_targets),
         test=(split.test_inputs, split.test_targets),
         model=model,
-        noise=noise(split.train_inputs, split.train_components),
+        noise=(
+            dd.NoiseModel.fit(split.train_inputs, split.train_components, separate_means=True)
+            if head
+            else noise(split.train_inputs, split.train_components)
+        ),
         settings={"lr": lr, "momentum": momentum},
         steps=steps,
+        head=head,
     )
 
 
@@ -280,6 +301,43 @@ def width() -> Iterator[Row]:
 def _sizes(k: int, outputs: int, n: int) -> str:
     head = k + (k + 1) * outputs
     return f"k = {k}, k²/n = {k * k / n:.2g}, head/n = {head / n:.2g}"
+
+
+def head() -> Iterator[Row]:
+    """The last layer corrected for its own over-fitting, or not."""
+    settings: list[tuple[str, Callable[..., Task], dict[str, Any]]] = [
+        ("XOR, n = 1000, k = 8", xor_task, {}),
+        ("XOR, n = 1000, k = 64", xor_task, {"width": 64}),
+        (
+            "noisy MNIST, n = 2000, k = 64, ReLU",
+            mnist_task,
+            {"width": 64, "activation": "relu", "steps": 300},
+        ),
+        ("features, n = 300, k = 32", features_task, {"n": 300, "steps": 300}),
+        ("features, n = 1000, k = 32", features_task, {"n": 1000, "steps": 300}),
+        ("features, n = 1000, k = 64", features_task, {"n": 1000, "width": 64, "steps": 300}),
+        ("features, n = 3000, k = 32", features_task, {"steps": 300}),
+    ]
+    for label, build, how in settings:
+        for corrected in (False, True):
+            yield (
+                f"{label}, head {'corrected' if corrected else 'as it is'}",
+                lambda seed, b=build, h=how, c=corrected: b(seed, head=c, **h),
+            )
+
+
+def scaling() -> Iterator[Row]:
+    """Features scaled coordinate by coordinate, or all by one number."""
+    for n in (300, 1000):
+        for way in ("coordinate", "global"):
+            for corrected in (False, True):
+                yield (
+                    f"features, n = {n}, {way} scaling, head "
+                    f"{'corrected' if corrected else 'as it is'}",
+                    lambda seed, n=n, w=way, c=corrected: features_task(
+                        seed, n, scaling=w, head=c, steps=300
+                    ),
+                )
 
 
 def heavy_tails() -> Iterator[Row]:
@@ -489,6 +547,8 @@ SWEEPS: dict[str, Callable[[], Iterator[Row]]] = {
     for sweep in (
         n_over_d,
         width,
+        head,
+        scaling,
         heavy_tails,
         label_noise,
         imbalance,
@@ -577,8 +637,6 @@ def main() -> int:
     if unknown:
         parser.error(f"no sweep {', '.join(sorted(unknown))}; there are {', '.join(SWEEPS)}")
     torch.set_num_threads(1)
-    # The gradients are cleared before every step, which is what this warning asks for.
-    warnings.filterwarnings("ignore", message=".*create_graph=True.*")
     found = {name: sweep(name, arguments.seeds) for name in arguments.sweeps or SWEEPS}
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0

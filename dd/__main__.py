@@ -1,5 +1,6 @@
 """``python -m dd experiment=xor``: train optimizers side by side and write a run folder."""
 
+import logging
 import os
 import sys
 import warnings
@@ -33,6 +34,8 @@ failed: list[str] = []
 )
 def main(config: DictConfig) -> None:
     """Run one configuration, and say in one sentence why where it cannot be done."""
+    # Each run's noise model stands in its report.
+    logging.getLogger("dd").setLevel(logging.WARNING)
     # torch's own forward-mode formulas still go through a deprecated compiler.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     # The loop clears the gradients before every step, which is what this warning asks for.

@@ -409,7 +409,7 @@ class Attachment:
             require_same_weight(self.layer.weight.detach(), self.order.direction, self.expected)
         if first or self.noise is None:
             self._fit_noise(inputs)
-            self.oversight.look(self, len(inputs))
+            self.oversight.look(self, inputs.detach())
         generator = torch.Generator(preactivation.device).manual_seed(seed)
         self.pending = Capture(preactivation, self.estimator, generator)
         return self.oversight.outgoing(self, self.pending.outgoing(preactivation), seed)

@@ -19,6 +19,8 @@ LARGEST_GRAM = 20_000
 # A relative variance of the eigenvalues below this moves the correction by less than a hundredth.
 FLAT = 0.02
 SAME_EIGENVALUE = 1e-3
+# Variance of ‖z‖² over that of Gaussian noise of the same spectrum.
+HEAVY_TAILED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +175,7 @@ class NoiseModel:
     def __str__(self) -> str:
         """One line: bins, effective rank (tr Σ)²/tr Σ², n/d, and how the norms vary."""
         d = self.dimension
-        second = self.multiplicities * self.eigenvalues.double().square()
-        rank = float(self.mass.double().sum().square() / second.sum().clamp_min(1e-300))
+        rank = self.effective_rank
         count = len(self.eigenvalues)
         parts = [f"{count} bin{'s' * (count > 1)}", f"effective rank {rank:.4g} of {d}"]
         if self.fitted_on is not None:
@@ -188,6 +189,19 @@ class NoiseModel:
         if self.relative_mass is not None:
             parts.append("a mass for every sample")
         return "noise model: " + ", ".join(parts)
+
+    @property
+    def effective_rank(self) -> float:
+        """(tr Σ)² / tr Σ² of the bins."""
+        second = self.multiplicities * self.eigenvalues.double().square()
+        return float(self.mass.double().sum().square() / second.sum().clamp_min(1e-300))
+
+    @property
+    def ignores_heavy_tails(self) -> bool:
+        """Whether the norms vary far more than Gaussian ones, and all samples have one mass."""
+        if self.relative_mass is not None or self.norm_variation is None:
+            return False
+        return self.norm_variation**2 > HEAVY_TAILED * 2 / max(self.effective_rank, 1e-300)
 
     @property
     def dimension(self) -> int:
@@ -372,7 +386,7 @@ def _is_heavy_tailed(relative_mass: Tensor, spectrum: Tensor) -> bool:
     # Gaussian norms have variance 2 tr Σ² / (tr Σ)²; features of one scale a sample have several
     # times that.
     gaussian = 2 * spectrum.square().sum() / spectrum.sum().square()
-    return float(relative_mass.double().var()) > 3 * float(gaussian)
+    return float(relative_mass.double().var()) > HEAVY_TAILED * float(gaussian)
 
 
 def _squared_norms(values: Tensor) -> Tensor:

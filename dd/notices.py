@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from dd.audit import ComponentWarning
+from dd.divergence import DivergenceWarning
 from dd.strain import StrainWarning
 
 __all__ = ["noted"]
+
+NOTED = (ComponentWarning, DivergenceWarning, StrainWarning)
 
 
 @contextmanager
@@ -19,12 +22,12 @@ def noted() -> Iterator[list[str]]:
         show = warnings.showwarning
 
         def collect(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-            if issubclass(category, (ComponentWarning, StrainWarning)):
+            if issubclass(category, NOTED):
                 sentences.append(str(message).removeprefix("DecoupledDescent: "))
             else:
                 show(message, category, *rest)
 
         warnings.showwarning = collect  # type: ignore[assignment]
-        for category in (ComponentWarning, StrainWarning):
+        for category in NOTED:
             warnings.simplefilter("always", category)
         yield sentences

@@ -317,9 +317,10 @@ class DecoupledDescent(torch.optim.SGD):
             return None
         with _full_precision(output):
             corrected = shared.correct_scores(output, inputs, self._read)
-            if not torch.is_grad_enabled():
+            # Without a pending forward the head runs by itself, and no step will come of it.
+            if not torch.is_grad_enabled() or attachment.pending is None:
                 return corrected
-            if attachment.pending is None or attachment.pending.scores is not None:
+            if attachment.pending.scores is not None:
                 raise RuntimeError(
                     f"DecoupledDescent: head {shared.name!r} must run once in every training "
                     f"forward, after layer {attachment.name!r}; run other forwards under "

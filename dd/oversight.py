@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
+from dd.copies import count_copies
 from dd.curvature import Stein
-from dd.strain import StrainWarning, strains
+from dd.strain import HEAVY_TAILS, StrainWarning, strains
 
 if TYPE_CHECKING:
     from dd.attachment import Attachment
@@ -26,12 +27,12 @@ class Oversight:
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
 
-    def look(self, attachment: "Attachment", n: int) -> None:
-        """Log the noise model and warn of strained sizes, once.
+    def look(self, attachment: "Attachment", inputs: Tensor) -> None:
+        """Log the noise model and warn of strained sizes and of copies, once.
 
         Args:
-            attachment: with its noise model fitted.
-            n: number of training samples.
+            attachment: with its noise model fitted and the order of the samples known.
+            inputs: training inputs, shape (n, d).
         """
         if self._has_looked:
             return
@@ -41,8 +42,12 @@ class Oversight:
         corrected = {id(parameter) for parameter, _ in attachment.shadowed}
         others = (p for p in attachment.module.parameters() if id(p) not in corrected)
         head = sum(p.numel() for p in others if p.requires_grad)
-        for sentence in strains(n, layer.in_features, layer.out_features, head):
+        assert attachment.order.projection is not None
+        copies = count_copies(inputs, attachment.order.projection)
+        for sentence in strains(len(inputs), layer.in_features, layer.out_features, head, copies):
             warnings.warn(f"DecoupledDescent: {sentence}", StrainWarning, stacklevel=2)
+        if attachment.noise is not None and attachment.noise.ignores_heavy_tails:
+            warnings.warn(f"DecoupledDescent: {HEAVY_TAILS}", StrainWarning, stacklevel=2)
 
     def outgoing(self, attachment: "Attachment", preactivation: Tensor, seed: int) -> Tensor:
         """Return what the following layers receive, marked for an audit where one is due.

@@ -1,19 +1,27 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["StrainWarning", "strains"]
+__all__ = ["HEAVY_TAILS", "StrainWarning", "strains"]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
 MIN_SAMPLES_PER_INPUT = 0.5
 MAX_SQUARED_WIDTH_PER_SAMPLE = 4.0
 MAX_HEAD_PER_SAMPLE = 0.5
+# One copy in twenty samples took the gap to twice its floor.
+MAX_COPIES_PER_SAMPLE = 0.01
+
+HEAVY_TAILS = (
+    "the samples' noise norms vary far more than Gaussian ones would, but one noise mass is used "
+    "for all; expect a training error that is too high. Fit with a mass for every sample: "
+    "NoiseModel.fit(inputs, components)."
+)
 
 
 class StrainWarning(UserWarning):
     """The training error may be off, because the sizes are far from those of the theory."""
 
 
-def strains(n: int, d: int, k: int, head: int) -> list[str]:
+def strains(n: int, d: int, k: int, head: int, copies: int) -> list[str]:
     """Say what to expect where samples are few for the network.
 
     Args:
@@ -21,9 +29,10 @@ def strains(n: int, d: int, k: int, head: int) -> list[str]:
         d: inputs of the decoupled layer.
         k: its width.
         head: trainable parameters that are not corrected.
+        copies: samples that equal another.
 
     Returns:
-        One sentence for every ratio that is out of range.
+        One sentence for every number that is out of range.
     """
     sentences = []
     if n < MIN_SAMPLES_PER_INPUT * d:
@@ -43,5 +52,11 @@ def strains(n: int, d: int, k: int, head: int) -> list[str]:
             f"{head} parameters beside the decoupled weight on {n} samples ({head / n:.2g} a "
             "sample): those are not corrected and over-fit; expect a training error that is too "
             "low, less so with a smaller head or with head=True."
+        )
+    if copies > MAX_COPIES_PER_SAMPLE * n:
+        sentences.append(
+            f"{copies} of {n} samples are copies of others: each leaves its imprint on its twins, "
+            "and only its own is removed; expect a training error that is too low. Keep each "
+            "sample once, and weigh it in the loss by its count."
         )
     return sentences

@@ -268,6 +268,20 @@ def test_every_row_keeps_its_label_and_is_scaled_by_the_training_samples_drawn(f
     assert np.array_equal(split.test_targets, content["test_labels"][test])
 
 
+def test_global_scaling_is_one_factor_for_all_coordinates(tmp_path):
+    content = samples()
+    content["train_features"] = content["train_features"].astype(np.float64)
+    content["train_features"][:, 3] *= 50
+    content["train_features"][:, 2] = 0.1
+    split = probe(write(tmp_path / "features.npz", content), scaling="global", seed=4)
+    drawn = content["train_features"][_rows("num_train", 50, TRAIN, 4)]
+    varying = np.delete(drawn, 2, axis=1).var(0).mean()
+    expected = (drawn - drawn.mean(0)) / np.sqrt(varying)
+    assert np.allclose(split.train_inputs, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="scaling must be one of coordinate, global, got 'none'"):
+        probe(write(tmp_path / "again.npz", content), scaling="none")
+
+
 def test_a_coordinate_without_variation_is_zero_in_both_sets(tmp_path):
     content = samples()
     # 0.1 has no exact mean in binary; the test set differs from the training set.

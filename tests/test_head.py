@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd
+import dd.data
 import dd.models
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
 from tests.reference import Head, decoupled_descent_with_head
@@ -381,6 +383,31 @@ def test_identity_holds_with_an_over_fitted_head():
             model.eval()
             gaps[head] = corrected - float(F.cross_entropy(model(fresh), answers))
     assert abs(gaps[True]) < abs(gaps[False]) / 2
+
+
+def test_the_head_may_run_by_itself_between_steps():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, inputs, labels)
+    train(model, optimizer, inputs, labels)
+    with torch.no_grad():
+        hidden, expected = model[1](model[0](inputs)), model(inputs)
+    torch.testing.assert_close(model[2](hidden), expected)
+    train(model, optimizer, inputs, labels)
+
+
+def test_wrong_component_ids_are_found_with_a_corrected_head():
+    split = dd.data.xor(dimension=200, num_train=1600, num_test=10, separation=3.5, seed=0)
+    warned = {}
+    for name, ids in (("labels", split.train_targets), ("clusters", split.train_components)):
+        model = dd.models.two_layer(200, 8, 2, generator=torch.Generator().manual_seed(0))
+        noise = dd.NoiseModel.fit(split.train_inputs, ids, separate_means=True)
+        optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, head=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, split.train_inputs, split.train_targets, 50)
+        warned[name] = any(w.category is dd.ComponentWarning for w in caught)
+    assert warned == {"labels": True, "clusters": False}
 
 
 # --- Errors ----------------------------------------------------------------------------------

@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
+from dd.copies import count_copies
 from dd.strain import strains
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((100, 200, 10, 50), None),
-        ((99, 200, 9, 49), "n/d = 0.49"),
-        ((99, 100, 10, 49), "k²/n = 1.01"),
-        ((100, 100, 10, 51), "0.51 a sample"),
+        ((100, 200, 20, 50, 1), None),
+        ((99, 200, 9, 49, 0), "n/d = 0.49"),
+        ((99, 100, 20, 49, 0), "k²/n = 4.04"),
+        ((100, 100, 10, 51, 0), "0.51 a sample"),
+        ((100, 100, 10, 50, 2), "2 of 100 samples are copies"),
     ],
 )
 def test_each_ratio_has_its_sentence(sizes, message):
@@ -62,3 +64,42 @@ def test_the_noise_model_is_logged(given, caplog):
     assert [r.name for r in caplog.records] == ["dd"]
     assert caplog.messages[0] == str(optimizer.noise)
     assert caplog.messages[0].startswith("noise model: 1 bin, effective rank 30 of 30, n/d 2,")
+
+
+def test_copies_are_counted():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 20, generator=generator)
+    direction = torch.randn(20, generator=generator)
+    assert count_copies(rows, rows @ direction) == 0
+    twice = torch.cat([rows, rows[:10], rows[:5]])[torch.randperm(3015, generator=generator)]
+    assert count_copies(twice, twice @ direction) == 15
+    # Equal projections alone are no copies.
+    assert count_copies(rows, torch.zeros(3000)) == 0
+    many = torch.cat([rows, rows])
+    # A thousand of the 3000 pairs are compared.
+    assert count_copies(many, many @ direction) == pytest.approx(3000, rel=0.01)
+
+
+def test_copies_warn():
+    model, inputs, targets = problem(60)
+    inputs[5] = inputs[7]
+    optimizer = dd.DecoupledDescent(model, lr=0.1)
+    with pytest.warns(dd.StrainWarning, match="1 of 60 samples are copies"):
+        F.cross_entropy(model(inputs), targets)
+    optimizer.detach()
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_one_mass_for_heavy_tails_warns(per_sample):
+    model, inputs, targets = problem(200)
+    generator = torch.Generator().manual_seed(1)
+    inputs = inputs * torch.rand(200, 1, generator=generator).sqrt().reciprocal()
+    noise = dd.NoiseModel.fit(inputs, targets, bins=1, per_sample=per_sample)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        F.cross_entropy(model(inputs), targets)
+    found = [w for w in caught if "noise norms vary" in str(w.message)]
+    assert len(found) == (not per_sample)
+    assert optimizer.noise is not None
+    assert optimizer.noise.ignores_heavy_tails == (not per_sample)

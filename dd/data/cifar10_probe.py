@@ -19,6 +19,7 @@ from dd.device import choose_device
 __all__ = ["cifar10_probe"]
 
 SOURCES = ("auto", "features", "backbone", "pixels")
+SCALINGS = ("coordinate", "global")
 FEATURE_FILE = "cifar10_efficientnet_lite0.npz"
 
 
@@ -32,17 +33,22 @@ def cifar10_probe(
     resolution: int | None = None,
     num_train: int | None = 3000,
     num_test: int | None = 2000,
+    scaling: str = "coordinate",
     seed: int = 0,
     download: bool = True,
     cache: str | os.PathLike[str] | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> Split:
-    """Draw training and test samples and standardise every coordinate.
+    """Draw training and test samples and standardise them.
 
     Training samples are drawn from the training set and test samples from the test set, and both
     are shifted and scaled by the mean and the standard deviation of the training samples drawn. A
     coordinate in which these are all equal is zero in both. Components are the classes.
+
+    The deviation of a heavy-tailed coordinate comes out small on few samples, so that test inputs
+    are the larger ones: in mean square by 16 % at 300 samples of the EfficientNet-Lite0 features,
+    2 % with one deviation for all coordinates.
 
     Args:
         source: ``"features"`` reads them from a file; ``"backbone"`` computes them from images;
@@ -57,6 +63,8 @@ def cifar10_probe(
         resolution: pixels on a side that the backbone sees; None is what its weights come with.
         num_train: training samples; None takes all there are.
         num_test: test samples; None takes all there are.
+        scaling: ``"coordinate"`` divides each coordinate by its own standard deviation,
+            ``"global"`` all of them by one, the root of their mean variance.
         seed: non-negative integer.
         download: fetch images and weights that are missing.
         cache: folder where computed features are kept; None is in the user's cache folder.
@@ -69,6 +77,8 @@ def cifar10_probe(
         ValueError: if an argument is out of range, a file is not of its form, or more samples are
             asked for than exist.
     """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     source = _resolve(source, path, data_root(root))
     content = _load(source, path, data_root(root), download)
     train_rows = _rows("num_train", num_train, len(content.train), seed)
@@ -90,7 +100,7 @@ def cifar10_probe(
         train_inputs, test_inputs = features.split([len(train), len(test)])
     else:
         train_inputs, test_inputs = (torch.from_numpy(x).flatten(1) for x in (train, test))
-    train_inputs, test_inputs = _standardise(train_inputs, test_inputs)
+    train_inputs, test_inputs = _standardise(train_inputs, test_inputs, scaling)
     targets = torch.from_numpy(content.train_labels[train_rows])
     return Split(
         train_inputs=train_inputs,
@@ -125,8 +135,8 @@ def _rows(name: str, asked: int | None, available: int, seed: int) -> np.ndarray
     return order[:count].numpy()
 
 
-def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 rows with mean 0 and mean square 1 in each coordinate of the training rows.
+def _standardise(train: Tensor, test: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    """Return float32 rows of mean 0 in each coordinate of the training rows and mean square 1.
 
     Raises:
         ValueError: if no coordinate varies.
@@ -140,5 +150,8 @@ def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
             "num_train"
         )
     mean = train.mean(0)
-    scale = torch.where(varies, 1 / train.std(0, correction=0), 0.0)
+    variance = train.var(0, correction=0)
+    if scaling == "global":
+        variance = variance[varies].mean().expand_as(variance)
+    scale = torch.where(varies, variance.rsqrt(), 0.0)
     return ((train - mean) * scale).float(), ((test - mean) * scale).float()
