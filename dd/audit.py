@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from dd.dual import DualLevel
 from dd.functional import rademacher, stein_excess
 from dd.marked import MarkedTensor
+from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
     from dd.attachment import Capture
@@ -141,7 +142,7 @@ class Audit:
             share, errors = (float(value) for value in self._measure(loss))
         if share < -SHARE and errors < -STANDARD_ERRORS:
             self._report()
-            warnings.warn(_message(self._forward, share, errors), ComponentWarning, stacklevel=6)
+            warn_user(_message(self._forward, share, errors), ComponentWarning)
 
     def _measure(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the excess of Stein's curvature, in shares and in standard errors."""

@@ -1,6 +1,5 @@
 """Whether the correction feeds back on itself: with fewer samples than inputs it can."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dd.functional import at_least_single
+from dd.user_warning import warn_user
 
 __all__ = ["DivergenceWarning", "DivergenceWatch", "feedback_growth"]
 
@@ -109,8 +109,7 @@ class DivergenceWatch:
         """Issue the warning that is due; called by ``step`` when everything is updated."""
         due, self._due = self._due, None
         if due is not None:
-            # Two wrappers of torch stand between ``step`` and whoever called it.
-            warnings.warn(due, DivergenceWarning, stacklevel=5)
+            warn_user(due, DivergenceWarning)
 
     def _share(self, gradient: Tensor, curvature: Tensor) -> float:
         assert self._now is not None

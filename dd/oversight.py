@@ -1,7 +1,6 @@
 """What is said to the user while an attached optimizer trains; it changes nothing."""
 
 import logging
-import warnings
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from dd.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.copies import count_copies
 from dd.curvature import Stein
 from dd.strain import HEAVY_TAILS, StrainWarning, strains
+from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
     from dd.attachment import Attachment
@@ -45,9 +45,9 @@ class Oversight:
         assert attachment.order.projection is not None
         copies = count_copies(inputs, attachment.order.projection)
         for sentence in strains(len(inputs), layer.in_features, layer.out_features, head, copies):
-            warnings.warn(f"DecoupledDescent: {sentence}", StrainWarning, stacklevel=2)
+            warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
         if attachment.noise is not None and attachment.noise.ignores_heavy_tails:
-            warnings.warn(f"DecoupledDescent: {HEAVY_TAILS}", StrainWarning, stacklevel=2)
+            warn_user(f"DecoupledDescent: {HEAVY_TAILS}", StrainWarning)
 
     def outgoing(self, attachment: "Attachment", preactivation: Tensor, seed: int) -> Tensor:
         """Return what the following layers receive, marked for an audit where one is due.

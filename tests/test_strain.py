@@ -46,6 +46,7 @@ def test_the_optimizer_warns_once_at_the_first_training_forward():
     few, large = (str(w.message) for w in caught if w.category is dd.StrainWarning)
     assert "14 samples of dimension 30" in few
     assert "11 parameters" in large
+    assert {w.filename for w in caught if w.category is dd.StrainWarning} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error", dd.StrainWarning)
         loss.backward()
