@@ -16,7 +16,7 @@ from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.functional import at_least_single, corrected_preactivation
 from dd.gradient_check import require_same_weight, require_unedited
 from dd.head import Scores, SharedParameters
-from dd.noise import NoiseModel
+from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
 from dd.sample_order import SampleOrder
 
@@ -293,8 +293,10 @@ class Attachment:
         noise: NoiseModel | None,
         curvature: str,
         head: bool | nn.Module | str = False,
+        bins: int | None = None,
     ) -> None:
         self.module = module
+        self._bins = bins
         self.name, self.layer = find_layer(module, layer)
         self.noise = self._given_noise = noise
         self.estimator = build(curvature, noise)
@@ -434,7 +436,11 @@ class Attachment:
             self.expected = weight @ self.order.direction.to(weight)
 
     def _fit_noise(self, inputs: Tensor) -> None:
-        noise = NoiseModel.isotropic(inputs) if self._given_noise is None else self._given_noise
+        noise = self._given_noise
+        if noise is None and min(inputs.shape) > LARGEST_GRAM:
+            noise = NoiseModel.isotropic(inputs)
+        elif noise is None:
+            noise = NoiseModel.fit(inputs, bins=self._bins)
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
         self.noise = noise.to(self.layer.weight.device, dtype)
 

@@ -57,7 +57,8 @@ class DecoupledDescent(torch.optim.SGD):
         layer: the decoupled layer or its dotted name; by default the first ``nn.Linear`` with
             trainable weights.
         noise: covariance of the inputs within mixture components, and the components where they
-            are known; by default isotropic, fitted on the first training batch.
+            are known; by default fitted on the first training batch, without components, and
+            isotropic where that batch is too large for its spectrum (min(n, d) beyond 20 000).
         curvature: estimator of the loss's curvature in the pre-activations: ``"auto"`` (Stein where
             ``noise`` knows the components, else the probe), ``"stein"``, ``"probe"``,
             ``"probe_create_graph"`` or ``"exact"``; the last two need
@@ -184,7 +185,8 @@ class DecoupledDescent(torch.optim.SGD):
                 f"DecoupledDescent: attached to layer {self._attachment.name!r} already; call "
                 "detach() before attaching again"
             )
-        attachment = Attachment(module, layer, noise, self._curvature, self._head)
+        bins = None if self._damping == 1.0 else 1
+        attachment = Attachment(module, layer, noise, self._curvature, self._head, bins)
         for parameter, _ in attachment.shadowed:
             self._require_own(attachment, parameter)
         if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
