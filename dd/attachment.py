@@ -185,29 +185,33 @@ class Capture:
         Raises:
             RuntimeError: if the scores do not depend on the pre-activations.
         """
-        self.scores = Scores(split_tangent(corrected.detach())[0], features, self._jacobian(scores))
+        # What follows may change the scores in place.
+        values = split_tangent(corrected.detach())[0].clone()
+        self.scores = Scores(values, features, self._jacobian(scores))
         listener = weakref.ref(self)
-        # A tensor under audit gives its audit up when it is hooked; this hook looks away from it.
-        with torch._C.DisableTorchFunctionSubclass():
-            corrected.register_hook(lambda gradient: _deliver_scores(listener, gradient))
+        corrected.register_hook(lambda gradient: _deliver_scores(listener, gradient))
 
     def _jacobian(self, scores: Tensor) -> Tensor:
-        self._estimating = True
-        try:
-            # The head's derivative is wanted, not that of its tangent.
-            with forward_ad._set_fwd_grad_enabled(False):
+        directions = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
+        # The head's derivative is wanted, not that of its tangent.
+        with self.undisturbed(), forward_ad._set_fwd_grad_enabled(False):
+            try:
                 rows = [
                     torch.autograd.grad(
                         scores,
                         self._edge,
-                        direction.expand_as(scores),
+                        direction.expand(scores.shape),
                         retain_graph=True,
                         allow_unused=True,
                     )[0]
-                    for direction in torch.eye(scores.shape[1]).to(scores)
+                    for direction in directions
                 ]
-        finally:
-            self._estimating = False
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "DecoupledDescent: head=True differentiates every score in the forward pass, "
+                    f"and something between the decoupled layer and the head does not allow it "
+                    f"({error}). Use head=False, or no activation checkpointing there."
+                ) from error
         if any(row is None for row in rows):
             raise RuntimeError(
                 "DecoupledDescent: the head's output does not depend on the decoupled layer's; "
@@ -305,7 +309,10 @@ class Attachment:
         self.oversight = Oversight()
         self.expected: Tensor | None = None
         self._handles: list[Any] = []
-        self.shared = None if head is False else SharedParameters(module, self.layer, head)
+        directions = None if noise is None else noise.mean_directions
+        self.shared = (
+            None if head is False else SharedParameters(module, self.layer, head, directions)
+        )
         if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
             raise ValueError(
                 f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
@@ -352,13 +359,6 @@ class Attachment:
         self.expected = None
         if self.shared is not None:
             self.shared.forget()
-
-    def signal(self, inputs: Tensor) -> Tensor | None:
-        """Coordinates of the samples along the component means where the head is corrected."""
-        if self.shared is None:
-            return None
-        given = self._given_noise
-        return self.shared.signal(inputs, None if given is None else given.mean_directions)
 
     def drop(self) -> None:
         """Forget the pending training forward."""
@@ -409,6 +409,8 @@ class Attachment:
             self.order.check(inputs)
         if self.expected is not None and self.order.direction is not None:
             require_same_weight(self.layer.weight.detach(), self.order.direction, self.expected)
+            if self.shared is not None:
+                self.shared.check_weight()
         if first or self.noise is None:
             self._fit_noise(inputs)
             self.oversight.look(self, inputs.detach())
@@ -429,11 +431,24 @@ class Attachment:
         assert order.projection is not None
         require_unedited(weight.grad, capture.gradient.detach(), order.direction, order.projection)
 
+    def check_head_gradient(self, capture: Capture) -> None:
+        """The same for the parameters that are shared by all samples.
+
+        Raises:
+            RuntimeError: if a gradient is another than the one delivered.
+        """
+        if self.shared is None or capture.scores is None or capture.scores.gradient is None:
+            return
+        assert capture.gradient is not None
+        self.shared.check_gradients(capture.gradient.detach(), capture.scores)
+
     def remember_weight(self) -> None:
-        """Remember the weight that a step leaves."""
+        """Remember the weights that a step leaves."""
         if self.order.direction is not None:
             weight = at_least_single(self.layer.weight.detach())
             self.expected = weight @ self.order.direction.to(weight)
+        if self.shared is not None:
+            self.shared.remember_weight()
 
     def _fit_noise(self, inputs: Tensor) -> None:
         noise = self._given_noise

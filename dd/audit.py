@@ -1,9 +1,12 @@
 """Now and then, Stein's curvature against a probe: wrong component ids must not pass unnoticed."""
 
 import contextlib
+import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +29,8 @@ __all__ = ["Audit", "AuditedTensor", "ComponentWarning", "is_due", "is_safe"]
 SHARE = 0.4
 STANDARD_ERRORS = 5.0
 
+_COMPILER = os.path.join("_dynamo", "eval_frame.py")
+
 
 class ComponentWarning(UserWarning):
     """The component ids of the noise model are not the mixture components of the inputs."""
@@ -47,6 +52,7 @@ def is_safe(module: nn.Module) -> bool:
         for m in module.modules()
     )
     hooked |= any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+    hooked |= _is_called_compiled()
     hooked |= bool(nn.modules.module._global_backward_hooks)
     hooked |= bool(nn.modules.module._global_backward_pre_hooks)
     level = DualLevel.is_open() or torch.autograd.forward_ad._current_level >= 0
@@ -188,6 +194,18 @@ def _recomputes() -> bool:
     # Activation checkpointing would run parts of the forward once more.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
+
+
+def _is_called_compiled() -> bool:
+    """Whether a compiled function is on the stack, beside the pause that our own hook makes."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_back
+        pause = caller is not None and caller.f_code.co_filename.endswith("_compile.py")
+        if frame.f_code.co_filename.endswith(_COMPILER) and not pause:
+            return True
+        frame = caller
+    return False
 
 
 def _nodes(loss: Tensor) -> set[Any]:

@@ -9,9 +9,11 @@ from torch import Tensor
 from dd.functional import at_least_single
 from dd.user_warning import warn_user
 
-__all__ = ["DivergenceWarning", "DivergenceWatch", "feedback_growth"]
+__all__ = ["DivergenceWarning", "DivergenceWatch", "SharpnessWatch", "feedback_growth"]
 
 FEEDBACK, RISE, SHARE = 0.25, 1.2, 1 / 3
+# Steps in a row past the stability edge; a single one is found on sound paths too.
+PATIENCE = 5
 
 
 class DivergenceWarning(UserWarning):
@@ -130,6 +132,55 @@ class DivergenceWatch:
             "that the growth ends, at that it is small from the start); or give as many samples "
             "as inputs, or a loss of bounded gradient, such as cross-entropy."
         )
+
+
+class SharpnessWatch:
+    """Warns once, when the displacements that ``head=True`` follows leave their stability edge.
+
+    They obey a linear recursion with curvature H_ψ, which grows where η λ_max(H_ψ) exceeds
+    2 (1 + momentum) (heavy ball). The weights themselves return from such an edge by a change of
+    curvature, their displacements do not. λ_max is followed by two power iterations a step, time
+    p².
+    """
+
+    def __init__(self) -> None:
+        self._direction: Tensor | None = None
+        self._past = 0
+        self._due: str | None = None
+
+    def look(self, curvature: Tensor, groups: list[dict[str, Any]]) -> None:
+        """Take one step into account.
+
+        Args:
+            curvature: H_ψ, shape (p, p), symmetric, not negative.
+            groups: the optimizer's parameter groups.
+        """
+        if self._past >= PATIENCE:
+            return
+        if self._direction is None:
+            generator = torch.Generator().manual_seed(0)
+            self._direction = torch.randn(len(curvature), generator=generator).to(curvature)
+        for _ in range(2):
+            image = curvature @ self._direction
+            sharpness = image.norm()
+            self._direction = image / sharpness.clamp_min(torch.finfo(image.dtype).tiny)
+        rate = max(float(group["lr"]) for group in groups)
+        edge = 2 * (1 + max(float(group["momentum"]) for group in groups))
+        excess = rate * float(sharpness)
+        self._past = self._past + 1 if excess > edge else 0
+        if self._past >= PATIENCE:
+            self._due = (
+                f"DecoupledDescent: for {PATIENCE} steps lr={rate:g} times the largest curvature "
+                f"of what head=True follows has been above {edge:g} (now {excess:.3g}): the "
+                "correction grows by itself, and the training error is no estimate any more. Lower "
+                "lr, or use head=False."
+            )
+
+    def tell(self) -> None:
+        """Issue the warning that is due; called by ``step`` when everything is updated."""
+        due, self._due = self._due, None
+        if due is not None:
+            warn_user(due, DivergenceWarning)
 
 
 def _effective_rate(settings: Mapping[str, Any]) -> float:

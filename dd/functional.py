@@ -24,6 +24,8 @@ are the per-sample gradient over n and the mean curvature; when L is a sum they 
 and so is the gradient of the weights. No formula below has to know which.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,10 @@ __all__ = [
     "stein_curvature",
     "stein_excess",
 ]
+
+
+# Numbers that a temporary of :func:`shared_curvature` holds at most.
+_AT_A_TIME = 2**24
 
 
 def corrected_preactivation(preactivation: Tensor, shadow: Tensor) -> Tensor:
@@ -212,10 +218,23 @@ def shared_curvature(
     Returns:
         Σ_i J_iᵀ P_i J_i with J_i = (M_i ⊗ u_iᵀ, I ⊗ φ_iᵀ), shape (..., p, p), p = km + Cf.
     """
-    through = score_curvature @ jacobian
+    # A pair of features and a pair of units for every sample at once would not fit in memory.
+    samples = max(1, _AT_A_TIME // max(features.shape[-1], jacobian.shape[-1]) ** 2)
+    blocks = zip(
+        score_curvature.split(samples, -3),
+        jacobian.split(samples, -3),
+        signal.split(samples, -2),
+        features.split(samples, -2),
+        strict=True,
+    )
+    return functools.reduce(torch.add, (_shared_curvature_of(*block) for block in blocks))
+
+
+def _shared_curvature_of(p: Tensor, jacobian: Tensor, signal: Tensor, features: Tensor) -> Tensor:
+    through = p @ jacobian
     in_layer = _summed_kronecker(jacobian.mT @ through, _outer(signal, signal))
     across = _summed_kronecker(through.mT, _outer(signal, features))
-    in_head = _summed_kronecker(score_curvature, _outer(features, features))
+    in_head = _summed_kronecker(p, _outer(features, features))
     return torch.cat([torch.cat([in_layer, across], -1), torch.cat([across.mT, in_head], -1)], -2)
 
 

@@ -16,7 +16,11 @@ _SAME_WEIGHT_TOLERANCE = 1e-4
 
 
 def require_unedited(
-    weight_gradient: Tensor, gradient: Tensor, direction: Tensor, projection: Tensor
+    weight_gradient: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    projection: Tensor,
+    name: str = "the decoupled layer's weight",
 ) -> None:
     """Check GᵀX = ∂L/∂weight along one random direction u of the inputs: (∂L/∂weight) u = Gᵀ(Xu).
 
@@ -27,6 +31,7 @@ def require_unedited(
         gradient: G, shape (n, k).
         direction: u, shape (d,).
         projection: Xu, shape (n,).
+        name: of the parameter, for the error.
 
     Raises:
         RuntimeError: if the two sides differ by more than rounding.
@@ -43,7 +48,7 @@ def require_unedited(
     if bool(((arrived - delivered).abs() <= tolerance).all()):
         return
     raise RuntimeError(
-        "DecoupledDescent: the gradient of the decoupled layer's weight is not the one that the "
+        f"DecoupledDescent: the gradient of {name} is not the one that the "
         "last backward pass delivered, so weights and shadows would part. It holds older gradients "
         "(call zero_grad() in every step), or it was edited (lower lr instead of clipping; no "
         "gradient scaler), or the loss has a term in the weights themselves (use weight_decay= for "
@@ -51,13 +56,19 @@ def require_unedited(
     )
 
 
-def require_same_weight(weight: Tensor, direction: Tensor, expected: Tensor) -> None:
+def require_same_weight(
+    weight: Tensor,
+    direction: Tensor,
+    expected: Tensor,
+    name: str = "the decoupled layer's weight",
+) -> None:
     """Check along one random direction u that the weight is the one the last step left.
 
     Args:
         weight: shape (k, d).
         direction: u, shape (d,).
         expected: weight @ u after the last step, shape (k,).
+        name: of the parameter, for the error.
 
     Raises:
         RuntimeError: if it is another weight.
@@ -68,7 +79,7 @@ def require_same_weight(weight: Tensor, direction: Tensor, expected: Tensor) -> 
     if bool(((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()):
         return
     raise RuntimeError(
-        "DecoupledDescent: the decoupled layer's weight was changed outside step(), and the "
+        f"DecoupledDescent: {name} was changed outside step(), and the "
         "shadows do not fit it. Restore model and optimizer together (load_state_dict of both), "
         "or start over with detach() and attach(); constrain weights with weight_decay=."
     )

@@ -18,14 +18,16 @@ from dd.functional import (
     shared_shadow_gradient,
     softmax_curvature,
 )
+from dd.gradient_check import require_same_weight, require_unedited
 
 __all__ = ["Scores", "SharedParameters", "find_head"]
 
 # H_ψ has this many rows at most: 1.6 GB in single precision.
 _MOST_PARAMETERS = 20_000
 
-# Rounding of half precision, in which autocast delivers gradients.
-_CROSS_ENTROPY_TOLERANCE = 1e-2
+# Share of the gradient by which it may differ from that of cross-entropy: rounding of probabilities
+# near 0 and 1 in single precision, and of half precision, in which autocast delivers gradients.
+_SINGLE_TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2
 
 Read = Callable[[Tensor, str], Tensor | None]
 
@@ -54,7 +56,11 @@ def find_head(
     else:
         found = [(name, m) for name, m in named if m is choice or name == choice]
     if not found:
-        raise ValueError(f"DecoupledDescent: head={choice!r} is not part of the model")
+        linear = [n for n, m in named if isinstance(m, nn.Linear)]
+        raise ValueError(
+            f"DecoupledDescent: head={choice!r} is not part of the model; its linear layers are "
+            f"{linear}"
+        )
     name, head = found[0]
     if not isinstance(head, nn.Linear):
         raise TypeError(
@@ -106,52 +112,83 @@ class SharedParameters:
         module: the model.
         layer: the decoupled layer.
         choice: as in :func:`find_head`.
+        directions: orthonormal basis of the span of the component means, shape (d, m), or None
+            where they are unknown.
 
     Attributes:
         name: dotted name of the head.
         head: the last linear layer.
+        parts: each parameter with a shadow of its own, and the key of that shadow in its state.
+
+    Raises:
+        ValueError: if there is no head, or there are too many shared parameters.
+        TypeError: if the head is not an ``nn.Linear``.
     """
 
-    def __init__(self, module: nn.Module, layer: nn.Linear, choice: bool | nn.Module | str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: nn.Linear,
+        choice: bool | nn.Module | str,
+        directions: Tensor | None,
+    ) -> None:
         self.layer = layer
         self.name, self.head = find_head(module, layer, choice)
-        self._signal: Tensor | None = None
-
-    @property
-    def parts(self) -> list[tuple[Tensor, str]]:
-        """Each parameter with a shadow of its own, and the key of that shadow in its state."""
-        both = (self.layer, self.head)
-        keys = ("signal_shadow", "shadow")
-        parts: list[tuple[Tensor, str]] = []
-        for linear, key in zip(both, keys, strict=True):
-            parts.append((linear.weight, key))
+        self.parts: list[tuple[Tensor, str]] = []
+        for linear, key in ((self.layer, "signal_shadow"), (self.head, "shadow")):
+            self.parts.append((linear.weight, key))
             if linear.bias is not None and linear.bias.requires_grad:
-                parts.append((linear.bias, "shadow"))
-        return parts
+                self.parts.append((linear.bias, "shadow"))
+        self._directions = directions
+        generator = torch.Generator().manual_seed(0)
+        self._direction = torch.randn(self.head.in_features, generator=generator)
+        self._expected: Tensor | None = None
+        self._signal: Tensor | None = None
+        self._require_few()
+
+    def _has_bias(self, linear: nn.Linear) -> bool:
+        return any(parameter is linear.bias for parameter, _ in self.parts)
+
+    def _require_few(self) -> None:
+        along = 0 if self._directions is None else self._directions.shape[1]
+        layer = self.layer.out_features * (along + self._has_bias(self.layer))
+        head = self.head.out_features * (self.head.in_features + self._has_bias(self.head))
+        if layer + head > _MOST_PARAMETERS:
+            raise ValueError(
+                f"DecoupledDescent: head=True would follow {layer + head} shared parameters, each "
+                f"sample's and their {layer + head} x {layer + head} curvature; it is made for at "
+                f"most {_MOST_PARAMETERS}. Use fewer units, or leave the head as it is (head=False)"
+            )
 
     def forget(self) -> None:
-        """Compute the coordinates along the means anew at the next forward."""
-        self._signal = None
+        """Forget the samples and the weight that the state belonged to."""
+        self._signal = self._expected = None
 
-    def signal(self, inputs: Tensor, directions: Tensor | None) -> Tensor:
+    def signal(self, inputs: Tensor, *, checked: bool) -> Tensor:
         """Coordinates U of the inputs along the component means, and 1 for the bias.
 
         Args:
             inputs: shape (n, d).
-            directions: shape (d, m), or None where the means are unknown.
+            checked: whether these are known to be the samples of all forwards, whose coordinates
+                need not be computed again.
 
         Returns:
             Shape (n, m) or (n, m + 1).
         """
-        if self._signal is None or len(self._signal) != len(inputs):
-            values = at_least_single(inputs.detach())
-            along = values[:, :0] if directions is None else values @ directions.to(values)
-            self._signal = _with_one(along, self.layer.bias)
-        return self._signal
+        values = at_least_single(inputs.detach())
+        kept = self._signal
+        if kept is not None and kept.dtype == values.dtype and kept.device == values.device:
+            return kept
+        along = values[:, :0]
+        if self._directions is not None:
+            along = values @ self._directions.to(values)
+        signal = self._with_one(along, self.layer)
+        self._signal = signal if checked else None
+        return signal
 
     def correct_preactivation(self, output: Tensor, signal: Tensor, read: Read) -> Tensor:
         """Add each sample's displacement of the decoupled layer along the means."""
-        return _displaced(output, signal, self.layer, "signal_shadow", read)
+        return self._displaced(output, signal, self.layer, "signal_shadow", read)
 
     def correct_scores(self, output: Tensor, inputs: Tensor, read: Read) -> Tensor:
         """Add each sample's displacement of the head.
@@ -172,16 +209,56 @@ class SharedParameters:
                 f"({expected}, {self.head.out_features}), in training; got {tuple(output.shape)}"
             )
         features = self.features(inputs)
-        return _displaced(output, features, self.head, "shadow", read)
+        return self._displaced(output, features, self.head, "shadow", read)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Inputs of the head, and 1 for its bias, shape (n, f)."""
-        return _with_one(at_least_single(inputs.detach()), self.head.bias)
+        return self._with_one(at_least_single(inputs.detach()), self.head)
+
+    def check_gradients(self, gradient: Tensor, scores: Scores) -> None:
+        """Check that the gradients of head and biases are those that the backward delivered.
+
+        Args:
+            gradient: G, shape (n, k).
+            scores: of the same forward and backward.
+
+        Raises:
+            RuntimeError: if one is another.
+        """
+        assert scores.gradient is not None
+        features = scores.features[:, : self.head.in_features]
+        direction = self._direction.to(features)
+        ones = features.new_ones(len(features))
+        checks = [(self.head.weight, scores.gradient, direction, features @ direction)]
+        for linear, delivered in ((self.layer, gradient), (self.head, scores.gradient)):
+            if self._has_bias(linear):
+                checks.append((linear.bias, delivered, ones[:1], ones))
+        for parameter, delivered, along, projection in checks:
+            if parameter.grad is not None:
+                found = parameter.grad.reshape(len(parameter), -1)
+                name = f"a parameter of shape {tuple(parameter.shape)} followed by head=True"
+                require_unedited(found, delivered, along, projection, name)
+
+    def remember_weight(self) -> None:
+        """Remember the head's weight that a step leaves."""
+        weight = at_least_single(self.head.weight.detach())
+        self._expected = weight @ self._direction.to(weight)
+
+    def check_weight(self) -> None:
+        """Check that the head's weight is the one that the last step left.
+
+        Raises:
+            RuntimeError: if it is another.
+        """
+        if self._expected is not None:
+            name = f"the weight of head {self.name!r}"
+            weight = self.head.weight.detach()
+            require_same_weight(weight, self._direction.to(weight.device), self._expected, name)
 
     def shadow_gradients(
         self, gradient: Tensor, scores: Scores, signal: Tensor, read: Read
-    ) -> list[tuple[Tensor, str, Tensor, Tensor]]:
-        """Shadows and their gradients, equation (4).
+    ) -> tuple[list[tuple[Tensor, str, Tensor, Tensor]], Tensor]:
+        """Shadows and their gradients, equation (4), and the curvature H_ψ, shape (p, p).
 
         Args:
             gradient: G, shape (n, k).
@@ -190,14 +267,13 @@ class SharedParameters:
             read: gives the shadow of a parameter under a key; None before the first step.
 
         Returns:
-            Parameter, key, shadow and gradient of each part.
+            Parameter, key, shadow and gradient of each part; and the curvature.
 
         Raises:
             RuntimeError: if the loss is not softmax cross-entropy of the scores.
-            ValueError: if there are too many shared parameters.
         """
         assert scores.gradient is not None
-        sizes = self._sizes(gradient, scores)
+        sizes = self._sizes(len(gradient), signal)
         shadows = [
             gradient.new_zeros(size, dtype=signal.dtype) if found is None else found
             for size, found in zip(sizes, (read(*part) for part in self.parts), strict=True)
@@ -206,7 +282,7 @@ class SharedParameters:
             scores.curvature(), at_least_single(scores.jacobian), signal, scores.features
         )
         moved = shared_shadow_gradient(
-            self._joined(shadows, gradient.shape[1]),
+            self._joined(shadows),
             gradient,
             scores.gradient,
             signal,
@@ -214,33 +290,22 @@ class SharedParameters:
             curvature,
         )
         gradients = self._split(moved, signal.shape[1], scores.features.shape[1])
-        return [
+        found = [
             (parameter, key, shadow, part.reshape(shadow.shape))
             for (parameter, key), shadow, part in zip(self.parts, shadows, gradients, strict=True)
         ]
+        return found, curvature
 
-    def _sizes(self, gradient: Tensor, scores: Scores) -> list[tuple[int, ...]]:
-        n, k = gradient.shape
-        assert self._signal is not None
-        count = k * self._signal.shape[1] + scores.features.shape[1] * scores.values.shape[1]
-        if count > _MOST_PARAMETERS:
-            raise ValueError(
-                f"DecoupledDescent: head=True would follow {count} shared parameters, each "
-                f"sample's and their {count} x {count} curvature; it is made for at most "
-                f"{_MOST_PARAMETERS}. Use fewer units, or head=False"
-            )
-        sizes: list[tuple[int, ...]] = []
-        for parameter, key in self.parts:
-            if key == "signal_shadow":
-                along = self._signal.shape[1] - int(_has_bias(self.layer))
-                sizes.append((n, k, along))
-            else:
-                sizes.append((n, *parameter.shape))
-        return sizes
+    def _sizes(self, n: int, signal: Tensor) -> list[tuple[int, ...]]:
+        along = signal.shape[1] - self._has_bias(self.layer)
+        return [
+            (n, self.layer.out_features, along) if key == "signal_shadow" else (n, *parameter.shape)
+            for parameter, key in self.parts
+        ]
 
-    def _joined(self, shadows: list[Tensor], width: int) -> Tensor:
+    def _joined(self, shadows: list[Tensor]) -> Tensor:
         """One row ψ_i a sample, shape (n, p)."""
-        split = 1 + int(_has_bias(self.layer))
+        split = 1 + self._has_bias(self.layer)
         blocks = (shadows[:split], shadows[split:])
         rows = [
             torch.cat([s if s.dim() == 3 else s.unsqueeze(-1) for s in block], -1).flatten(1)
@@ -254,30 +319,27 @@ class SharedParameters:
         head = joined[:, k * along :].unflatten(1, (self.head.out_features, features))
         parts: list[Tensor] = []
         for block, linear in ((omega, self.layer), (head, self.head)):
-            parts += [block[..., :-1], block[..., -1]] if _has_bias(linear) else [block]
-        return parts
+            parts += [block[..., :-1], block[..., -1]] if self._has_bias(linear) else [block]
+        # torch's fused step misreads gradients that are slices.
+        return [part.contiguous() for part in parts]
 
+    def _with_one(self, values: Tensor, linear: nn.Linear) -> Tensor:
+        if not self._has_bias(linear):
+            return values
+        return torch.cat([values, values.new_ones(len(values), 1)], 1)
 
-def _has_bias(linear: nn.Linear) -> bool:
-    return linear.bias is not None and linear.bias.requires_grad
-
-
-def _with_one(values: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None or not bias.requires_grad:
-        return values
-    return torch.cat([values, values.new_ones(len(values), 1)], 1)
-
-
-def _displaced(output: Tensor, rows: Tensor, linear: nn.Linear, key: str, read: Read) -> Tensor:
-    shadow = read(linear.weight, key)
-    if shadow is None:
-        return output
-    shift = torch.einsum("noi,ni->no", shadow, rows[:, : shadow.shape[2]])
-    if _has_bias(linear):
-        bias = read(linear.bias, "shadow")
-        assert bias is not None
-        shift = shift + bias
-    return output + shift.to(output.dtype)
+    def _displaced(
+        self, output: Tensor, rows: Tensor, linear: nn.Linear, key: str, read: Read
+    ) -> Tensor:
+        shadow = read(linear.weight, key)
+        if shadow is None:
+            return output
+        shift = torch.einsum("noi,ni->no", shadow, rows[:, : shadow.shape[2]])
+        if self._has_bias(linear):
+            bias = read(linear.bias, "shadow")
+            assert bias is not None
+            shift = shift + bias
+        return output + shift.to(output.dtype)
 
 
 def _sample_weights(scores: Tensor, gradient: Tensor) -> Tensor:
@@ -286,14 +348,17 @@ def _sample_weights(scores: Tensor, gradient: Tensor) -> Tensor:
     Raises:
         RuntimeError: if the gradient is another.
     """
+    half = torch.finfo(gradient.dtype).eps > 1e-4
     gradient = at_least_single(gradient)
     p = torch.softmax(at_least_single(scores), 1).to(gradient)
     label = torch.nn.functional.one_hot(gradient.argmin(1), gradient.shape[1]).to(gradient)
     wrong = (p * (1 - label)).sum(1)
     weights = (gradient * (1 - label)).sum(1) / wrong.clamp_min(torch.finfo(wrong.dtype).tiny)
     expected = weights.unsqueeze(1) * (p - label)
-    tolerance = _CROSS_ENTROPY_TOLERANCE * gradient.norm()
-    if bool((expected - gradient).norm() <= tolerance) and bool((weights >= 0).all()):
+    share = _HALF_TOLERANCE if half else _SINGLE_TOLERANCE
+    rounding = 1e-5 * weights.norm()
+    matches = (expected - gradient).norm() <= share * gradient.norm() + rounding
+    if bool(matches & (weights >= 0).all()):
         return weights
     raise RuntimeError(
         "DecoupledDescent: head=True needs the softmax cross-entropy of the head's output with one "

@@ -75,6 +75,13 @@ class NoiseModel:
             _as_components(self.components, len(self.components))
         if self.relative_mass is not None:
             _check_relative_mass(self.relative_mass, self.components)
+        directions = self.mean_directions
+        if directions is not None and (directions.dim() != 2 or len(directions) != self.dimension):
+            raise ValueError(
+                f"NoiseModel: expected mean_directions of shape (d, m), d = m + "
+                f"{int(self.multiplicities.sum())} dimensions in bins; got "
+                f"{tuple(directions.shape)}"
+            )
 
     @classmethod
     def isotropic(
@@ -198,7 +205,7 @@ class NoiseModel:
 
     @property
     def ignores_heavy_tails(self) -> bool:
-        """Whether the norms vary far more than Gaussian ones, and all samples have one mass."""
+        """Whether norms vary far more than Gaussian ones of these bins, with one mass for all."""
         if self.relative_mass is not None or self.norm_variation is None:
             return False
         return self.norm_variation**2 > HEAVY_TAILED * 2 / max(self.effective_rank, 1e-300)
@@ -336,7 +343,12 @@ def _span(means: Tensor) -> Tensor:
     Raises:
         ValueError: if they span all dimensions.
     """
-    _, sizes, directions = torch.linalg.svd(means, full_matrices=False)
+    # The common mean can be far larger than what tells the components apart.
+    common = means.mean(0, keepdim=True)
+    apart = means - common
+    size = apart.norm() if bool(apart.any()) else common.norm()
+    rows = torch.cat([apart, common * (size / common.norm().clamp_min(1e-30))])
+    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     spanned = sizes > 1e-4 * sizes[0]
     if int(spanned.sum()) >= means.shape[1]:
         raise ValueError(

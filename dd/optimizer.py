@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment, Capture
 from dd.curvature import check_name
-from dd.divergence import DivergenceWatch
+from dd.divergence import DivergenceWatch, SharpnessWatch
 from dd.functional import at_least_single, damped_weight_gradient, shadow_gradient
 from dd.noise import NoiseModel
 
@@ -82,6 +82,7 @@ class DecoupledDescent(torch.optim.SGD):
 
     _attachment: Attachment | None = None
     _watch: DivergenceWatch | None = None
+    _edge: SharpnessWatch | None = None
     _curvature: str = "auto"
     _damping: float = 1.0
     _head: bool | nn.Module | str = False
@@ -210,7 +211,7 @@ class DecoupledDescent(torch.optim.SGD):
         for parameter, key in self._attachment.shadowed:
             for name in (key, f"{key}_momentum_buffer", "shadow_step", "shadow_samples"):
                 self.state[parameter].pop(name, None)
-        self._attachment = self._watch = None
+        self._attachment = self._watch = self._edge = None
 
     def drop_forward(self) -> None:
         """Forget a training forward that will get no step, after a skipped or interrupted one."""
@@ -239,7 +240,7 @@ class DecoupledDescent(torch.optim.SGD):
         super().load_state_dict(state_dict)
         if self._attachment is not None:
             self._attachment.forget()
-            self._watch = None
+            self._watch = self._edge = None
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -272,8 +273,9 @@ class DecoupledDescent(torch.optim.SGD):
         with _full_precision(self._attachment.layer.weight):
             self._step_groups(self._shadow_update(self._attachment))
             self._attachment.remember_weight()
-        if self._watch is not None:
-            self._watch.tell()
+        for watch in (self._watch, self._edge):
+            if watch is not None:
+                watch.tell()
         return loss
 
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
@@ -291,8 +293,9 @@ class DecoupledDescent(torch.optim.SGD):
         attachment.order.resume(state.get("shadow_samples"))
         with _full_precision(output):
             corrected = attachment.preactivation(inputs, output, shadow)
-            signal = attachment.signal(inputs)
-            if attachment.shared is not None and signal is not None:
+            signal = None
+            if attachment.shared is not None:
+                signal = attachment.shared.signal(inputs, checked=shadow is not None)
                 corrected = attachment.shared.correct_preactivation(corrected, signal, self._read)
             if not torch.is_grad_enabled():
                 return corrected
@@ -300,8 +303,29 @@ class DecoupledDescent(torch.optim.SGD):
             outgoing = attachment.capture(inputs, corrected, seed, first=shadow is None)
             assert attachment.pending is not None
             attachment.pending.signal = signal
+            if shadow is not None:
+                self._require_fitting_state(attachment, len(shadow))
             self._watch_for(attachment, len(inputs)).observe(corrected)
             return outgoing
+
+    def _require_fitting_state(self, attachment: Attachment, bins: int) -> None:
+        assert attachment.noise is not None
+        expected = len(attachment.noise.eigenvalues)
+        missing = any(self._read(*part) is None for part in attachment.shadowed)
+        surplus = (
+            attachment.shared is None
+            and self._read(attachment.layer.weight, "signal_shadow") is not None
+        )
+        if bins == expected and not missing and not surplus:
+            return
+        attachment.drop()
+        raise RuntimeError(
+            f"DecoupledDescent: the state holds {bins} shadows a sample"
+            + ("" if missing else " and those of a corrected head" if surplus else "")
+            + f", but this optimizer's noise model has {expected} bins and head="
+            f"{attachment.shared is not None}. Load a state into an optimizer of the same noise "
+            "model and head= as the one it came from."
+        )
 
     def _watch_for(self, attachment: Attachment, num_samples: int) -> DivergenceWatch:
         noise = attachment.noise
@@ -317,7 +341,8 @@ class DecoupledDescent(torch.optim.SGD):
         shared = attachment.shared
         if head is not shared.head or not head.training:
             return None
-        with _full_precision(output):
+        # A marked tensor must not see the hook, nor an operation in place the tensor under it.
+        with _full_precision(output), torch._C.DisableTorchFunctionSubclass():
             corrected = shared.correct_scores(output, inputs, self._read)
             # Without a pending forward the head runs by itself, and no step will come of it.
             if not torch.is_grad_enabled() or attachment.pending is None:
@@ -331,7 +356,7 @@ class DecoupledDescent(torch.optim.SGD):
             if corrected is output:
                 corrected = output.clone()
             attachment.pending.follow(output, corrected, shared.features(inputs))
-            return corrected
+        return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
 
     def _read(self, parameter: Tensor, key: str) -> Tensor | None:
         state: dict[str, Any] = self.state.get(parameter, {})
@@ -360,6 +385,7 @@ class DecoupledDescent(torch.optim.SGD):
             )
         self._check_finite(attachment, capture)
         attachment.check_gradient(capture)
+        attachment.check_head_gradient(capture)
         shared = self._shared_updates(attachment, capture)
         return [self._layer_update(attachment, capture), *shared]
 
@@ -375,9 +401,12 @@ class DecoupledDescent(torch.optim.SGD):
             )
         gradient = at_least_single(capture.gradient.detach())
         with torch.no_grad():
-            found = attachment.shared.shadow_gradients(
+            found, curvature = attachment.shared.shadow_gradients(
                 gradient, capture.scores, capture.signal, self._read
             )
+            if self._edge is None:
+                self._edge = SharpnessWatch()
+            self._edge.look(curvature, self.param_groups)
         for parameter, key, shadow, _ in found:
             self.state[parameter][key] = shadow
         return [_ShadowUpdate(*part) for part in found]

@@ -11,9 +11,9 @@ MAX_HEAD_PER_SAMPLE = 0.5
 MAX_COPIES_PER_SAMPLE = 0.01
 
 HEAVY_TAILS = (
-    "the samples' noise norms vary far more than Gaussian ones would, but one noise mass is used "
-    "for all; expect a training error that is too high. Fit with a mass for every sample: "
-    "NoiseModel.fit(inputs, components)."
+    "the samples' noise norms vary far more than this noise model says: the noise is heavy-tailed, "
+    "or of few directions; expect a training error that is too high. Fit its spectrum and a mass "
+    "for every sample: NoiseModel.fit(inputs, components)."
 )
 
 

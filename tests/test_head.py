@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import dd
 import dd.data
 import dd.models
+from dd.divergence import SharpnessWatch
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
+from dd.head import Scores
 from tests.reference import Head, decoupled_descent_with_head
 
 N, D, K, C = 60, 24, 4, 3
@@ -157,6 +159,8 @@ RULES = [
     {"momentum": 0.9, "dampening": 0.3},
     {"momentum": 0.9, "nesterov": True},
     {"maximize": True},
+    {"momentum": 0.9, "fused": True},
+    {"momentum": 0.9, "foreach": True},
 ]
 
 
@@ -164,19 +168,12 @@ RULES = [
 def test_shadows_move_by_the_rule_of_their_parameter(monkeypatch, rule):
     # Without decay each shadow is all that its sample has pushed, under whatever linear rule; and
     # all samples' pushes together are what the parameter has moved.
-    monkeypatch.setattr("dd.head.shared_curvature", lambda *_: torch.zeros(K * 4 + C * 5).double())
-    monkeypatch.setattr(
-        "dd.head.shared_shadow_gradient",
-        lambda shadow, *rest: shared_shadow_gradient(
-            shadow, *rest[:-1], torch.zeros(shadow.shape[1], shadow.shape[1])
-        ),
-    )
+    monkeypatch.setattr("dd.head.shared_curvature", lambda *parts: 0 * shared_curvature(*parts))
     inputs, labels = make_problem()
     model = make_model()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = attached(model, inputs, labels, **rule)
-    directions = optimizer.noise and optimizer.noise.mean_directions
-    directions = make_noise(inputs, labels).mean_directions if directions is None else directions
+    directions = make_noise(inputs, labels).mean_directions
     # Heads at a rate of their own move their shadows at that rate.
     head = optimizer.param_groups[0]["params"][2:]
     optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][:2]
@@ -286,21 +283,81 @@ def test_corrects_in_train_mode_only_and_leaves_the_plain_network():
 
 
 @pytest.mark.parametrize("curvature", ["stein", "probe"])
-def test_sum_mean_and_class_weights_give_one_trajectory(curvature):
+def test_reduction_does_not_matter(curvature):
     inputs, labels = make_problem()
+    weight = torch.tensor([1.0, 3.0, 0.5]).double()
+    total = float(weight[labels].sum())
     models = []
-    for reduction, lr in (("mean", 0.2), ("sum", 0.2 / N)):
+    for reduction, lr in (("mean", 0.2), ("sum", 0.2 / total)):
         model = make_model()
-        noise = make_noise(inputs, labels)
-        optimizer = attached(model, inputs, labels, lr=lr, noise=noise, curvature=curvature)
-        weight = torch.ones(C).double()
-        loss = nn.CrossEntropyLoss(weight, reduction=reduction)
-        train(model, optimizer, inputs, labels, loss_fn=loss)
+        optimizer = attached(model, inputs, labels, lr=lr, curvature=curvature)
+        train(
+            model,
+            optimizer,
+            inputs,
+            labels,
+            loss_fn=nn.CrossEntropyLoss(weight, reduction=reduction),
+        )
         models.append((model, optimizer))
     for a, b in zip(models[0][0].parameters(), models[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b)
     for a, b in zip(*(shadows_of(o, m) for m, o in models), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_weights_of_samples_are_read_off_the_gradient():
+    g = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(50, C, generator=g)
+    labels = torch.arange(50) % C
+    weights = torch.rand(50, generator=g)
+    weights[:5] = 0
+    scores.requires_grad_()
+    (weights * F.cross_entropy(scores, labels, reduction="none")).sum().backward()
+    found = Scores(scores.detach(), torch.ones(50, 1), torch.ones(50, C, K), scores.grad)
+    torch.testing.assert_close(
+        found.curvature(), softmax_curvature(scores.detach(), weights), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_samples_are_those_of_the_first_step():
+    # A forward on other data before it must leave nothing behind.
+    (inputs, labels), (others, _) = make_problem(), make_problem(seed=5)
+    models = []
+    for first in (None, "no_grad", "dropped"):
+        model = make_model()
+        optimizer = attached(model, inputs, labels)
+        if first == "no_grad":
+            with torch.no_grad():
+                model(others)
+        elif first == "dropped":
+            model(others)
+            optimizer.drop_forward()
+        train(model, optimizer, inputs, labels)
+        models.append(model)
+    for model in models[1:]:
+        assert torch.equal(model[2].weight, models[0][2].weight)
+
+
+# The compiler itself looks at the .grad of tensors that have none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_model_is_the_eager_one():
+    inputs, labels = make_problem()
+    weights = []
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager")):
+        model = make_model()
+        optimizer = attached(model, inputs, labels)
+        train(wrap(model), optimizer, inputs, labels)
+        weights.append(model[2].weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_many_samples_take_memory_in_blocks(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    p, jacobian = torch.randn(2, 9, C, C, generator=g), torch.randn(2, 9, C, K, generator=g)
+    signal, features = torch.randn(2, 9, 2, generator=g), torch.randn(2, 9, 5, generator=g)
+    whole = shared_curvature(p, jacobian, signal, features)
+    monkeypatch.setattr("dd.functional._AT_A_TIME", 2 * 5 * 5)
+    torch.testing.assert_close(shared_curvature(p, jacobian, signal, features), whole)
 
 
 @create_graph_warns
@@ -495,9 +552,105 @@ def test_a_head_beside_the_decoupled_layer_is_an_error():
 def test_a_head_of_too_many_parameters_is_an_error(monkeypatch):
     monkeypatch.setattr("dd.head._MOST_PARAMETERS", K * 4 + C * 5 - 1)
     inputs, labels = make_problem()
-    model = make_model()
     with pytest.raises(ValueError, match=f"would follow {K * 4 + C * 5} shared parameters"):
-        train(model, attached(model, inputs, labels), inputs, labels)
+        attached(make_model(), inputs, labels)
+
+
+@pytest.mark.parametrize("edit", ["weight", "bias", "layer bias", "penalty"])
+def test_edited_gradients_are_an_error(edit):
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, inputs, labels)
+    loss = F.cross_entropy(model(inputs), labels)
+    if edit == "penalty":
+        loss = loss + 0.1 * model[2].weight.square().sum()
+    loss.backward()
+    edited = {"weight": model[2].weight, "bias": model[2].bias, "layer bias": model[0].bias}
+    if edit in edited:
+        edited[edit].grad.mul_(0.5)
+    with pytest.raises(RuntimeError, match="is not the one that the last backward"):
+        optimizer.step()
+
+
+def test_a_head_changed_outside_step_is_an_error():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, inputs, labels)
+    train(model, optimizer, inputs, labels)
+    with torch.no_grad():
+        model[2].weight.mul_(0.9)
+    with pytest.raises(RuntimeError, match="weight of head '2' was changed outside"):
+        model(inputs)
+
+
+def test_states_of_another_kind_are_refused():
+    inputs, labels = make_problem()
+    plain = dd.NoiseModel.fit(inputs, labels, bins=1, per_sample=False)
+    kinds = {
+        "head": {},
+        "no head": {"head": False, "noise": plain},
+        "bins": {"head": False, "noise": dd.NoiseModel(torch.ones(2), torch.tensor([4, D - 4]))},
+    }
+    saved = {}
+    for kind, settings in kinds.items():
+        model = make_model()
+        optimizer = attached(model, inputs, labels, **settings)
+        train(model, optimizer, inputs, labels)
+        saved[kind] = model.state_dict(), optimizer.state_dict()
+    for old in kinds:
+        for new, settings in kinds.items():
+            model = make_model()
+            optimizer = attached(model, inputs, labels, **settings)
+            model.load_state_dict(saved[old][0])
+            optimizer.load_state_dict(saved[old][1])
+            if old == new:
+                train(model, optimizer, inputs, labels)
+            else:
+                with pytest.raises(RuntimeError, match="Load a state into an optimizer of"):
+                    model(inputs)
+
+
+def test_scores_changed_in_place_are_not_those_of_the_loss():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, inputs, labels)
+    with pytest.raises(RuntimeError, match="softmax cross-entropy"):
+        train(model, optimizer, inputs, labels, loss_fn=lambda s, y: F.cross_entropy(s.div_(2), y))
+
+
+def test_past_the_edge_it_warns():
+    g = torch.Generator().manual_seed(99)
+    labels = torch.arange(120) % C
+    inputs = 0.35 * torch.randn(C, D, generator=g)[labels] + torch.randn(120, D, generator=g)
+    warned, losses = {}, {}
+    for rate in (0.2, 1.0):
+        model = make_model(activation=nn.GELU).float()
+        optimizer = attached(model, inputs, labels, lr=rate)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, inputs, labels, 200)
+        warned[rate] = any(w.category is dd.DivergenceWarning for w in caught)
+        with torch.no_grad():
+            losses[rate] = float(F.cross_entropy(model(inputs), labels))
+    assert warned == {0.2: False, 1.0: True}, losses
+
+
+@pytest.mark.parametrize(
+    ("excess", "steps", "warns"), [(1.01, 5, True), (1.01, 4, False), (0.99, 9, False)]
+)
+def test_the_edge_is_that_of_heavy_ball(excess, steps, warns):
+    curvature = torch.diag(torch.tensor([1.0, 0.2, 0.1]))
+    watch = SharpnessWatch()
+    groups = [{"lr": excess * 2 * 1.9, "momentum": 0.9}]
+    # The power iteration has to find the direction first.
+    for _ in range(20):
+        watch.look(curvature, [{"lr": 0.0, "momentum": 0.9}])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            watch.look(curvature, groups)
+        watch.tell()
+    assert len(caught) == warns
 
 
 def test_separated_means_leave_the_noise_beside_them():
