@@ -193,6 +193,8 @@ class NoiseModel:
             parts.append(f"norm variation {self.norm_variation:.2f} (Gaussian {gaussian:.2f})")
         if self.components is not None:
             parts.append(f"{int(self.components.max()) + 1} components")
+        if self.mean_directions is not None:
+            parts.append(f"{self.mean_directions.shape[1]} directions of their means apart")
         if self.relative_mass is not None:
             parts.append("a mass for every sample")
         return "noise model: " + ", ".join(parts)

@@ -661,6 +661,9 @@ def test_separated_means_leave_the_noise_beside_them():
     beside = inputs - inputs @ u @ u.T
     # Each sample's mass is exactly its length beside the means.
     torch.testing.assert_close(noise.relative_mass * noise.mass.sum(), beside.square().sum(1))
+    assert str(noise).endswith(
+        "3 components, 3 directions of their means apart, a mass for every sample"
+    )
     # Unit noise in D − C directions of 600 samples.
     assert noise.dimension == D
     assert float(noise.eigenvalues) == pytest.approx(1, abs=4 * math.sqrt(2 / (600 * D)))
