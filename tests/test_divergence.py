@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import cifar10_probe, xor
-from dd.data.places import data_root
 from dd.divergence import feedback_growth
 from dd.models import two_layer
 
 D = 300
+DATA = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 
@@ -214,12 +215,14 @@ def test_cross_entropy_on_xor_keeps_it_silent(ratio, settings, activation):
 
 
 @pytest.mark.skipif(
-    not (data_root(None) / "cifar10_efficientnet_lite0.npz").is_file(),
-    reason=f"no features in DD_DATA={os.environ.get('DD_DATA')}",
+    not (DATA / "cifar10_efficientnet_lite0.npz").is_file(),
+    reason=f"no features in {DATA}; set DD_DATA",
 )
 @pytest.mark.parametrize("n", [300, 1000])
 def test_cross_entropy_on_features_keeps_it_silent(n):
-    split = cifar10_probe(source="features", num_train=n, num_test=10, seed=1, progress=False)
+    split = cifar10_probe(
+        source="features", root=DATA, num_train=n, num_test=10, seed=1, progress=False
+    )
     noise = dd.NoiseModel.fit(split.train_inputs, split.train_components)
     model = two_layer(1280, 16, 10, generator=torch.Generator().manual_seed(1))
     data = split.train_inputs, split.train_targets
