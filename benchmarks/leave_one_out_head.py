@@ -9,6 +9,7 @@ correlation. Without the cross term the curvature of layer and head is block-dia
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -64,9 +65,8 @@ def _look(model: nn.Sequential, inputs: Tensor) -> State:
     shadow = corrected - model[0](inputs)
     change = scores - model[2](features)
     model.train()
-    plain = two_layer(inputs.shape[1], WIDTH, 10)
-    plain.load_state_dict(model.state_dict())
-    return plain, shadow, features, change
+    # A copy is the plain network in either mode.
+    return copy.deepcopy(model), shadow, features, change
 
 
 def compare(split: Split, rows: list[int]) -> dict[int, dict[str, float]]:

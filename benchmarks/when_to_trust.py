@@ -11,6 +11,7 @@ with a sentence, where it is absent.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -79,7 +80,7 @@ class Curves:
 def run(task: Task, *, decoupled: bool, looks: int = 30) -> Curves:
     """Train and look; stops where the loss has grown beyond 10⁶."""
     torch.manual_seed(0)
-    model, curves = _copy(task.model), Curves()
+    model, curves = copy.deepcopy(task.model), Curves()
     optimizer = (
         dd.DecoupledDescent(
             model, noise=task.noise, curvature=task.curvature, head=task.head, **task.settings
@@ -133,18 +134,6 @@ def _loss(task: Task, outputs: Tensor, targets: Tensor, weights: Tensor | None) 
 def _error(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> float:
     wrong = (outputs.argmax(1) != targets).double()
     return float(wrong.mean() if weights is None else wrong @ weights.double() / weights.sum())
-
-
-def _copy(model: nn.Sequential) -> nn.Sequential:
-    copy = type(model)(*(_layer_like(layer) for layer in model))
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def _layer_like(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, layer.out_features)
-    return type(layer)()
 
 
 # --- What is said about a trajectory --------------------------------------------------------------
@@ -486,20 +475,13 @@ def regression() -> Iterator[Row]:
 
     The noise of the targets alone is an error of 0.25.
     """
-    for ratio in (0.3, 0.5, 0.8, 1.5, 3.0):
-        yield f"linear, n/d = {ratio:g}", lambda seed, r=ratio: _regression(seed, r, 0, 0.0)
-        if ratio < 1:
-            yield (
-                f"linear, n/d = {ratio:g}, weight decay 2x*",
-                lambda seed, r=ratio: _regression(seed, r, 0, 2.0),
-            )
-    for ratio in (0.3, 0.5, 0.8, 1.5, 3.0):
-        yield f"two layers, n/d = {ratio:g}", lambda seed, r=ratio: _regression(seed, r, 8, 0.0)
-        if ratio < 1:
-            yield (
-                f"two layers, n/d = {ratio:g}, weight decay 0.2x*",
-                lambda seed, r=ratio: _regression(seed, r, 8, 0.2),
-            )
+    for name, width, decay in (("linear", 0, 2.0), ("two layers", 8, 0.2)):
+        for ratio in (0.3, 0.5, 0.8, 1.5, 3.0):
+            for share in (0.0, decay) if ratio < 1 else (0.0,):
+                yield (
+                    f"{name}, n/d = {ratio:g}" + (f", weight decay {share:g}x*" if share else ""),
+                    lambda seed, r=ratio, w=width, s=share: _regression(seed, r, w, s),
+                )
 
 
 def _regression(seed: int, ratio: float, width: int, decay: float) -> Task:

@@ -1,7 +1,7 @@
 """One decoupled layer: how it is found, hooked, corrected and read."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.functional import at_least_single, corrected_preactivation
 from dd.gradient_check import require_same_weight, require_unedited
 from dd.head import Scores, SharedParameters
+from dd.layers import find_layer
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
 from dd.sample_order import SampleOrder
@@ -23,48 +24,7 @@ from dd.sample_order import SampleOrder
 if TYPE_CHECKING:
     from dd.optimizer import DecoupledDescent
 
-__all__ = ["Attachment", "Capture", "ForwardHook", "find_layer"]
-
-
-def find_layer(module: nn.Module, layer: nn.Module | str | None) -> tuple[str, nn.Linear]:
-    """Choose the decoupled layer.
-
-    Args:
-        module: the model.
-        layer: the layer, its dotted name, or None for the first :class:`torch.nn.Linear` with
-            trainable weights in the order of ``module.named_modules()``.
-
-    Returns:
-        The layer's dotted name and the layer.
-
-    Raises:
-        ValueError: if there is no such layer.
-        TypeError: if the layer is not an ``nn.Linear``.
-    """
-    modules = dict(module.named_modules())
-    if layer is None:
-        for name, candidate in modules.items():
-            if isinstance(candidate, nn.Linear) and candidate.weight.requires_grad:
-                return name, candidate
-        raise ValueError(
-            f"DecoupledDescent: {type(module).__name__} has no nn.Linear with trainable weights "
-            "to decouple; use torch.optim.SGD for this model"
-        )
-    if isinstance(layer, str):
-        name, chosen = layer, modules.get(layer)
-    else:
-        name, chosen = next(((n, m) for n, m in modules.items() if m is layer), ("", None))
-    if chosen is None:
-        linear = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
-        raise ValueError(
-            f"DecoupledDescent: layer={layer!r} is not part of the model; its linear layers are "
-            f"{linear}"
-        )
-    if not isinstance(chosen, nn.Linear):
-        raise TypeError(
-            f"DecoupledDescent: layer {name!r} is a {type(chosen).__name__}; expected nn.Linear"
-        )
-    return name, chosen
+__all__ = ["Attachment", "Capture", "ForwardHook"]
 
 
 class ForwardHook:
@@ -134,9 +94,7 @@ class Capture:
         self._observed = estimator.observe(preactivation.detach(), generator)
         self._edge = get_gradient_edge(preactivation)
         self._level = DualLevel() if estimator.forward_mode else None
-        listener = weakref.ref(self)
-        # The graph must not own the capture, which owns an edge of the graph.
-        preactivation.register_hook(lambda gradient: _deliver(listener, gradient))
+        _listen(preactivation, self.receive)
 
     def outgoing(self, preactivation: Tensor) -> Tensor:
         """Return what the following layers receive: R, with the probe as tangent where needed."""
@@ -188,8 +146,7 @@ class Capture:
         # What follows may change the scores in place.
         values = split_tangent(corrected.detach())[0].clone()
         self.scores = Scores(values, features, self._jacobian(scores))
-        listener = weakref.ref(self)
-        corrected.register_hook(lambda gradient: _deliver_scores(listener, gradient))
+        _listen(corrected, self.receive_scores)
 
     def _jacobian(self, scores: Tensor) -> Tensor:
         directions = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
@@ -231,10 +188,8 @@ class Capture:
         """Estimate H, shape (k, k), once the gradient is there."""
         assert self.gradient is not None
         # Differentiating the gradient again passes by R and must not count as a gradient.
-        self._estimating = True
-        return self._estimator.estimate(
-            self._observed, Backward(self.gradient, self.tangent, self._edge)
-        )
+        with self.undisturbed() as (observed, edge):
+            return self._estimator.estimate(observed, Backward(self.gradient, self.tangent, edge))
 
     def close(self) -> None:
         """Drop the share in the forward-mode level."""
@@ -259,15 +214,16 @@ def _require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) ->
         )
 
 
-def _deliver(listener: "weakref.ref[Capture]", gradient: Tensor) -> Tensor | None:
-    capture = listener()
-    return None if capture is None else capture.receive(gradient)
+def _listen(tensor: Tensor, receive: Callable[[Tensor], Tensor | None]) -> None:
+    """Pass the gradient of ``tensor`` to a method, as long as its owner lives."""
+    # The graph must not own the capture, which owns an edge of the graph.
+    listener = weakref.WeakMethod(receive)
 
+    def deliver(gradient: Tensor) -> Tensor | None:
+        receive = listener()
+        return None if receive is None else receive(gradient)
 
-def _deliver_scores(listener: "weakref.ref[Capture]", gradient: Tensor) -> None:
-    capture = listener()
-    if capture is not None:
-        capture.receive_scores(gradient)
+    tensor.register_hook(deliver)
 
 
 class Attachment:

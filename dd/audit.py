@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_map_only
 
 from dd.dual import DualLevel
-from dd.functional import rademacher, stein_excess
+from dd.functional import rademacher, scaled_by_mass, stein_excess
 from dd.marked import MarkedTensor
 from dd.user_warning import warn_user
 
@@ -159,10 +159,9 @@ class Audit:
             generator = torch.Generator(gradient.device).manual_seed(self._seed)
             probe = rademacher(gradient.detach(), generator)
             (product,) = torch.autograd.grad(gradient, edge, probe, retain_graph=True)
-        if self._relative_mass is not None:
-            # Stein's lemma weighs every sample by its noise mass.
-            product = self._relative_mass.to(product).unsqueeze(-1) * product
         with torch.no_grad():
+            # Stein's lemma weighs every sample by its noise mass.
+            product = scaled_by_mass(product, self._relative_mass)
             return stein_excess(centred, gradient.detach(), probe, product)
 
 

@@ -20,6 +20,7 @@ from dd.functional import (
     centre_within_components,
     probe_curvature,
     rademacher,
+    scaled_by_mass,
     stein_curvature,
 )
 from dd.noise import NoiseModel
@@ -108,9 +109,7 @@ class _SecondDerivative(Curvature):
 
     def weighted(self, product: Tensor) -> Tensor:
         """Scale row i of a curvature-vector product (n, k) by sample i's relative mass."""
-        if self.relative_mass is None:
-            return product
-        return self.relative_mass.to(product).unsqueeze(-1) * product
+        return scaled_by_mass(product, self.relative_mass)
 
 
 class Probe(_SecondDerivative):

@@ -51,7 +51,19 @@ def feedback_growth(eigenvalues: Tensor, multiplicities: Tensor, num_samples: in
     return high
 
 
-class DivergenceWatch:
+class _Watch:
+    """Something that may have a warning to issue once a step is complete."""
+
+    _due: str | None = None
+
+    def tell(self) -> None:
+        """Issue the warning that is due; called by ``step`` when everything is updated."""
+        due, self._due = self._due, None
+        if due is not None:
+            warn_user(due, DivergenceWarning)
+
+
+class DivergenceWatch(_Watch):
     """Warns once, when the feedback of the correction drives the gradient up.
 
     Three things must come together: the predicted growth Γ = Σ_t η_t (x* λ_max(H_t) − weight
@@ -72,7 +84,6 @@ class DivergenceWatch:
         self._growth = feedback_growth(eigenvalues, multiplicities, num_samples)
         self._samples, self._dimension = num_samples, int(multiplicities.sum())
         self._done = self._growth == 0.0
-        self._due: str | None = None
         self._feedback = 0.0
         self._least = float("inf")
         self._now: Tensor | None = None
@@ -107,12 +118,6 @@ class DivergenceWatch:
             self._due = self._message(growth, sharpest)
             self._done, self._now, self._then = True, None, None
 
-    def tell(self) -> None:
-        """Issue the warning that is due; called by ``step`` when everything is updated."""
-        due, self._due = self._due, None
-        if due is not None:
-            warn_user(due, DivergenceWarning)
-
     def _share(self, gradient: Tensor, curvature: Tensor) -> float:
         assert self._now is not None
         assert self._then is not None
@@ -134,7 +139,7 @@ class DivergenceWatch:
         )
 
 
-class SharpnessWatch:
+class SharpnessWatch(_Watch):
     """Warns once, when the displacements that ``head=True`` follows leave their stability edge.
 
     They obey a linear recursion with curvature H_ψ, which grows where η λ_max(H_ψ) exceeds
@@ -146,7 +151,6 @@ class SharpnessWatch:
     def __init__(self) -> None:
         self._direction: Tensor | None = None
         self._past = 0
-        self._due: str | None = None
 
     def look(self, curvature: Tensor, groups: list[dict[str, Any]]) -> None:
         """Take one step into account.
@@ -175,12 +179,6 @@ class SharpnessWatch:
                 "correction grows by itself, and the training error is no estimate any more. Lower "
                 "lr, or use head=False."
             )
-
-    def tell(self) -> None:
-        """Issue the warning that is due; called by ``step`` when everything is updated."""
-        due, self._due = self._due, None
-        if due is not None:
-            warn_user(due, DivergenceWarning)
 
 
 def _effective_rate(settings: Mapping[str, Any]) -> float:

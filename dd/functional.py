@@ -36,6 +36,7 @@ __all__ = [
     "damped_weight_gradient",
     "probe_curvature",
     "rademacher",
+    "scaled_by_mass",
     "shadow_gradient",
     "shared_curvature",
     "shared_shadow_gradient",
@@ -90,9 +91,7 @@ def shadow_gradient(
     Returns:
         ∇Q, shape (..., B, n, k), in the dtype of ``shadow``.
     """
-    if relative_mass is not None:
-        gradient = relative_mass.unsqueeze(-1) * gradient
-    gradient = gradient.to(shadow.dtype).unsqueeze(-3)
+    gradient = scaled_by_mass(gradient.to(shadow.dtype), relative_mass).unsqueeze(-3)
     decay = shadow @ (damping * curvature).to(shadow.dtype).unsqueeze(-3)
     return eigenvalues[..., None, None] * decay - mass[..., None, None] * gradient
 
@@ -297,6 +296,21 @@ def stein_excess(
     total = unexplained.sum(-1)
     scale = torch.linalg.matrix_norm(covariance @ curvature, "nuc")
     return total / scale, total / ((unexplained - scatter).std(-1) * n**0.5)
+
+
+def scaled_by_mass(rows: Tensor, relative_mass: Tensor | None) -> Tensor:
+    """Scale each sample's row by its noise mass.
+
+    Args:
+        rows: shape (..., n, k).
+        relative_mass: ‖z_i‖² over its mean, shape (..., n); None where all are equal.
+
+    Returns:
+        The scaled rows, shape (..., n, k).
+    """
+    if relative_mass is None:
+        return rows
+    return relative_mass.to(rows).unsqueeze(-1) * rows
 
 
 def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -19,8 +19,9 @@ from dd.functional import (
     softmax_curvature,
 )
 from dd.gradient_check import require_same_weight, require_unedited
+from dd.layers import find_head
 
-__all__ = ["Scores", "SharedParameters", "find_head"]
+__all__ = ["Scores", "SharedParameters"]
 
 # H_ψ has this many rows at most: 1.6 GB in single precision.
 _MOST_PARAMETERS = 20_000
@@ -30,53 +31,6 @@ _MOST_PARAMETERS = 20_000
 _SINGLE_TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2
 
 Read = Callable[[Tensor, str], Tensor | None]
-
-
-def find_head(
-    module: nn.Module, layer: nn.Linear, choice: bool | nn.Module | str
-) -> tuple[str, nn.Linear]:
-    """Choose the head, the linear layer that computes the scores.
-
-    Args:
-        module: the model.
-        layer: the decoupled layer.
-        choice: the head, its dotted name, or True for the last :class:`torch.nn.Linear` in the
-            order of ``module.named_modules()``.
-
-    Returns:
-        The head's dotted name and the head.
-
-    Raises:
-        ValueError: if there is no such layer, it is the decoupled one, or its weight is frozen.
-        TypeError: if it is not an ``nn.Linear``.
-    """
-    named = list(module.named_modules())
-    if choice is True:
-        found = [(name, m) for name, m in named if isinstance(m, nn.Linear)][-1:]
-    else:
-        found = [(name, m) for name, m in named if m is choice or name == choice]
-    if not found:
-        linear = [n for n, m in named if isinstance(m, nn.Linear)]
-        raise ValueError(
-            f"DecoupledDescent: head={choice!r} is not part of the model; its linear layers are "
-            f"{linear}"
-        )
-    name, head = found[0]
-    if not isinstance(head, nn.Linear):
-        raise TypeError(
-            f"DecoupledDescent: head {name!r} is a {type(head).__name__}; expected nn.Linear"
-        )
-    if head is layer:
-        raise ValueError(
-            f"DecoupledDescent: the decoupled layer {name!r} is the model's last linear layer, so "
-            "there is no head to correct; use head=False"
-        )
-    if not isinstance(head.weight, nn.Parameter) or not head.weight.requires_grad:
-        raise ValueError(
-            f"DecoupledDescent: the weight of head {name!r} must be a trainable parameter of its "
-            "own (not frozen, not parametrised); use head=False for a fixed head"
-        )
-    return name, head
 
 
 @dataclass(eq=False)
@@ -111,7 +65,7 @@ class SharedParameters:
     Args:
         module: the model.
         layer: the decoupled layer.
-        choice: as in :func:`find_head`.
+        choice: as in :func:`dd.layers.find_head`.
         directions: orthonormal basis of the span of the component means, shape (d, m), or None
             where they are unknown.
 
@@ -175,10 +129,10 @@ class SharedParameters:
         Returns:
             Shape (n, m) or (n, m + 1).
         """
-        values = at_least_single(inputs.detach())
-        kept = self._signal
-        if kept is not None and kept.dtype == values.dtype and kept.device == values.device:
+        kept, dtype = self._signal, torch.promote_types(inputs.dtype, torch.float32)
+        if kept is not None and kept.dtype == dtype and kept.device == inputs.device:
             return kept
+        values = at_least_single(inputs.detach())
         along = values[:, :0]
         if self._directions is not None:
             along = values @ self._directions.to(values)
@@ -190,12 +144,12 @@ class SharedParameters:
         """Add each sample's displacement of the decoupled layer along the means."""
         return self._displaced(output, signal, self.layer, "signal_shadow", read)
 
-    def correct_scores(self, output: Tensor, inputs: Tensor, read: Read) -> Tensor:
+    def correct_scores(self, output: Tensor, features: Tensor, read: Read) -> Tensor:
         """Add each sample's displacement of the head.
 
         Args:
             output: scores, shape (n, C).
-            inputs: of the head, shape (n, f).
+            features: as :meth:`features` gives them, shape (n, f).
             read: gives the shadow of a parameter under a key.
 
         Raises:
@@ -208,7 +162,6 @@ class SharedParameters:
                 f"DecoupledDescent: head {self.name!r} must return one row a sample, shape "
                 f"({expected}, {self.head.out_features}), in training; got {tuple(output.shape)}"
             )
-        features = self.features(inputs)
         return self._displaced(output, features, self.head, "shadow", read)
 
     def features(self, inputs: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class NoiseModel:
                 or the components are not n integers.
         """
         noise = _noise_of(inputs, components)
-        return cls._of(noise, *noise.one_bin())
+        return cls._of(noise, noise.one_bin(), noise.relative_mass())
 
     @classmethod
     def fit(
@@ -147,33 +147,35 @@ class NoiseModel:
         if bins is not None:
             check_count("NoiseModel: bins", bins)
         noise = _noise_of(inputs, components, separate_means=separate_means)
+        relative = noise.relative_mass()
         if bins == 1 and per_sample is False:
-            return cls._of(noise, *noise.one_bin())
+            return cls._of(noise, noise.one_bin(), relative)
         sample = noise.sample_spectrum()
         spectrum = population_eigenvalues(sample, noise.dimension, noise.degrees)
         if bins is None:
             flat = _is_flat(sample, noise.dimension, noise.degrees)
             bins = 1 if flat else MOST_BINS
-        relative = noise.relative_mass()
         if per_sample is None:
-            per_sample = noise.components is not None and _is_heavy_tailed(relative, spectrum)
+            variance, rank = float(relative.double().var()), _effective_rank(spectrum)
+            per_sample = noise.components is not None and _is_heavy_tailed(variance, rank)
         binned = noise.one_bin() if bins == 1 else _bins(spectrum, bins)
-        return cls._of(noise, *binned, relative if per_sample else None)
+        return cls._of(noise, binned, relative, per_sample=per_sample)
 
     @classmethod
     def _of(
         cls,
         noise: "_Noise",
-        eigenvalues: Tensor,
-        multiplicities: Tensor,
-        relative_mass: Tensor | None = None,
+        binned: tuple[Tensor, Tensor],
+        relative: Tensor,
+        *,
+        per_sample: bool = False,
     ) -> "NoiseModel":
-        relative = noise.relative_mass() if relative_mass is None else relative_mass
+        eigenvalues, multiplicities = binned
         return cls(
             eigenvalues=eigenvalues.to(noise.centred),
             multiplicities=multiplicities.to(noise.centred.device),
             components=noise.components,
-            relative_mass=relative_mass,
+            relative_mass=relative if per_sample else None,
             fitted_on=len(noise.centred),
             norm_variation=float(relative.double().std(correction=0)),
             mean_directions=noise.mean_directions,
@@ -202,15 +204,14 @@ class NoiseModel:
     @property
     def effective_rank(self) -> float:
         """(tr Σ)² / tr Σ² of the bins."""
-        second = self.multiplicities * self.eigenvalues.double().square()
-        return float(self.mass.double().sum().square() / second.sum().clamp_min(1e-300))
+        return _effective_rank(self.eigenvalues, self.multiplicities)
 
     @property
     def ignores_heavy_tails(self) -> bool:
         """Whether norms vary far more than Gaussian ones of these bins, with one mass for all."""
         if self.relative_mass is not None or self.norm_variation is None:
             return False
-        return self.norm_variation**2 > HEAVY_TAILED * 2 / max(self.effective_rank, 1e-300)
+        return _is_heavy_tailed(self.norm_variation**2, self.effective_rank)
 
     @property
     def dimension(self) -> int:
@@ -396,11 +397,16 @@ def _is_flat(sample: Tensor, dimension: int, degrees: int) -> bool:
     return spread - (dimension + 1) / degrees < max(FLAT, 6 / degrees)
 
 
-def _is_heavy_tailed(relative_mass: Tensor, spectrum: Tensor) -> bool:
-    # Gaussian norms have variance 2 tr Σ² / (tr Σ)²; features of one scale a sample have several
-    # times that.
-    gaussian = 2 * spectrum.square().sum() / spectrum.sum().square()
-    return float(relative_mass.double().var()) > HEAVY_TAILED * float(gaussian)
+def _effective_rank(eigenvalues: Tensor, multiplicities: Tensor | float = 1.0) -> float:
+    mass = multiplicities * eigenvalues.double()
+    second = (mass * eigenvalues.double()).sum()
+    return float(mass.sum().square() / second.clamp_min(1e-300))
+
+
+def _is_heavy_tailed(variance: float, rank: float) -> bool:
+    # Gaussian norms have relative variance 2 tr Σ² / (tr Σ)²; features of one scale a sample have
+    # several times that.
+    return variance > HEAVY_TAILED * 2 / max(rank, 1e-300)
 
 
 def _squared_norms(values: Tensor) -> Tensor:

@@ -343,7 +343,8 @@ class DecoupledDescent(torch.optim.SGD):
             return None
         # A marked tensor must not see the hook, nor an operation in place the tensor under it.
         with _full_precision(output), torch._C.DisableTorchFunctionSubclass():
-            corrected = shared.correct_scores(output, inputs, self._read)
+            features = shared.features(inputs)
+            corrected = shared.correct_scores(output, features, self._read)
             # Without a pending forward the head runs by itself, and no step will come of it.
             if not torch.is_grad_enabled() or attachment.pending is None:
                 return corrected
@@ -355,15 +356,19 @@ class DecoupledDescent(torch.optim.SGD):
                 )
             if corrected is output:
                 corrected = output.clone()
-            attachment.pending.follow(output, corrected, shared.features(inputs))
+            attachment.pending.follow(output, corrected, features)
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
 
     def _read(self, parameter: Tensor, key: str) -> Tensor | None:
         state: dict[str, Any] = self.state.get(parameter, {})
         return state.get(key)
 
+    def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        groups = self.param_groups
+        return next((g for g in groups if any(p is parameter for p in g["params"])), None)
+
     def _require_own(self, attachment: Attachment, parameter: Tensor) -> None:
-        if any(p is parameter for group in self.param_groups for p in group["params"]):
+        if self._group_of(parameter) is not None:
             return
         name = next(n for n, p in attachment.module.named_parameters() if p is parameter)
         raise ValueError(
@@ -400,13 +405,12 @@ class DecoupledDescent(torch.optim.SGD):
                 "training forward and backward; name the layer that computes the scores with head="
             )
         gradient = at_least_single(capture.gradient.detach())
-        with torch.no_grad():
-            found, curvature = attachment.shared.shadow_gradients(
-                gradient, capture.scores, capture.signal, self._read
-            )
-            if self._edge is None:
-                self._edge = SharpnessWatch()
-            self._edge.look(curvature, self.param_groups)
+        found, curvature = attachment.shared.shadow_gradients(
+            gradient, capture.scores, capture.signal, self._read
+        )
+        if self._edge is None:
+            self._edge = SharpnessWatch()
+        self._edge.look(curvature, self.param_groups)
         for parameter, key, shadow, _ in found:
             self.state[parameter][key] = shadow
         return [_ShadowUpdate(*part) for part in found]
@@ -423,7 +427,8 @@ class DecoupledDescent(torch.optim.SGD):
                 f"{gradient.shape[1]} units of layer {attachment.name!r}; use fewer units or more "
                 'samples, or give component ids for curvature="stein"'
             )
-        group = next(g for g in self.param_groups if any(p is layer.weight for p in g["params"]))
+        group = self._group_of(layer.weight)
+        assert group is not None
         self._watch_for(attachment, len(gradient)).look(gradient, curvature, group)
         attachment.drop()
         state = self.state[layer.weight]

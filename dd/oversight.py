@@ -8,7 +8,7 @@ from torch import Tensor
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.copies import count_copies
 from dd.curvature import Stein
-from dd.strain import HEAVY_TAILS, StrainWarning, strains
+from dd.strain import StrainWarning, strains
 from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
@@ -44,10 +44,16 @@ class Oversight:
         head = sum(p.numel() for p in others if p.requires_grad)
         assert attachment.order.projection is not None
         copies = count_copies(inputs, attachment.order.projection)
-        for sentence in strains(len(inputs), layer.in_features, layer.out_features, head, copies):
+        for sentence in strains(
+            len(inputs),
+            layer.in_features,
+            layer.out_features,
+            head,
+            copies,
+            ignores_heavy_tails=attachment.noise is not None
+            and attachment.noise.ignores_heavy_tails,
+        ):
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
-        if attachment.noise is not None and attachment.noise.ignores_heavy_tails:
-            warn_user(f"DecoupledDescent: {HEAVY_TAILS}", StrainWarning)
 
     def outgoing(self, attachment: "Attachment", preactivation: Tensor, seed: int) -> Tensor:
         """Return what the following layers receive, marked for an audit where one is due.

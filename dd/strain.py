@@ -1,6 +1,6 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["HEAVY_TAILS", "StrainWarning", "strains"]
+__all__ = ["StrainWarning", "strains"]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
@@ -10,18 +10,14 @@ MAX_HEAD_PER_SAMPLE = 0.5
 # One copy in twenty samples took the gap to twice its floor.
 MAX_COPIES_PER_SAMPLE = 0.01
 
-HEAVY_TAILS = (
-    "the samples' noise norms vary far more than this noise model says: the noise is heavy-tailed, "
-    "or of few directions; expect a training error that is too high. Fit its spectrum and a mass "
-    "for every sample: NoiseModel.fit(inputs, components)."
-)
-
 
 class StrainWarning(UserWarning):
     """The training error may be off, because the sizes are far from those of the theory."""
 
 
-def strains(n: int, d: int, k: int, head: int, copies: int) -> list[str]:
+def strains(
+    n: int, d: int, k: int, head: int, copies: int, *, ignores_heavy_tails: bool = False
+) -> list[str]:
     """Say what to expect where samples are few for the network.
 
     Args:
@@ -30,9 +26,10 @@ def strains(n: int, d: int, k: int, head: int, copies: int) -> list[str]:
         k: its width.
         head: trainable parameters that are not corrected.
         copies: samples that equal another.
+        ignores_heavy_tails: whether the noise model does.
 
     Returns:
-        One sentence for every number that is out of range.
+        One sentence for every number that is out of range, and for an unfit noise model.
     """
     sentences = []
     if n < MIN_SAMPLES_PER_INPUT * d:
@@ -58,5 +55,11 @@ def strains(n: int, d: int, k: int, head: int, copies: int) -> list[str]:
             f"{copies} of {n} samples are copies of others: each leaves its imprint on its twins, "
             "and only its own is removed; expect a training error that is too low. Keep each "
             "sample once, and weigh it in the loss by its count."
+        )
+    if ignores_heavy_tails:
+        sentences.append(
+            "the samples' noise norms vary far more than this noise model says: the noise is "
+            "heavy-tailed, or of few directions; expect a training error that is too high. Fit its "
+            "spectrum and a mass for every sample: NoiseModel.fit(inputs, components)."
         )
     return sentences

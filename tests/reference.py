@@ -52,7 +52,14 @@ class Step(NamedTuple):
     loss: float
 
 
-def sample_loss(r: Tensor, head: Head, label: int, activation: Activation) -> Tensor:
+def scores_of(r: Tensor, head: Head, activation: Activation) -> Tensor:
+    """Return the scores of one sample, shape (C,), at a pre-activation r, shape (k,)."""
+    return head.weight @ activation(r + head.hidden_bias) + head.bias
+
+
+def sample_loss(
+    r: Tensor, head: Head, label: int, activation: Activation, shift: Tensor | float = 0.0
+) -> Tensor:
     """Softmax cross-entropy of one sample, ℓ_i(r; θ) = log Σ_c exp(o_c) − o_label.
 
     Args:
@@ -60,12 +67,19 @@ def sample_loss(r: Tensor, head: Head, label: int, activation: Activation) -> Te
         head: θ, with o = head.weight · activation(r + head.hidden_bias) + head.bias.
         label: class of the sample.
         activation: applied to each hidden unit.
+        shift: added to the scores, shape (C,).
 
     Returns:
         The loss, a scalar.
     """
-    outputs = head.weight @ activation(r + head.hidden_bias) + head.bias
+    outputs = scores_of(r, head, activation) + shift
     return torch.log(torch.exp(outputs).sum()) - outputs[label]
+
+
+def descended(head: Head, gradients: Sequence[Head], rate: float) -> Head:
+    """Step θ by the plain mean of the samples' gradients."""
+    means = (torch.stack(part).mean(0) for part in zip(*gradients, strict=True))
+    return Head(*(parameter - rate * mean for parameter, mean in zip(head, means, strict=True)))
 
 
 def shadow_from_history(
@@ -204,20 +218,8 @@ def decoupled_descent(
             )
         )
         if t < len(rates):
-            head = Head(
-                *(
-                    parameter - rates[t] * torch.stack(gradient).mean(0)
-                    for parameter, gradient in zip(
-                        head, zip(*head_gradients, strict=True), strict=True
-                    )
-                )
-            )
+            head = descended(head, head_gradients, rates[t])
     return past
-
-
-def scores_of(r: Tensor, head: Head, activation: Activation) -> Tensor:
-    """Return the scores of one sample, shape (C,), at a pre-activation r, shape (k,)."""
-    return head.weight @ activation(r + head.hidden_bias) + head.bias
 
 
 def shared_from_history(
@@ -295,16 +297,10 @@ def decoupled_descent_with_head(
             extra = shared[i, k * along :].reshape(classes, k + 1)
             r = current.T @ x + bulk[i] + omega @ u
             features = torch.cat([activation(r + head.hidden_bias), torch.ones(1).double()])
-            shift = extra @ features
-
-            def loss(r, shift=shift, label=label, head=head):
-                outputs = scores_of(r, head, activation) + shift
-                return torch.logsumexp(outputs, 0) - outputs[label]
-
-            outputs = scores_of(r, head, activation) + shift
-            p = torch.softmax(outputs, 0)
+            arguments = (r, head, label, activation, extra @ features)
+            p = torch.softmax(scores_of(r, head, activation) + extra @ features, 0)
             e = p - torch.eye(classes).double()[label]
-            g = torch.func.grad(loss)(r)
+            g = torch.func.grad(sample_loss)(*arguments)
             through = torch.func.jacrev(scores_of)(r, head, activation).contiguous()
             jacobian = torch.cat(
                 [
@@ -318,8 +314,8 @@ def decoupled_descent_with_head(
                 torch.cat([torch.outer(g, u).flatten(), torch.outer(e, features).flatten()])
             )
             gradients.append(g)
-            hessians.append(torch.func.hessian(loss)(r))
-            losses.append(float(loss(r)))
+            hessians.append(torch.func.hessian(sample_loss)(*arguments))
+            losses.append(float(sample_loss(*arguments)))
             head_gradients.append(Head(g, torch.outer(e, features[:k]), e))
         step = Step(
             weight=current,
@@ -334,6 +330,5 @@ def decoupled_descent_with_head(
         curvatures.append(curvature)
         result.append((step, shared))
         if t < len(rates):
-            mean = [torch.stack(part).mean(0) for part in zip(*head_gradients, strict=True)]
-            head = Head(*(a - rates[t] * b for a, b in zip(head, mean, strict=True)))
+            head = descended(head, head_gradients, rates[t])
     return result
