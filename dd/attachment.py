@@ -19,6 +19,7 @@ from dd.layers import find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
+from dd.owners import Owners
 from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
@@ -123,6 +124,7 @@ class Attachment:
         self.now: Placement | None = None
         self.rows_seen = 0
         self._process_group = process_group
+        self._owners = Owners()
         self._ranks: Ranks | None = None
         self._handles: list[Any] = []
         directions = None if noise is None else noise.mean_directions
@@ -301,10 +303,17 @@ class Attachment:
             )
 
     def pushes(self) -> Pushes:
-        """The rows of all pending forwards, which must have their gradients."""
+        """The rows of all pending forwards, which must have their gradients.
+
+        Raises:
+            RuntimeError: if a sample has been on two ranks.
+        """
         count = self.samples.count
         assert count is not None
-        return joined(self.pending, count)
+        pushes = joined(self.pending, count)
+        if self.ranks.size > 1:
+            self._owners.check(pushes.placement, self.samples, self.ranks)
+        return pushes
 
     def edit_scale(self, pushes: Pushes) -> float:
         """By which scale the weight's gradient was edited since the backward pass.
@@ -367,13 +376,33 @@ class Attachment:
     def _fit_noise(self, placement: Placement, inputs: Tensor) -> None:
         noise = self.given_noise
         if noise is None:
-            inputs = self._all_inputs(placement, inputs.detach())
+            inputs = self.ranks.gather(self._all_inputs(placement, inputs.detach()))
             large = min(inputs.shape) > LARGEST_GRAM
             noise = (
                 NoiseModel.isotropic(inputs) if large else NoiseModel.fit(inputs, bins=self._bins)
             )
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
         self.noise = noise.to(self.layer.weight.device, dtype)
+        if self.ranks.size > 1:
+            self._settle_ranks(self.noise)
+
+    def _settle_ranks(self, noise: NoiseModel) -> None:
+        """Make sure that all ranks correct alike.
+
+        Raises:
+            ValueError: if their noise models differ.
+        """
+        bins = len(noise.eigenvalues)
+        if self.ranks.largest(bins, noise.mass.device) != bins or not self.ranks.agree(
+            torch.cat([noise.eigenvalues, noise.mass])
+        ):
+            raise ValueError(
+                "DecoupledDescent: the processes have different noise models. Fit one on all "
+                "training samples in every process, and give each noise.of(rows), the rows it "
+                "trains on."
+            )
+        count = self.ranks.largest(self.estimator.num_components, noise.mass.device)
+        self.estimator.num_components = count
 
     def _all_inputs(self, placement: Placement, inputs: Tensor) -> Tensor:
         """Inputs of all samples in their order.

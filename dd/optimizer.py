@@ -748,8 +748,8 @@ class DecoupledDescent(torch.optim.SGD):
         step = self.state[attachment.layer.weight].get("shadow_step", 0)
         raise FloatingPointError(
             f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
-            f"step {step}; nothing was updated. Likely causes: the learning rate is too large (halve "
-            "it), or the inputs or targets contain NaN or infinity."
+            f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
+            "(halve it), or the inputs or targets contain NaN or infinity."
         )
 
 

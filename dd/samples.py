@@ -325,7 +325,9 @@ class Samples:
 
 
 def _fitted_on(noise: NoiseModel | None) -> int | None:
-    return None if noise is None else noise.num_samples or noise.fitted_on
+    if noise is None or noise.fingerprints is None:
+        return None if noise is None else noise.num_samples
+    return len(noise.fingerprints)
 
 
 def _fitted(found: Tensor, noise: NoiseModel | None) -> Fingerprints | None:
