@@ -92,6 +92,7 @@ class Attachment:
         module: the model.
         name: dotted name of the layer.
         layer: the decoupled layer.
+        weight: its weight.
         noise: the noise model; None until the first training forward fits it.
         pending: the training forwards that the next step consumes.
         samples: recognises the training batches.
@@ -140,11 +141,7 @@ class Attachment:
         self.shared = (
             None if head is False else SharedParameters(module, self.layer, head, directions)
         )
-        if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
-                "parameter of its own (not frozen, not parametrised)"
-            )
+        self.weight = self._own_weight()
         if noise is not None and noise.dimension != self.layer.in_features:
             raise ValueError(
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
@@ -152,6 +149,40 @@ class Attachment:
             )
         _require_matching_means(noise, corrects_head=self.shared is not None)
         self._left = self._adopt()
+
+    def _own_weight(self) -> nn.Parameter:
+        """The decoupled weight.
+
+        Raises:
+            ValueError: if it is not a plain parameter.
+        """
+        weight = self.layer.weight
+        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
+                "parameter of its own (not frozen, not parametrised, not flattened by FSDP)"
+            )
+        if type(weight.data) is not Tensor:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} is a "
+                f"{type(weight.data).__name__}; fully_shard (FSDP) and tensor parallelism split "
+                "the decoupled weight over processes, and every process needs all of it. Use "
+                "DistributedDataParallel, or leave this layer out of the sharding."
+            )
+        return weight
+
+    def require_weight_in_place(self) -> None:
+        """Check that the layer still has the parameter that was attached.
+
+        Raises:
+            RuntimeError: if it has another.
+        """
+        if self.layer.weight is not self.weight:
+            raise RuntimeError(
+                f"DecoupledDescent: layer {self.name!r} has another weight than when the optimizer "
+                "was attached (fully_shard, a parametrisation or an assignment replaced it); "
+                "construct the optimizer afterwards"
+            )
 
     def _adopt(self) -> list[Tensor]:
         """Remove the hooks of optimizers that are gone; return the weights that they left.

@@ -428,6 +428,7 @@ class DecoupledDescent(torch.optim.SGD):
         if layer is not attachment.layer:
             _refuse_replica(layer)
             return None
+        attachment.require_weight_in_place()
         state = self.state[attachment.layer.weight]
         if state.get("shadow") is None and "momentum_buffer" in state:
             raise RuntimeError(

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dd
@@ -146,6 +148,23 @@ def alone(rank):
     return ""
 
 
+def fully_sharded(rank):
+    """What FSDP makes of the decoupled weight is refused."""
+    noise = dd.NoiseModel.isotropic(*make_problem())
+    sentences = []
+    for order in ("before", "after"):
+        model = make_model()
+        try:
+            if order == "before":
+                fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+            optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise)
+            fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+            train(model, optimizer, *make_problem(), [shard(rank)])
+        except (RuntimeError, ValueError) as error:
+            sentences.append(str(error))
+    return sentences
+
+
 def fitted_together(rank):
     """Without a noise model the optimizer fits one on the samples of all processes."""
     inputs, labels = make_problem()
@@ -162,6 +181,7 @@ TASKS = {
     "different noise": (different_noise,),
     "alone": (alone,),
     "fitted together": (fitted_together,),
+    "fully sharded": (fully_sharded,),
 }
 
 
@@ -224,3 +244,9 @@ def test_noise_is_fitted_on_the_samples_of_all_processes(results):
 )
 def test_what_cannot_work_is_said_on_every_process(results, task, match):
     assert all(match in sentence for sentence in results[task])
+
+
+def test_fully_sharded_weights_are_refused(results):
+    for before, after in results["fully sharded"]:
+        assert "leave this layer out of the sharding" in before
+        assert "has another weight than when" in after
