@@ -22,6 +22,7 @@ from dd.shadows import ShadowUpdate, keeping
 
 __all__ = ["DecoupledDescent"]
 
+_RATE_ROUNDING = 1e-12
 _SETTINGS = ("_curvature", "_damping", "_head", "_seed")
 
 
@@ -768,9 +769,11 @@ def _check_rate(lr: float | Tensor) -> None:
     # A rate on a device is not read back: that would stall every step.
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return
-    if not (math.isfinite(lr) and lr >= 0.0):
+    value = float(lr.detach()) if isinstance(lr, Tensor) else lr
+    # A schedule that ends at 0 can round to just below it.
+    if not (math.isfinite(value) and value >= -_RATE_ROUNDING):
         raise ValueError(
-            f"Invalid learning rate: {lr}; DecoupledDescent expects a finite rate of at least 0. "
+            f"Invalid learning rate: {value}; DecoupledDescent expects a finite rate of at least 0. "
             "Check the learning-rate schedule if it came from one."
         )
 
