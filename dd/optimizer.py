@@ -773,8 +773,8 @@ def _check_rate(lr: float | Tensor) -> None:
     # A schedule that ends at 0 can round to just below it.
     if not (math.isfinite(value) and value >= -_RATE_ROUNDING):
         raise ValueError(
-            f"Invalid learning rate: {value}; DecoupledDescent expects a finite rate of at least 0. "
-            "Check the learning-rate schedule if it came from one."
+            f"Invalid learning rate: {value}; DecoupledDescent expects a finite rate of at least "
+            "0. Check the learning-rate schedule if it came from one."
         )
 
 
