@@ -149,7 +149,10 @@ class DecoupledDescent(torch.optim.SGD):
     def shadow(self) -> Tensor | None:
         """Q, shape (bins, n, k), or None while unattached or before the first step."""
         layer = self.layer
-        return None if layer is None else self.state[layer.weight].get("shadow")
+        if layer is None:
+            return None
+        self._flush()
+        return self.state[layer.weight].get("shadow")
 
     @property
     def needs_graph(self) -> bool:
@@ -290,7 +293,7 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.drop()
             self._attachment.samples.release()
-            if self.shadow is None:
+            if self._read(self._attachment.layer.weight, "shadow") is None:
                 self._attachment.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -474,7 +477,11 @@ class DecoupledDescent(torch.optim.SGD):
         shared, count = attachment.shared, attachment.samples.count
         assert shared is not None
         signal = shared.signal(inputs, placement)
-        if placement is not None and count is not None and self.shadow is not None:
+        if (
+            placement is not None
+            and count is not None
+            and self._read(attachment.weight, "shadow") is not None
+        ):
             with torch.no_grad():
                 shared.make(self._read, self._write, count, signal)
         return signal
@@ -575,31 +582,43 @@ class DecoupledDescent(torch.optim.SGD):
             )
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
-        updates = [*self._shared_updates(attachment, pushes, scale)]
-        updates.insert(0, self._layer_update(attachment, pushes, scale))
+        curvature = attachment.curvature(pushes, scale, self.state[weight])
+        shared = self._shared_curvature(attachment, pushes, scale)
+        pushes = attachment.pushes_of_all_ranks(pushes)
+        updates = self._shared_updates(attachment, pushes, scale, shared)
+        updates.insert(0, self._layer_update(attachment, pushes, scale, curvature))
         attachment.drop()
         attachment.samples.finish()
         return updates
 
-    def _shared_updates(
+    def _shared_curvature(
         self, attachment: Attachment, pushes: Pushes, scale: float
-    ) -> list[ShadowUpdate]:
-        shared, count = attachment.shared, attachment.samples.count
+    ) -> Tensor | None:
+        shared = attachment.shared
         if shared is None:
-            return []
+            return None
         if pushes.scores is None or pushes.scores.gradient is None:
             raise RuntimeError(
                 f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
                 "and backward; name the layer that computes the scores with head="
             )
-        assert pushes.signal is not None
-        assert count is not None
-        shared.make(self._read, self._write, count, pushes.signal)
-        found, curvature = shared.shadow_gradients(pushes, scale, self._read, attachment.ranks)
+        curvature = shared.curvature(pushes, scale, attachment.ranks)
         if self._watches(attachment, pushes.placement):
             if self._edge is None:
                 self._edge = SharpnessWatch()
             self._edge.look(curvature, self.param_groups)
+        return curvature
+
+    def _shared_updates(
+        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor | None
+    ) -> list[ShadowUpdate]:
+        shared, count = attachment.shared, attachment.samples.count
+        if shared is None or curvature is None:
+            return []
+        assert pushes.signal is not None
+        assert count is not None
+        shared.make(self._read, self._write, count, pushes.signal)
+        found = shared.shadow_gradients(pushes, curvature, scale, self._read)
         return [
             ShadowUpdate(
                 parameter,
@@ -611,14 +630,15 @@ class DecoupledDescent(torch.optim.SGD):
             for parameter, key, shadow, gradient in found
         ]
 
-    def _layer_update(self, attachment: Attachment, pushes: Pushes, scale: float) -> ShadowUpdate:
+    def _layer_update(
+        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor
+    ) -> ShadowUpdate:
         weight, noise = attachment.layer.weight, attachment.noise
         count = attachment.samples.count
         assert noise is not None
         assert count is not None
         assert weight.grad is not None
         state = self.state[weight]
-        curvature = attachment.curvature(pushes, scale, state)
         gradient = at_least_single(pushes.by_sample)
         if scale != 1.0:
             gradient = scale * gradient
