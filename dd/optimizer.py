@@ -278,6 +278,7 @@ class DecoupledDescent(torch.optim.SGD):
                     )
                 total = total + attachment.rows_seen * value.detach()
                 rows += attachment.rows_seen
+        attachment.samples.withdraw()
         if rows == 0:
             raise ValueError("DecoupledDescent: evaluate() got no batches")
         ranks = attachment.ranks
@@ -391,6 +392,9 @@ class DecoupledDescent(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if loss is None and self._has_no_gradient():
+                # A closure that skipped its batch.
+                self.drop_forward()
         for group in self.param_groups:
             _check_rate(group["lr"])
         if self._attachment is None:
@@ -404,6 +408,9 @@ class DecoupledDescent(torch.optim.SGD):
             if watch is not None:
                 watch.tell()
         return loss
+
+    def _has_no_gradient(self) -> bool:
+        return all(p.grad is None for group in self.param_groups for p in group["params"])
 
     def _required(self, what: str) -> Attachment:
         if self._attachment is None:
@@ -461,9 +468,10 @@ class DecoupledDescent(torch.optim.SGD):
             seed = _probe_seed(
                 self._seed, state.get("shadow_step", 0), len(attachment.pending), attachment.ranks
             )
-            outgoing = attachment.capture(placement, inputs, corrected, seed)
+            has_shadow = state.get("shadow") is not None
+            outgoing = attachment.capture(placement, inputs, corrected, seed, has_shadow=has_shadow)
             attachment.pending[-1].signal = signal
-            if state.get("shadow") is not None:
+            if has_shadow:
                 self._require_fitting_state(attachment, len(state["shadow"]))
             if self._watches(attachment, placement):
                 self._watch_for(attachment, len(inputs)).observe(corrected)
@@ -763,8 +771,8 @@ class DecoupledDescent(torch.optim.SGD):
         step = self.state[attachment.layer.weight].get("shadow_step", 0)
         raise FloatingPointError(
             f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
-            f"step {step}; nothing was updated. Likely causes: the learning rate is too large (halve "
-            "it), or the inputs or targets contain NaN or infinity."
+            f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
+            "(halve it), or the inputs or targets contain NaN or infinity."
         )
 
 
