@@ -465,6 +465,8 @@ class DecoupledDescent(torch.optim.SGD):
             if not leads_to_step:
                 return corrected
             assert placement is not None
+            for parameter, _ in attachment.shadowed:
+                self._require_own(attachment, parameter)
             seed = _probe_seed(
                 self._seed, state.get("shadow_step", 0), len(attachment.pending), attachment.ranks
             )
@@ -561,7 +563,7 @@ class DecoupledDescent(torch.optim.SGD):
         name = next(n for n, p in attachment.module.named_parameters() if p is parameter)
         raise ValueError(
             f"DecoupledDescent: {name!r} is not among this optimizer's parameters; construct the "
-            "optimizer with the parameters of this module"
+            "optimizer with the parameters of this module, after what exchanges them (to_empty)"
         )
 
     def _updates(self, attachment: Attachment) -> list[ShadowUpdate]:

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -199,3 +199,139 @@ def test_every_way_to_go_on_is_the_uninterrupted_run_bit_for_bit(name, way):
     for pair in (twin, origin):
         assert case.run(pair, rest) == expected
         require_identical(states_of(pair), states_of(uninterrupted))
+
+
+def test_a_state_of_other_samples_brings_its_own_noise():
+    """Twice the inputs have four times the variance; what a forward on them fitted is forgotten."""
+    case = CASES["full batch, probe"]
+    pair, other = case.build(), case.build(seed=1)
+    case.run(pair, range(2))
+    inputs, labels = make_problem()
+    F.cross_entropy(other[0](2 * inputs), labels).backward()
+    other[1].step()
+    assert float(other[1].noise.mass.sum() / pair[1].noise.mass.sum()) == pytest.approx(4)
+    load_into(other, copy.deepcopy(states_of(pair)))
+    assert case.run(other, range(2, 4)) == case.run(pair, range(2, 4))
+    assert torch.equal(other[1].noise.mass, pair[1].noise.mass)
+
+
+def test_a_dropped_first_forward_leaves_no_noise_behind():
+    case = CASES["full batch, probe"]
+    pair, undisturbed = case.build(), case.build()
+    pair[0](make_problem()[0][:9])
+    pair[1].drop_forward()
+    assert pair[1].noise is None
+    assert case.run(pair, range(3)) == case.run(undisturbed, range(3))
+
+
+def test_hooks_may_exchange_the_state_that_is_loaded():
+    case = CASES["bfloat16 weights"]
+    pair, fresh = case.build(), case.build(seed=1)
+    case.run(pair, range(BREAK))
+    states = copy.deepcopy(states_of(pair))
+    fresh[1].register_load_state_dict_pre_hook(lambda _, given: given["wrapped"])
+    fresh[0].load_state_dict(states[0])
+    empty = {"state": {}, "param_groups": states[1]["param_groups"]}
+    fresh[1].load_state_dict({**empty, "wrapped": states[1]})
+    require_identical(states_of(fresh), states_of(pair))
+
+
+def test_a_state_of_other_groups_is_refused_and_leaves_no_hook():
+    case = CASES["full batch, probe"]
+    pair = case.build()
+    state = {"state": {}, "param_groups": []}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            pair[1].load_state_dict(state)
+    assert not pair[1]._optimizer_load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("group", [None, False])
+def test_copies_train_alone_where_their_origin_did(group):
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.1, process_group=group)
+    _, twin = copy.deepcopy((model, optimizer))
+    assert twin._process_group is group
+
+
+def test_a_copy_made_between_backward_and_step_has_no_pending_forward():
+    case = CASES["mini-batches, Stein"]
+    pair = case.build()
+    case.run(pair, range(2))
+    case.forward(*pair, 2).backward()
+    twin = copy.deepcopy(pair)
+    pair[1].zero_grad()
+    rest = range(2, 6)
+    assert case.run(twin, rest) == case.run(pair, rest)
+
+
+def test_generations_of_copies_carry_one_hook_each():
+    case = CASES["full batch, probe"]
+    pair = case.build()
+    for _ in range(3):
+        pair = copy.deepcopy(pair)
+    assert len(pair[0][0]._forward_hooks) == 1
+    pair[1].detach()
+    assert not pair[0][0]._forward_hooks
+
+
+def test_a_state_passes_through_the_meta_device():
+    case = CASES["bfloat16 weights"]
+    pair = case.build()
+    case.run(pair, range(BREAK))
+    states = copy.deepcopy(states_of(pair))
+    model = make_model(case.dtype).to("meta")
+    early = case.attach_to(model, dd.DecoupledDescent(model.parameters(), **case.all))
+    early.load_state_dict(states[1])
+    shadow = early.shadow
+    assert shadow.is_meta
+    assert shadow.dtype == torch.float32
+    # The parameters that the meta ones make room for are not the optimizer's.
+    model.to_empty(device="cpu").load_state_dict(states[0])
+    with pytest.raises(ValueError, match=r"'0.weight' is not among.*to_empty"):
+        case.run((model, early), [BREAK])
+    early.detach()
+    late = case.attach_to(model, dd.DecoupledDescent(model.parameters(), **case.all))
+    late.load_state_dict(states[1])
+    assert case.run((model, late), range(BREAK, STEPS)) == case.run(pair, range(BREAK, STEPS))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_weights_made_double_later_follow_the_run_that_was_double(steps):
+    """Half the run in single precision: its rounding, 2^-24 each step, is all that differs."""
+    case = CASES["without momentum"]
+    single, double = case.build(), case.build()
+    double[0].double()
+    wide = replace(case, dtype=torch.float64)
+    wide.run(double, range(steps))
+    case.run(single, range(steps))
+    single[0].double()
+    # Each of a step's few dozen sums rounds once, and no step enlarges what came before.
+    tolerance = {"rtol": 64 * STEPS * 2.0**-24, "atol": 64 * STEPS * 2.0**-24}
+    losses = [wide.run(pair, range(steps, STEPS)) for pair in (single, double)]
+    torch.testing.assert_close(*losses, **tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["full batch, probe", "mini-batches, Stein", "bfloat16 weights"])
+def test_a_state_of_the_cpu_goes_on_on_cuda(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    case = CASES[name]
+    pair = case.build()
+    case.run(pair, range(BREAK))
+    states = copy.deepcopy(states_of(pair))
+    model = make_model(case.dtype, seed=1).cuda()
+    optimizer = case.attach_to(model, dd.DecoupledDescent(model.parameters(), **case.all))
+    load_into((model, optimizer), states)
+    assert optimizer.shadow.is_cuda
+    inputs, labels = (t.cuda() for t in make_problem(case.dtype))
+    for step in range(BREAK, BREAK + 2):
+        batch = torch.arange(N) if case.batches is None else case.batches[step]
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs[batch]), labels[batch]).backward()
+        optimizer.step()
+    back = case.build(seed=1)
+    load_into(back, [copy.deepcopy(state) for state in states_of((model, optimizer))])
+    assert not back[1].shadow.is_cuda
+    case.run(back, range(BREAK + 2, STEPS))
