@@ -245,11 +245,12 @@ class Attachment:
         return self._ranks
 
     def forget(self) -> None:
-        """Forget the samples and the weights that the state belonged to."""
+        """Forget the samples, their noise and the weights that the state belonged to."""
         self.drop()
         self.samples.forget()
         self.shadows.forget()
         self.expected = self.now = None
+        self.noise = self.given_noise
         if self.shared is not None:
             self.shared.forget()
 
@@ -294,6 +295,9 @@ class Attachment:
                 f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
             )
         self.samples.resume(state.get("shadow_samples"))
+        if self.noise is None and state.get("shadow_noise") is not None:
+            eigenvalues, multiplicities = state["shadow_noise"]
+            self.noise = NoiseModel(eigenvalues, multiplicities.long())
         if not binds and state.get("shadow") is None:
             return None
         placement = self.samples.place(inputs, self.given_noise, binds=binds)

@@ -133,7 +133,8 @@ def require_same_weight(
     Raises:
         RuntimeError: if it is another weight.
     """
-    found = at_least_single(weight) @ direction.to(weight.device, expected.dtype)
+    found = at_least_single(weight)
+    found = found @ direction.to(found)
     expected = expected.to(found)
     scale = expected.square().mean().sqrt()
     if bool(((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()):
