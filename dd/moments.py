@@ -1,6 +1,6 @@
 """Moments of pre-activations and gradients from which the curvature is solved."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,10 +80,6 @@ class Moments:
     ) -> "Moments":
         both = ranks.sum(torch.stack([values.mT @ values, values.mT @ products]))
         return cls(rows, counts, left, right, both[0] / rows, both[1])
-
-    def scaled(self, scale: Tensor | float) -> "Moments":
-        """Moments with b multiplied by a scale."""
-        return replace(self, right=scale * self.right, cross=scale * self.cross)
 
     def merged(self, earlier: "Moments", keep: float) -> "Moments":
         """Pool with the moments of earlier steps, weighted by ``keep`` times their rows.
