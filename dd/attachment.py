@@ -19,7 +19,6 @@ from dd.layers import find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
-from dd.owners import Owners
 from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from dd.optimizer import DecoupledDescent
 
 __all__ = ["Attachment", "ForwardHook"]
-
-# Curvatures of small batches are pooled over steps to about this many rows a unit.
-_POOLED_ROWS = 64
 
 
 class ForwardHook:
@@ -96,6 +92,7 @@ class Attachment:
         module: the model.
         name: dotted name of the layer.
         layer: the decoupled layer.
+        weight: its weight.
         noise: the noise model; None until the first training forward fits it.
         pending: the training forwards that the next step consumes.
         samples: recognises the training batches.
@@ -137,18 +134,14 @@ class Attachment:
         self.now: Placement | None = None
         self.rows_seen = 0
         self._process_group = process_group
-        self._owners = Owners()
+        self._number_alike: bool | None = None
         self._ranks: Ranks | None = None
         self._handles: list[Any] = []
         directions = None if noise is None else noise.mean_directions
         self.shared = (
             None if head is False else SharedParameters(module, self.layer, head, directions)
         )
-        if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
-                "parameter of its own (not frozen, not parametrised)"
-            )
+        self.weight = self._own_weight()
         if noise is not None and noise.dimension != self.layer.in_features:
             raise ValueError(
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
@@ -156,6 +149,40 @@ class Attachment:
             )
         _require_matching_means(noise, corrects_head=self.shared is not None)
         self._left = self._adopt()
+
+    def _own_weight(self) -> nn.Parameter:
+        """The decoupled weight.
+
+        Raises:
+            ValueError: if it is not a plain parameter.
+        """
+        weight = self.layer.weight
+        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
+                "parameter of its own (not frozen, not parametrised, not flattened by FSDP)"
+            )
+        if type(weight.data) is not Tensor:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} is a "
+                f"{type(weight.data).__name__}; fully_shard (FSDP) and tensor parallelism split "
+                "the decoupled weight over processes, and every process needs all of it. Use "
+                "DistributedDataParallel, or leave this layer out of the sharding."
+            )
+        return weight
+
+    def require_weight_in_place(self) -> None:
+        """Check that the layer still has the parameter that was attached.
+
+        Raises:
+            RuntimeError: if it has another.
+        """
+        if self.layer.weight is not self.weight:
+            raise RuntimeError(
+                f"DecoupledDescent: layer {self.name!r} has another weight than when the optimizer "
+                "was attached (fully_shard, to_empty, a parametrisation or an assignment replaced it); "
+                "construct the optimizer afterwards"
+            )
 
     def _adopt(self) -> list[Tensor]:
         """Remove the hooks of optimizers that are gone; return the weights that they left.
@@ -372,17 +399,32 @@ class Attachment:
             )
 
     def pushes(self) -> Pushes:
-        """The rows of all pending forwards, which must have their gradients.
-
-        Raises:
-            RuntimeError: if a sample has been on two ranks.
-        """
+        """The rows of all pending forwards, which must have their gradients."""
         count = self.samples.count
         assert count is not None
-        pushes = joined(self.pending, count)
-        if self.ranks.size > 1:
-            self._owners.check(pushes.placement, self.samples, self.ranks)
-        return pushes
+        return joined(self.pending, count)
+
+    def pushes_of_all_ranks(self, pushes: Pushes) -> Pushes:
+        """The rows whose shadows this rank keeps: where ranks number samples alike, those of all.
+
+        Then a sample may come to any rank, and every rank keeps all shadows. Where each rank knows
+        its own samples alone, it keeps theirs.
+        """
+        if self.ranks.size == 1 or not self._ranks_number_alike():
+            return pushes
+        assert self.samples.known is not None
+        return pushes.gathered(self.ranks, len(self.samples.known))
+
+    def _ranks_number_alike(self) -> bool:
+        """Whether all ranks know the same samples; settled at the first step."""
+        if self._number_alike is None:
+            assert self.samples.known is not None
+            known = self.samples.known.values
+            sums = known.double().nan_to_num().sum(0)
+            # Unseen samples are no numbers, so that ranks with other ones seen do not agree.
+            seen = (~known.isnan()).double().sum(0)
+            self._number_alike = self.ranks.agree(torch.cat([sums, seen]))
+        return self._number_alike
 
     def edit_scale(self, pushes: Pushes) -> float:
         """By which scale the weight's gradient was edited since the backward pass.
@@ -419,20 +461,21 @@ class Attachment:
         earlier = state.get("shadow_moments")
         if earlier is not None:
             count = estimator.num_components
-            moments = moments.merged(Moments.unpacked(earlier, count, width), keep)
+            moments = estimator.pooled(moments, Moments.unpacked(earlier, count, width), keep)
         state["shadow_moments"] = moments.packed()
         return estimator.solve_pooled(moments)
 
     def _keep(self, moments: Moments, rows: float, width: int) -> float:
         """Weight of the moments of the steps before: none where a step holds enough samples."""
-        if not self.estimator.pools:
+        if self.estimator.pooled_rows == 0:
             return 0.0
         total = self.samples.total(self.given_noise)
         if self.ranks.size > 1:
             # Every rank must come to the same curvature.
             rows = float(moments.rows)
-            total = float(self.ranks.sum(moments.rows.new_tensor(total)))
-        return max(0.0, 1.0 - rows / min(total, _POOLED_ROWS * width))
+            if not self._ranks_number_alike():
+                total = float(self.ranks.sum(moments.rows.new_tensor(total)))
+        return max(0.0, 1.0 - rows / min(total, self.estimator.pooled_rows * width))
 
     def remember_weight(self) -> None:
         """Remember the weights that a step leaves."""

@@ -22,6 +22,7 @@ from dd.shadows import ShadowUpdate, keeping
 
 __all__ = ["DecoupledDescent"]
 
+_RATE_ROUNDING = 1e-12
 _SETTINGS = ("_curvature", "_damping", "_head", "_seed")
 
 
@@ -148,7 +149,10 @@ class DecoupledDescent(torch.optim.SGD):
     def shadow(self) -> Tensor | None:
         """Q, shape (bins, n, k), or None while unattached or before the first step."""
         layer = self.layer
-        return None if layer is None else self.state[layer.weight].get("shadow")
+        if layer is None:
+            return None
+        self._flush()
+        return self.state[layer.weight].get("shadow")
 
     @property
     def needs_graph(self) -> bool:
@@ -289,7 +293,7 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.drop()
             self._attachment.samples.release()
-            if self.shadow is None:
+            if self._read(self._attachment.layer.weight, "shadow") is None:
                 self._attachment.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -446,6 +450,7 @@ class DecoupledDescent(torch.optim.SGD):
             _refuse_replica(layer)
             return None
         _refuse_capture("a training forward")
+        attachment.require_weight_in_place()
         state = self.state[attachment.layer.weight]
         if state.get("shadow") is None and "momentum_buffer" in state:
             raise RuntimeError(
@@ -492,7 +497,11 @@ class DecoupledDescent(torch.optim.SGD):
         shared, count = attachment.shared, attachment.samples.count
         assert shared is not None
         signal = shared.signal(inputs, placement)
-        if placement is not None and count is not None and self.shadow is not None:
+        if (
+            placement is not None
+            and count is not None
+            and self._read(attachment.weight, "shadow") is not None
+        ):
             with torch.no_grad():
                 shared.make(self._read, self._write, count, signal)
         return signal
@@ -593,31 +602,43 @@ class DecoupledDescent(torch.optim.SGD):
             )
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
-        updates = [*self._shared_updates(attachment, pushes, scale)]
-        updates.insert(0, self._layer_update(attachment, pushes, scale))
+        curvature = attachment.curvature(pushes, scale, self.state[weight])
+        shared = self._shared_curvature(attachment, pushes, scale)
+        pushes = attachment.pushes_of_all_ranks(pushes)
+        updates = self._shared_updates(attachment, pushes, scale, shared)
+        updates.insert(0, self._layer_update(attachment, pushes, scale, curvature))
         attachment.drop()
         attachment.samples.finish()
         return updates
 
-    def _shared_updates(
+    def _shared_curvature(
         self, attachment: Attachment, pushes: Pushes, scale: float
-    ) -> list[ShadowUpdate]:
-        shared, count = attachment.shared, attachment.samples.count
+    ) -> Tensor | None:
+        shared = attachment.shared
         if shared is None:
-            return []
+            return None
         if pushes.scores is None or pushes.scores.gradient is None:
             raise RuntimeError(
                 f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
                 "and backward; name the layer that computes the scores with head="
             )
-        assert pushes.signal is not None
-        assert count is not None
-        shared.make(self._read, self._write, count, pushes.signal)
-        found, curvature = shared.shadow_gradients(pushes, scale, self._read, attachment.ranks)
+        curvature = shared.curvature(pushes, scale, attachment.ranks)
         if self._watches(attachment, pushes.placement):
             if self._edge is None:
                 self._edge = SharpnessWatch()
             self._edge.look(curvature, self.param_groups)
+        return curvature
+
+    def _shared_updates(
+        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor | None
+    ) -> list[ShadowUpdate]:
+        shared, count = attachment.shared, attachment.samples.count
+        if shared is None or curvature is None:
+            return []
+        assert pushes.signal is not None
+        assert count is not None
+        shared.make(self._read, self._write, count, pushes.signal)
+        found = shared.shadow_gradients(pushes, curvature, scale, self._read)
         return [
             ShadowUpdate(
                 parameter,
@@ -629,14 +650,15 @@ class DecoupledDescent(torch.optim.SGD):
             for parameter, key, shadow, gradient in found
         ]
 
-    def _layer_update(self, attachment: Attachment, pushes: Pushes, scale: float) -> ShadowUpdate:
+    def _layer_update(
+        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor
+    ) -> ShadowUpdate:
         weight, noise = attachment.layer.weight, attachment.noise
         count = attachment.samples.count
         assert noise is not None
         assert count is not None
         assert weight.grad is not None
         state = self.state[weight]
-        curvature = attachment.curvature(pushes, scale, state)
         gradient = pushes.by_sample
         if scale != 1.0:
             gradient = scale * gradient
@@ -790,10 +812,12 @@ def _check_rate(lr: float | Tensor) -> None:
     # A rate on a device is not read back: that would stall every step.
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return
-    if not (math.isfinite(lr) and lr >= 0.0):
+    value = float(lr.detach()) if isinstance(lr, Tensor) else lr
+    # A schedule that ends at 0 can round to just below it.
+    if not (math.isfinite(value) and value >= -_RATE_ROUNDING):
         raise ValueError(
-            f"Invalid learning rate: {lr}; DecoupledDescent expects a finite rate of at least 0. "
-            "Check the learning-rate schedule if it came from one."
+            f"Invalid learning rate: {value}; DecoupledDescent expects a finite rate of at least "
+            "0. Check the learning-rate schedule if it came from one."
         )
 
 

@@ -70,7 +70,7 @@ HALVES = {
 @pytest.mark.parametrize("curvature", ["probe", "stein"])
 @pytest.mark.parametrize("form", HALVES)
 def test_half_precision_follows_single(form, curvature, plan):
-    """A step rounds inputs, weights, R, the scores and G, each by u/2 at most: 15 u in six steps."""
+    """A step rounds inputs, weights, R, the scores and G, by u/2 each: 15 u in six steps."""
     weights, autocast, u = HALVES[form]
     inputs, targets = make_problem(dtype=torch.float32)
     inputs = inputs.to(weights).float()
