@@ -180,8 +180,8 @@ class Attachment:
         if self.layer.weight is not self.weight:
             raise RuntimeError(
                 f"DecoupledDescent: layer {self.name!r} has another weight than when the optimizer "
-                "was attached (fully_shard, to_empty, a parametrisation or an assignment replaced it); "
-                "construct the optimizer afterwards"
+                "was attached (fully_shard, to_empty, a parametrisation or an assignment replaced "
+                "it); construct the optimizer afterwards"
             )
 
     def _adopt(self) -> list[Tensor]:
@@ -476,6 +476,14 @@ class Attachment:
             if not self._ranks_number_alike():
                 total = float(self.ranks.sum(moments.rows.new_tensor(total)))
         return max(0.0, 1.0 - rows / min(total, self.estimator.pooled_rows * width))
+
+    def remember_samples(self, state: dict[str, Any]) -> None:
+        """Put into the state of the decoupled weight what tells its samples and their noise."""
+        assert self.samples.known is not None
+        state["shadow_samples"] = self.samples.known.values
+        if self.given_noise is None and self.noise is not None:
+            values = self.noise.eigenvalues
+            state["shadow_noise"] = torch.stack([values, self.noise.multiplicities.to(values)])
 
     def remember_weight(self) -> None:
         """Remember the weights that a step leaves."""

@@ -10,15 +10,14 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment
-from dd.capture import Pushes
 from dd.curvature import check_name
-from dd.divergence import DivergenceWatch, SharpnessWatch
-from dd.functional import damped_weight_gradient
 from dd.loaders import tracked
 from dd.noise import NoiseModel
-from dd.ranks import Ranks
-from dd.samples import Placement
-from dd.shadows import ShadowUpdate, keeping
+from dd.shadow_step import ShadowStep
+from dd.shadows import ShadowUpdate
+from dd.store import Store
+from dd.training_forward import TrainingForward, full_precision, refuse_capture
+from dd.watches import Watches
 
 __all__ = ["DecoupledDescent"]
 
@@ -100,8 +99,7 @@ class DecoupledDescent(torch.optim.SGD):
     ) -> None:
         # Not on the class: a wrapper that inherits from it would see those instead of its own.
         self._attachment: Attachment | None = None
-        self._watch: DivergenceWatch | None = None
-        self._edge: SharpnessWatch | None = None
+        self._watches = Watches()
         _check_rate(lr)
         if not 0.0 <= damping <= 1.0:
             raise ValueError(f"DecoupledDescent: damping must lie in [0, 1], got {damping}")
@@ -193,7 +191,7 @@ class DecoupledDescent(torch.optim.SGD):
             module, layer, noise, self._curvature, self._head, bins, self._process_group
         )
         for parameter, _ in attachment.shadowed:
-            self._require_own(attachment, parameter)
+            self._store().require_own(attachment, parameter)
         if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
             raise ValueError(
                 f"DecoupledDescent: damping={self._damping} is defined for isotropic noise, got a "
@@ -216,7 +214,7 @@ class DecoupledDescent(torch.optim.SGD):
         for state in self.state.values():
             for key in [k for k in state if _is_own(k)]:
                 del state[key]
-        self._attachment = self._watch = self._edge = None
+        self._attachment, self._watches = None, Watches()
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
 
     def track(self, loader: Any) -> Any:
@@ -293,7 +291,7 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.drop()
             self._attachment.samples.release()
-            if self._read(self._attachment.layer.weight, "shadow") is None:
+            if self._store().read(self._attachment.weight, "shadow") is None:
                 self._attachment.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -327,7 +325,7 @@ class DecoupledDescent(torch.optim.SGD):
         self._restore_values(given[-1])
         if self._attachment is not None:
             self._attachment.forget()
-            self._watch = self._edge = None
+            self._watches = Watches()
 
     def _restore_values(self, state_dict: dict[str, Any]) -> None:
         # The base class casts every tensor of a state to the parameter's precision, or shares it
@@ -364,7 +362,7 @@ class DecoupledDescent(torch.optim.SGD):
         state = dict(state)
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
-            self._attachment = self._watch = self._edge = None
+            self._attachment, self._watches = None, Watches()
             vars(self).update(settings)
         super().__setstate__(state)
         for group in self.param_groups:
@@ -406,18 +404,13 @@ class DecoupledDescent(torch.optim.SGD):
             self._require_no_shadow()
             self._step_groups([])
             return loss
-        _refuse_capture("step()")
-        with _full_precision(self._attachment.layer.weight):
-            self._step_groups(self._updates(self._attachment))
+        refuse_capture("step()")
+        step = ShadowStep(self._attachment, self._store(), self._watches, self._damping)
+        with full_precision(self._attachment.weight):
+            self._step_groups(step.updates())
             self._attachment.remember_weight()
-        for watch in (self._watch, self._edge):
-            if watch is not None:
-                watch.tell()
+        self._watches.tell()
         return loss
-
-    def _has_gradients(self) -> bool:
-        gradients = (p.grad for group in self.param_groups for p in group["params"])
-        return any(g is not None and bool(g.count_nonzero()) for g in gradients)
 
     def _has_no_gradient(self) -> bool:
         return all(p.grad is None for group in self.param_groups for p in group["params"])
@@ -443,259 +436,20 @@ class DecoupledDescent(torch.optim.SGD):
                 self._attachment.shadows.flush(self.state[self._attachment.layer.weight])
 
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
-        attachment = self._attachment
-        if attachment is None or not layer.training:
-            return None
-        if layer is not attachment.layer:
-            _refuse_replica(layer)
-            return None
-        _refuse_capture("a training forward")
-        attachment.require_weight_in_place()
-        state = self.state[attachment.layer.weight]
-        if state.get("shadow") is None and "momentum_buffer" in state:
-            raise RuntimeError(
-                f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
-                "correction. Attach before the first step, or load the state of an attached "
-                "optimizer."
-            )
-        leads_to_step = torch.is_grad_enabled()
-        if leads_to_step and attachment.has_delivered and not self._has_gradients():
-            # Cleared by other means than zero_grad(), as after a skipped step.
-            attachment.drop_abandoned()
-        with _full_precision(output):
-            placement = attachment.place(inputs, state, binds=leads_to_step)
-            attachment.now = placement
-            attachment.rows_seen += len(inputs)
-            corrected = attachment.preactivation(placement, output, state)
-            signal = None
-            if attachment.shared is not None:
-                signal = self._signal(attachment, inputs, placement)
-                index = None if placement is None else placement.index
-                corrected = attachment.shared.correct_preactivation(
-                    corrected, signal, self._read, index
-                )
-            if not leads_to_step:
-                return corrected
-            assert placement is not None
-            for parameter, _ in attachment.shadowed:
-                self._require_own(attachment, parameter)
-            seed = _probe_seed(
-                self._seed, state.get("shadow_step", 0), len(attachment.pending), attachment.ranks
-            )
-            has_shadow = state.get("shadow") is not None
-            outgoing = attachment.capture(placement, inputs, corrected, seed, has_shadow=has_shadow)
-            attachment.pending[-1].signal = signal
-            if has_shadow:
-                self._require_fitting_state(attachment, len(state["shadow"]))
-            if self._watches(attachment, placement):
-                self._watch_for(attachment, len(inputs)).observe(corrected)
-            return outgoing
-
-    def _signal(
-        self, attachment: Attachment, inputs: Tensor, placement: Placement | None
-    ) -> Tensor:
-        shared, count = attachment.shared, attachment.samples.count
-        assert shared is not None
-        signal = shared.signal(inputs, placement)
-        if (
-            placement is not None
-            and count is not None
-            and self._read(attachment.weight, "shadow") is not None
-        ):
-            with torch.no_grad():
-                shared.make(self._read, self._write, count, signal)
-        return signal
-
-    def _watches(self, attachment: Attachment, placement: Placement) -> bool:
-        # The watches follow all samples from step to step.
-        return placement.index is None and attachment.ranks.size == 1
-
-    def _require_fitting_state(self, attachment: Attachment, bins: int) -> None:
-        assert attachment.noise is not None
-        expected = len(attachment.noise.eigenvalues)
-        missing = any(self._read(*part) is None for part in attachment.shadowed)
-        surplus = (
-            attachment.shared is None
-            and self._read(attachment.layer.weight, "signal_shadow") is not None
-        )
-        if bins == expected and not missing and not surplus:
-            return
-        attachment.drop()
-        raise RuntimeError(
-            f"DecoupledDescent: the state holds {bins} shadows a sample"
-            + ("" if missing else " and those of a corrected head" if surplus else "")
-            + f", but this optimizer's noise model has {expected} bins and head="
-            f"{attachment.shared is not None}. Load a state into an optimizer of the same noise "
-            "model and head= as the one it came from."
-        )
-
-    def _watch_for(self, attachment: Attachment, num_samples: int) -> DivergenceWatch:
-        noise = attachment.noise
-        assert noise is not None
-        if self._watch is None:
-            self._watch = DivergenceWatch(noise.eigenvalues, noise.multiplicities, num_samples)
-        return self._watch
+        forward = self._forward()
+        return None if forward is None else forward.at_layer(layer, inputs, output)
 
     def _correct_scores(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
-        attachment = self._attachment
-        if attachment is None or attachment.shared is None or not attachment.layer.training:
+        forward = self._forward()
+        return None if forward is None else forward.at_head(head, inputs, output)
+
+    def _forward(self) -> TrainingForward | None:
+        if self._attachment is None:
             return None
-        shared = attachment.shared
-        if head is not shared.head or not head.training:
-            return None
-        # A marked tensor must not see the hook, nor an operation in place the tensor under it.
-        with _full_precision(output), torch._C.DisableTorchFunctionSubclass():
-            features = shared.features(inputs)
-            index = None if attachment.now is None else attachment.now.index
-            corrected = shared.correct_scores(output, features, self._read, index)
-            # Without a pending forward the head runs by itself, and no step will come of it.
-            if not torch.is_grad_enabled() or not attachment.pending:
-                return corrected
-            if attachment.pending[-1].scores is not None:
-                raise RuntimeError(
-                    f"DecoupledDescent: head {shared.name!r} must run once in every training "
-                    f"forward, after layer {attachment.name!r}; run other forwards under "
-                    "model.eval() or torch.no_grad()"
-                )
-            if corrected is output:
-                corrected = output.clone()
-            attachment.pending[-1].follow(output, corrected, features)
-        return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
+        return TrainingForward(self._attachment, self._store(), self._watches, self._seed)
 
-    def _write(self, parameter: Tensor, key: str, value: Tensor) -> None:
-        self.state[parameter][key] = value
-
-    def _read(self, parameter: Tensor, key: str) -> Tensor | None:
-        state: dict[str, Any] = self.state.get(parameter, {})
-        return state.get(key)
-
-    def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
-        groups = self.param_groups
-        return next((g for g in groups if any(p is parameter for p in g["params"])), None)
-
-    def _require_own(self, attachment: Attachment, parameter: Tensor) -> None:
-        if self._group_of(parameter) is not None:
-            return
-        name = next(n for n, p in attachment.module.named_parameters() if p is parameter)
-        raise ValueError(
-            f"DecoupledDescent: {name!r} is not among this optimizer's parameters; construct the "
-            "optimizer with the parameters of this module, after what exchanges them (to_empty)"
-        )
-
-    def _updates(self, attachment: Attachment) -> list[ShadowUpdate]:
-        weight = attachment.layer.weight
-        if not attachment.pending:
-            self._check_idle(attachment)
-            return self._idle_updates(attachment)
-        if any(c.gradient is None for c in attachment.pending) or weight.grad is None:
-            raise RuntimeError(
-                "DecoupledDescent: step() before loss.backward(): a training forward has no "
-                f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
-                "forward, or optimizer.drop_forward() to give it up."
-            )
-        self._check_finite(attachment)
-        pushes = attachment.pushes()
-        edit = attachment.edit_scale(pushes)
-        if attachment.shared is not None and pushes.scores is not None:
-            attachment.shared.check_gradients(
-                pushes.gradient, pushes.scores, edit, attachment.ranks
-            )
-        # A data-parallel loss is the mean of the ranks' losses.
-        scale = edit / attachment.ranks.size
-        curvature = attachment.curvature(pushes, scale, self.state[weight])
-        shared = self._shared_curvature(attachment, pushes, scale)
-        pushes = attachment.pushes_of_all_ranks(pushes)
-        updates = self._shared_updates(attachment, pushes, scale, shared)
-        updates.insert(0, self._layer_update(attachment, pushes, scale, curvature))
-        attachment.drop()
-        attachment.samples.finish()
-        return updates
-
-    def _shared_curvature(
-        self, attachment: Attachment, pushes: Pushes, scale: float
-    ) -> Tensor | None:
-        shared = attachment.shared
-        if shared is None:
-            return None
-        if pushes.scores is None or pushes.scores.gradient is None:
-            raise RuntimeError(
-                f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
-                "and backward; name the layer that computes the scores with head="
-            )
-        curvature = shared.curvature(pushes, scale, attachment.ranks)
-        if self._watches(attachment, pushes.placement):
-            if self._edge is None:
-                self._edge = SharpnessWatch()
-            self._edge.look(curvature, self.param_groups)
-        return curvature
-
-    def _shared_updates(
-        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor | None
-    ) -> list[ShadowUpdate]:
-        shared, count = attachment.shared, attachment.samples.count
-        if shared is None or curvature is None:
-            return []
-        assert pushes.signal is not None
-        assert count is not None
-        shared.make(self._read, self._write, count, pushes.signal)
-        found = shared.shadow_gradients(pushes, curvature, scale, self._read)
-        return [
-            ShadowUpdate(
-                parameter,
-                shadow,
-                gradient,
-                self._read(parameter, f"{key}_momentum_buffer"),
-                keeping(self.state[parameter], f"{key}_momentum_buffer"),
-            )
-            for parameter, key, shadow, gradient in found
-        ]
-
-    def _layer_update(
-        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor
-    ) -> ShadowUpdate:
-        weight, noise = attachment.layer.weight, attachment.noise
-        count = attachment.samples.count
-        assert noise is not None
-        assert count is not None
-        assert weight.grad is not None
-        state = self.state[weight]
-        gradient = pushes.by_sample
-        if scale != 1.0:
-            gradient = scale * gradient
-        if not bool(curvature.isfinite().all()):
-            raise RuntimeError(
-                f"DecoupledDescent: {len(gradient)} samples do not resolve the curvature of the "
-                f"{gradient.shape[1]} units of layer {attachment.name!r}; use fewer units or more "
-                'samples, or give component ids for curvature="stein"'
-            )
-        group = self._group_of(weight)
-        assert group is not None
-        if self._watches(attachment, pushes.placement):
-            self._watch_for(attachment, len(gradient)).look(gradient, curvature, group)
-        attachment.shadows.make(state, noise, count, gradient)
-        assert attachment.samples.known is not None
-        state["shadow_samples"] = attachment.samples.known.values
-        if attachment.given_noise is None:
-            state["shadow_noise"] = torch.stack(
-                [noise.eigenvalues, noise.multiplicities.to(noise.eigenvalues)]
-            )
-        state["shadow_step"] = state.get("shadow_step", 0) + 1
-        damped = None
-        if self._damping != 1.0:
-            damped = damped_weight_gradient(
-                weight.grad, weight, curvature, noise.eigenvalues, self._damping
-            )
-        return attachment.shadows.update(
-            state,
-            pushes.placement,
-            gradient,
-            curvature,
-            noise,
-            self._damping,
-            weight,
-            momentum=group["momentum"] != 0,
-            parameter_gradient=damped,
-        )
+    def _store(self) -> Store:
+        return Store(self.state, self.param_groups)
 
     def _step_groups(self, updates: list[ShadowUpdate]) -> None:
         for group in self.param_groups:
@@ -760,51 +514,6 @@ class DecoupledDescent(torch.optim.SGD):
             found_inf=getattr(self, "found_inf", None),
         )
 
-    def _idle_updates(self, attachment: Attachment) -> list[ShadowUpdate]:
-        # Momentum and weight decay move W on a zero gradient too, and then they move Q.
-        self._flush()
-        found = [(p, key, self._read(p, key)) for p, key in attachment.shadowed]
-        return [
-            ShadowUpdate(
-                parameter,
-                shadow,
-                torch.zeros_like(shadow),
-                self._read(parameter, f"{key}_momentum_buffer"),
-                keeping(self.state[parameter], f"{key}_momentum_buffer"),
-            )
-            for parameter, key, shadow in found
-            if shadow is not None
-        ]
-
-    def _check_idle(self, attachment: Attachment) -> None:
-        # Distributed checkpointing creates optimizer state by a step on zero gradients.
-        if self._has_gradients():
-            raise RuntimeError(
-                "DecoupledDescent: step() without a training forward. The gradients come from "
-                f"somewhere else than layer {attachment.name!r} in train mode: call model.train() "
-                "before the forward, name the layer that the forward uses with layer=, or call "
-                "optimizer.detach() to go on as plain SGD."
-            )
-
-    def _check_finite(self, attachment: Attachment) -> None:
-        captured = [c.gradient for c in attachment.pending if c.gradient is not None]
-        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [*captured, *(p.grad for p in moved if p.grad is not None)]
-        finite = torch.stack([_values(g.detach()).isfinite().all() for g in gradients])
-        if bool(finite.all()):
-            return
-        attachment.drop()
-        known = {id(p): name for name, p in attachment.module.named_parameters()}
-        names = [f"the output of {attachment.name!r}"] * len(captured)
-        names += [known.get(id(p), f"parameter {i}") for i, p in enumerate(moved)]
-        bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
-        step = self.state[attachment.layer.weight].get("shadow_step", 0)
-        raise FloatingPointError(
-            f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
-            f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
-            "(halve it), or the inputs or targets contain NaN or infinity."
-        )
-
 
 def _check_rate(lr: float | Tensor) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -821,39 +530,5 @@ def _check_rate(lr: float | Tensor) -> None:
         )
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    # Under the caller's autocast the correction would be rounded to half precision.
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _probe_seed(seed: int, step: int, forward: int, ranks: Ranks) -> int:
-    # The first forward of a step on a single process draws what it always drew.
-    apart = 0xBF58476D1CE4E5B9 * (forward + 2**16 * ranks.rank)
-    return (seed * 0x9E3779B97F4A7C15 + step + apart) % 2**63
-
-
 def _is_own(key: str) -> bool:
     return "shadow" in key
-
-
-def _refuse_capture(what: str) -> None:
-    # Asking a device that was never used would start it.
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"DecoupledDescent: {what} while a CUDA graph is captured. A graph replays the same "
-            "kernels, but the correction looks at every batch and every gradient on the CPU. Run "
-            "training forwards and step() outside of torch.cuda.graph; capture nothing, or what "
-            "lies between the decoupled layer and the loss"
-        )
-
-
-def _refuse_replica(layer: nn.Module) -> None:
-    if getattr(layer, "_is_replica", False):
-        raise RuntimeError(
-            "DecoupledDescent: torch.nn.DataParallel replicates the decoupled layer at every "
-            "forward, out of the optimizer's sight; use DistributedDataParallel or one device"
-        )

@@ -1,0 +1,181 @@
+"""How all shadows move in one step."""
+
+import torch
+from torch import Tensor
+
+from dd.attachment import Attachment
+from dd.capture import Pushes
+from dd.functional import damped_weight_gradient
+from dd.shadows import ShadowUpdate, keeping
+from dd.store import Store
+from dd.watches import Watches
+
+__all__ = ["ShadowStep"]
+
+
+class ShadowStep:
+    """One step of an attached optimizer, before anything has moved.
+
+    Args:
+        attachment: with the pending training forwards.
+        store: the optimizer's state.
+        watches: see the steps on all samples.
+        damping: ρ.
+    """
+
+    def __init__(
+        self, attachment: Attachment, store: Store, watches: Watches, damping: float
+    ) -> None:
+        self._attachment, self._store = attachment, store
+        self._watches, self._damping = watches, damping
+
+    def updates(self) -> list[ShadowUpdate]:
+        """What is to be stepped beside the parameters; consumes the pending forwards.
+
+        Raises:
+            RuntimeError: if forward and backward are missing, the gradients are not those that they
+                delivered, or the curvature cannot be had.
+            FloatingPointError: if a gradient is not finite.
+        """
+        attachment = self._attachment
+        if not attachment.pending:
+            self._check_idle()
+            return self._idle()
+        if any(c.gradient is None for c in attachment.pending) or attachment.weight.grad is None:
+            raise RuntimeError(
+                "DecoupledDescent: step() before loss.backward(): a training forward has no "
+                f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
+                "forward, or optimizer.drop_forward() to give it up."
+            )
+        self._check_finite()
+        pushes = attachment.pushes()
+        edit = attachment.edit_scale(pushes)
+        # A data-parallel loss is the mean of the ranks' losses.
+        scale = edit / attachment.ranks.size
+        curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
+        shared = self._shared_curvature(pushes, edit, scale)
+        pushes = attachment.pushes_of_all_ranks(pushes)
+        updates = [
+            self._of_layer(pushes, scale, curvature),
+            *([] if shared is None else self._of_shared(pushes, scale, shared)),
+        ]
+        attachment.drop()
+        attachment.samples.finish()
+        return updates
+
+    def _shared_curvature(self, pushes: Pushes, edit: float, scale: float) -> Tensor | None:
+        attachment, shared = self._attachment, self._attachment.shared
+        if shared is None:
+            return None
+        if pushes.scores is None or pushes.scores.gradient is None:
+            raise RuntimeError(
+                f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
+                "and backward; name the layer that computes the scores with head="
+            )
+        shared.check_gradients(pushes.gradient, pushes.scores, edit, attachment.ranks)
+        curvature = shared.curvature(pushes, scale, attachment.ranks)
+        self._watches.look_at_edge(attachment, pushes.placement, curvature, self._store.groups)
+        return curvature
+
+    def _of_shared(self, pushes: Pushes, scale: float, curvature: Tensor) -> list[ShadowUpdate]:
+        shared, count = self._attachment.shared, self._attachment.samples.count
+        assert shared is not None
+        assert pushes.signal is not None
+        assert count is not None
+        shared.make(self._store.read, self._store.write, count, pushes.signal)
+        found = shared.shadow_gradients(pushes, curvature, scale, self._store.read)
+        return [self._moved(*part) for part in found]
+
+    def _of_layer(self, pushes: Pushes, scale: float, curvature: Tensor) -> ShadowUpdate:
+        attachment, weight = self._attachment, self._attachment.weight
+        noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
+        group = self._store.group_of(weight)
+        assert noise is not None
+        assert count is not None
+        assert group is not None
+        gradient = pushes.by_sample
+        if scale != 1.0:
+            gradient = scale * gradient
+        self._require_resolved(curvature, len(gradient))
+        self._watches.look(attachment, pushes.placement, gradient, curvature, group)
+        attachment.shadows.make(state, noise, count, gradient)
+        attachment.remember_samples(state)
+        state["shadow_step"] = state.get("shadow_step", 0) + 1
+        return attachment.shadows.update(
+            state,
+            pushes.placement,
+            gradient,
+            curvature,
+            noise,
+            self._damping,
+            weight,
+            momentum=group["momentum"] != 0,
+            parameter_gradient=self._damped(curvature, noise.eigenvalues),
+        )
+
+    def _damped(self, curvature: Tensor, eigenvalues: Tensor) -> Tensor | None:
+        weight = self._attachment.weight
+        assert weight.grad is not None
+        if self._damping == 1.0:
+            return None
+        return damped_weight_gradient(weight.grad, weight, curvature, eigenvalues, self._damping)
+
+    def _require_resolved(self, curvature: Tensor, num_samples: int) -> None:
+        if bool(curvature.isfinite().all()):
+            return
+        raise RuntimeError(
+            f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
+            f"{len(curvature)} units of layer {self._attachment.name!r}; use fewer units or more "
+            'samples, or give component ids for curvature="stein"'
+        )
+
+    def _idle(self) -> list[ShadowUpdate]:
+        # Momentum and weight decay move W on a zero gradient too, and then they move Q.
+        attachment = self._attachment
+        attachment.shadows.flush(self._store.of(attachment.weight))
+        found = [(p, key, self._store.read(p, key)) for p, key in attachment.shadowed]
+        return [
+            self._moved(parameter, key, shadow, torch.zeros_like(shadow))
+            for parameter, key, shadow in found
+            if shadow is not None
+        ]
+
+    def _moved(self, parameter: Tensor, key: str, shadow: Tensor, gradient: Tensor) -> ShadowUpdate:
+        buffer_key = f"{key}_momentum_buffer"
+        buffer = self._store.read(parameter, buffer_key)
+        keep = keeping(self._store.of(parameter), buffer_key)
+        return ShadowUpdate(parameter, shadow, gradient, buffer, keep)
+
+    def _check_idle(self) -> None:
+        # Distributed checkpointing creates optimizer state by a step on zero gradients.
+        if self._store.has_gradients():
+            raise RuntimeError(
+                "DecoupledDescent: step() without a training forward. The gradients come from "
+                f"somewhere else than layer {self._attachment.name!r} in train mode: call "
+                "model.train() before the forward, name the layer that the forward uses with "
+                "layer=, or call optimizer.detach() to go on as plain SGD."
+            )
+
+    def _check_finite(self) -> None:
+        attachment, groups = self._attachment, self._store.groups
+        captured = [c.gradient for c in attachment.pending if c.gradient is not None]
+        moved = [p for group in groups for p in group["params"] if p.grad is not None]
+        gradients = [*captured, *(p.grad for p in moved if p.grad is not None)]
+        finite = torch.stack([_values(g.detach()).isfinite().all() for g in gradients])
+        if bool(finite.all()):
+            return
+        attachment.drop()
+        known = {id(p): name for name, p in attachment.module.named_parameters()}
+        names = [f"the output of {attachment.name!r}"] * len(captured)
+        names += [known.get(id(p), f"parameter {i}") for i, p in enumerate(moved)]
+        bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
+        step = self._store.of(attachment.weight).get("shadow_step", 0)
+        raise FloatingPointError(
+            f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
+            f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
+            "(halve it), or the inputs or targets contain NaN or infinity."
+        )
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -1,0 +1,59 @@
+"""The state and the groups of an optimizer, as the correction reads and writes them."""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dd.attachment import Attachment
+
+__all__ = ["Store"]
+
+
+class Store:
+    """Access to what an optimizer keeps of each parameter.
+
+    Args:
+        state: of the optimizer, by parameter.
+        groups: its parameter groups.
+    """
+
+    def __init__(
+        self, state: MutableMapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        self.state, self.groups = state, groups
+
+    def of(self, parameter: Tensor) -> dict[str, Any]:
+        """State of a parameter, made where there is none."""
+        return self.state[parameter]
+
+    def read(self, parameter: Tensor, key: str) -> Tensor | None:
+        """What is kept of a parameter under a key."""
+        return self.state[parameter].get(key) if parameter in self.state else None
+
+    def write(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        """Keep a value of a parameter."""
+        self.state[parameter][key] = value
+
+    def group_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        """The group of a parameter, or None."""
+        return next((g for g in self.groups if any(p is parameter for p in g["params"])), None)
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter has a gradient that is not zero."""
+        gradients = (p.grad for group in self.groups for p in group["params"])
+        return any(g is not None and bool(g.count_nonzero()) for g in gradients)
+
+    def require_own(self, attachment: Attachment, parameter: Tensor) -> None:
+        """Check that a parameter of the model is the optimizer's.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if self.group_of(parameter) is not None:
+            return
+        name = next(n for n, p in attachment.module.named_parameters() if p is parameter)
+        raise ValueError(
+            f"DecoupledDescent: {name!r} is not among this optimizer's parameters; construct the "
+            "optimizer with the parameters of this module, after what exchanges them (to_empty)"
+        )

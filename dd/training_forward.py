@@ -1,0 +1,190 @@
+"""What happens at the decoupled layer and at the head in a training forward."""
+
+import torch
+from torch import Tensor, nn
+
+from dd.attachment import Attachment
+from dd.ranks import Ranks
+from dd.samples import Placement
+from dd.store import Store
+from dd.watches import Watches
+
+__all__ = ["TrainingForward", "full_precision", "refuse_capture"]
+
+
+class TrainingForward:
+    """One training forward of an attached model.
+
+    Args:
+        attachment: the bond to the model.
+        store: the optimizer's state.
+        watches: see the forwards of all samples.
+        seed: of the curvature probes.
+    """
+
+    def __init__(self, attachment: Attachment, store: Store, watches: Watches, seed: int) -> None:
+        self._attachment, self._store = attachment, store
+        self._watches, self._seed = watches, seed
+
+    def at_layer(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        """Correct the output of the decoupled layer; None where it stays as it is.
+
+        Args:
+            layer: that ran.
+            inputs: shape (m, d).
+            output: shape (m, k).
+
+        Raises:
+            RuntimeError: if the forward or the state does not fit the attachment.
+        """
+        attachment = self._attachment
+        if not layer.training:
+            return None
+        if layer is not attachment.layer:
+            _refuse_replica(layer)
+            return None
+        refuse_capture("a training forward")
+        attachment.require_weight_in_place()
+        state = self._store.of(attachment.weight)
+        if state.get("shadow") is None and "momentum_buffer" in state:
+            raise RuntimeError(
+                f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
+                "correction. Attach before the first step, or load the state of an attached "
+                "optimizer."
+            )
+        leads_to_step = torch.is_grad_enabled()
+        if leads_to_step and attachment.has_delivered and not self._store.has_gradients():
+            # Cleared by other means than zero_grad(), as after a skipped step.
+            attachment.drop_abandoned()
+        with full_precision(output):
+            return self._corrected(inputs, output, leads_to_step=leads_to_step)
+
+    def _corrected(self, inputs: Tensor, output: Tensor, *, leads_to_step: bool) -> Tensor:
+        attachment, state = self._attachment, self._store.of(self._attachment.weight)
+        placement = attachment.place(inputs, state, binds=leads_to_step)
+        attachment.now = placement
+        attachment.rows_seen += len(inputs)
+        corrected, signal = attachment.preactivation(placement, output, state), None
+        if attachment.shared is not None:
+            signal = self._signal(inputs, placement)
+            index = None if placement is None else placement.index
+            corrected = attachment.shared.correct_preactivation(
+                corrected, signal, self._store.read, index
+            )
+        if not leads_to_step:
+            return corrected
+        assert placement is not None
+        outgoing = self._captured(placement, inputs, corrected)
+        attachment.pending[-1].signal = signal
+        self._watches.observe(attachment, placement, corrected)
+        return outgoing
+
+    def _captured(self, placement: Placement, inputs: Tensor, corrected: Tensor) -> Tensor:
+        attachment, state = self._attachment, self._store.of(self._attachment.weight)
+        for parameter, _ in attachment.shadowed:
+            self._store.require_own(attachment, parameter)
+        step, forward = state.get("shadow_step", 0), len(attachment.pending)
+        seed = _probe_seed(self._seed, step, forward, attachment.ranks)
+        shadow = state.get("shadow")
+        has_shadow = shadow is not None
+        outgoing = attachment.capture(placement, inputs, corrected, seed, has_shadow=has_shadow)
+        if shadow is not None:
+            self._require_fitting_state(len(shadow))
+        return outgoing
+
+    def _signal(self, inputs: Tensor, placement: Placement | None) -> Tensor:
+        shared, count = self._attachment.shared, self._attachment.samples.count
+        assert shared is not None
+        signal = shared.signal(inputs, placement)
+        has_shadow = self._store.read(self._attachment.weight, "shadow") is not None
+        if placement is not None and count is not None and has_shadow:
+            with torch.no_grad():
+                shared.make(self._store.read, self._store.write, count, signal)
+        return signal
+
+    def _require_fitting_state(self, bins: int) -> None:
+        attachment, read = self._attachment, self._store.read
+        assert attachment.noise is not None
+        expected = len(attachment.noise.eigenvalues)
+        missing = any(read(*part) is None for part in attachment.shadowed)
+        corrected = attachment.shared is not None
+        surplus = not corrected and read(attachment.weight, "signal_shadow") is not None
+        if bins == expected and not missing and not surplus:
+            return
+        attachment.drop()
+        raise RuntimeError(
+            f"DecoupledDescent: the state holds {bins} shadows a sample"
+            + ("" if missing else " and those of a corrected head" if surplus else "")
+            + f", but this optimizer's noise model has {expected} bins and head={corrected}. Load "
+            "a state into an optimizer of the same noise model and head= as the one it came from."
+        )
+
+    def at_head(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        """Correct the output of the head; None where it stays as it is.
+
+        Args:
+            head: that ran.
+            inputs: shape (m, f).
+            output: scores, shape (m, C).
+
+        Raises:
+            RuntimeError: if the head runs twice in a training forward.
+        """
+        attachment, shared = self._attachment, self._attachment.shared
+        if shared is None or not attachment.layer.training:
+            return None
+        if head is not shared.head or not head.training:
+            return None
+        # A marked tensor must not see the hook, nor an operation in place the tensor under it.
+        with full_precision(output), torch._C.DisableTorchFunctionSubclass():
+            features = shared.features(inputs)
+            index = None if attachment.now is None else attachment.now.index
+            corrected = shared.correct_scores(output, features, self._store.read, index)
+            # Without a pending forward the head runs by itself, and no step will come of it.
+            if not torch.is_grad_enabled() or not attachment.pending:
+                return corrected
+            if attachment.pending[-1].scores is not None:
+                raise RuntimeError(
+                    f"DecoupledDescent: head {shared.name!r} must run once in every training "
+                    f"forward, after layer {attachment.name!r}; run other forwards under "
+                    "model.eval() or torch.no_grad()"
+                )
+            if corrected is output:
+                corrected = output.clone()
+            attachment.pending[-1].follow(output, corrected, features)
+        return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Leave the caller's autocast, under which the correction would be rounded."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def refuse_capture(what: str) -> None:
+    """Refuse to be part of a CUDA graph.
+
+    Raises:
+        RuntimeError: if one is captured.
+    """
+    # Asking a device that was never used would start it.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"DecoupledDescent: {what} while a CUDA graph is captured. A graph replays the same "
+            "kernels, but the correction looks at every batch and every gradient on the CPU. Run "
+            "training forwards and step() outside of torch.cuda.graph; capture nothing, or what "
+            "lies between the decoupled layer and the loss"
+        )
+
+
+def _probe_seed(seed: int, step: int, forward: int, ranks: Ranks) -> int:
+    # The first forward of a step on a single process draws what it always drew.
+    apart = 0xBF58476D1CE4E5B9 * (forward + 2**16 * ranks.rank)
+    return (seed * 0x9E3779B97F4A7C15 + step + apart) % 2**63
+
+
+def _refuse_replica(layer: nn.Module) -> None:
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            "DecoupledDescent: torch.nn.DataParallel replicates the decoupled layer at every "
+            "forward, out of the optimizer's sight; use DistributedDataParallel or one device"
+        )

@@ -1,0 +1,75 @@
+"""The watches over one attached optimizer that trains on all samples at every step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dd.attachment import Attachment
+from dd.divergence import DivergenceWatch, SharpnessWatch
+from dd.samples import Placement
+
+__all__ = ["Watches"]
+
+
+class Watches:
+    """Follows training from step to step; on mini-batches and many processes it sees nothing."""
+
+    def __init__(self) -> None:
+        self._feedback: DivergenceWatch | None = None
+        self._edge: SharpnessWatch | None = None
+
+    def observe(self, attachment: Attachment, placement: Placement, preactivation: Tensor) -> None:
+        """Keep R, shape (n, k), of a training forward."""
+        noise = attachment.noise
+        if noise is None or not _follow(attachment, placement):
+            return
+        if self._feedback is None:
+            self._feedback = DivergenceWatch(
+                noise.eigenvalues, noise.multiplicities, len(preactivation)
+            )
+        self._feedback.observe(preactivation)
+
+    def look(
+        self,
+        attachment: Attachment,
+        placement: Placement,
+        gradient: Tensor,
+        curvature: Tensor,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Take a step of the decoupled layer into account.
+
+        Args:
+            attachment: with its noise model fitted.
+            placement: the samples of the step.
+            gradient: G, shape (n, k).
+            curvature: H, shape (k, k).
+            settings: of the group that holds the decoupled weight.
+        """
+        if self._feedback is not None and _follow(attachment, placement):
+            self._feedback.look(gradient, curvature, settings)
+
+    def look_at_edge(
+        self,
+        attachment: Attachment,
+        placement: Placement,
+        curvature: Tensor,
+        groups: Sequence[dict[str, Any]],
+    ) -> None:
+        """Take a step of the shared parameters into account, with H_ψ, shape (p, p)."""
+        if not _follow(attachment, placement):
+            return
+        if self._edge is None:
+            self._edge = SharpnessWatch()
+        self._edge.look(curvature, list(groups))
+
+    def tell(self) -> None:
+        """Issue the warnings that are due."""
+        for watch in (self._feedback, self._edge):
+            if watch is not None:
+                watch.tell()
+
+
+def _follow(attachment: Attachment, placement: Placement) -> bool:
+    return placement.index is None and attachment.ranks.size == 1
