@@ -1,30 +1,35 @@
-"""One decoupled layer: how it is found, hooked, corrected and read."""
+"""One decoupled layer: hooked, corrected, read."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 
-from dd.curvature import Backward, Curvature, build
-from dd.dual import DualLevel, carry_tangent, split_tangent
+from dd.capture import Capture, Pushes, joined
+from dd.curvature import build
 from dd.functional import at_least_single, corrected_preactivation
-from dd.gradient_check import require_same_weight, require_unedited
-from dd.head import Scores, SharedParameters
+from dd.gradient_check import edit_scale, require_same_weight
+from dd.head import SharedParameters
 from dd.layers import find_layer
+from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
-from dd.sample_order import SampleOrder
+from dd.ranks import Ranks
+from dd.samples import Placement, Samples
+from dd.shadows import Shadows
 
 if TYPE_CHECKING:
     from dd.optimizer import DecoupledDescent
 
-__all__ = ["Attachment", "Capture", "ForwardHook"]
+__all__ = ["Attachment", "ForwardHook"]
+
+# Curvatures of small batches are pooled over steps to about this many rows a unit.
+_POOLED_ROWS = 64
 
 
 class ForwardHook:
@@ -70,162 +75,6 @@ class ForwardHook:
         return correct(layer, inputs, output)
 
 
-class Capture:
-    """One training forward, and what its backward delivers.
-
-    Attributes:
-        gradient: ∂L/∂R, shape (n, k), or None before the backward pass.
-        tangent: derivative of the gradient along the probe, or None.
-        signal: coordinates of the samples along the component means, shape (n, m), where the head
-            is corrected.
-        scores: what the head saw and said, where it is corrected.
-    """
-
-    signal: Tensor | None = None
-    scores: Scores | None = None
-
-    def __init__(
-        self, preactivation: Tensor, estimator: Curvature, generator: torch.Generator
-    ) -> None:
-        self.gradient: Tensor | None = None
-        self.tangent: Tensor | None = None
-        self._estimating = False
-        self._estimator = estimator
-        self._observed = estimator.observe(preactivation.detach(), generator)
-        self._edge = get_gradient_edge(preactivation)
-        self._level = DualLevel() if estimator.forward_mode else None
-        _listen(preactivation, self.receive)
-
-    def outgoing(self, preactivation: Tensor) -> Tensor:
-        """Return what the following layers receive: R, with the probe as tangent where needed."""
-        if self._level is None:
-            return preactivation
-        # An in-place operation downstream changes the tangent too; the probe must survive it.
-        return carry_tangent(preactivation, self._observed.clone())
-
-    @property
-    def node(self) -> Any:
-        """Node of R in the autograd graph."""
-        return self._edge.node
-
-    @contextmanager
-    def undisturbed(self) -> Iterator[tuple[Tensor, GradientEdge]]:
-        """Let gradients pass by R uncounted; yields what was observed, and R's place."""
-        self._estimating = True
-        try:
-            yield self._observed, self._edge
-        finally:
-            self._estimating = False
-
-    def receive(self, gradient: Tensor) -> Tensor | None:
-        """Keep a gradient that reached R; return what goes on to the layer's weights."""
-        if self._estimating:
-            return None
-        tangent = None
-        if self._level is not None:
-            gradient, tangent = split_tangent(gradient)
-            self._level.close()
-        if self.gradient is None:
-            self.gradient, self.tangent = gradient, tangent
-        else:
-            # A second backward pass finds the level closed, so that its curvature is lost.
-            self.gradient, self.tangent = self.gradient + gradient, None
-        return gradient if self._level is not None else None
-
-    def follow(self, scores: Tensor, corrected: Tensor, features: Tensor) -> None:
-        """Take down what the head saw and said.
-
-        Args:
-            scores: the head's plain output, shape (n, C).
-            corrected: what the loss receives, shape (n, C).
-            features: inputs of the head, and 1 for its bias, shape (n, f).
-
-        Raises:
-            RuntimeError: if the scores do not depend on the pre-activations.
-        """
-        # What follows may change the scores in place.
-        values = split_tangent(corrected.detach())[0].clone()
-        self.scores = Scores(values, features, self._jacobian(scores))
-        _listen(corrected, self.receive_scores)
-
-    def _jacobian(self, scores: Tensor) -> Tensor:
-        directions = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
-        # The head's derivative is wanted, not that of its tangent.
-        with self.undisturbed(), forward_ad._set_fwd_grad_enabled(False):
-            try:
-                rows = [
-                    torch.autograd.grad(
-                        scores,
-                        self._edge,
-                        direction.expand(scores.shape),
-                        retain_graph=True,
-                        allow_unused=True,
-                    )[0]
-                    for direction in directions
-                ]
-            except RuntimeError as error:
-                raise RuntimeError(
-                    "DecoupledDescent: head=True differentiates every score in the forward pass, "
-                    f"and something between the decoupled layer and the head does not allow it "
-                    f"({error}). Use head=False, or no activation checkpointing there."
-                ) from error
-        if any(row is None for row in rows):
-            raise RuntimeError(
-                "DecoupledDescent: the head's output does not depend on the decoupled layer's; "
-                "name the layer that computes the scores with head="
-            )
-        return torch.stack(rows, 1).detach()
-
-    def receive_scores(self, gradient: Tensor) -> None:
-        """Keep a gradient that reached the scores."""
-        if self._estimating or self.scores is None:
-            return
-        gradient = split_tangent(gradient.detach())[0]
-        earlier = self.scores.gradient
-        self.scores.gradient = gradient if earlier is None else earlier + gradient
-
-    def curvature(self) -> Tensor:
-        """Estimate H, shape (k, k), once the gradient is there."""
-        assert self.gradient is not None
-        # Differentiating the gradient again passes by R and must not count as a gradient.
-        with self.undisturbed() as (observed, edge):
-            return self._estimator.estimate(observed, Backward(self.gradient, self.tangent, edge))
-
-    def close(self) -> None:
-        """Drop the share in the forward-mode level."""
-        if self._level is not None:
-            self._level.close()
-
-
-def _require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) -> None:
-    if noise is None:
-        return
-    separated = noise.mean_directions is not None
-    if corrects_head and noise.components is not None and not separated:
-        raise ValueError(
-            "DecoupledDescent: head=True follows the decoupled layer along the component means by "
-            "itself; keep them out of the noise model: NoiseModel.fit(inputs, components, "
-            "separate_means=True)"
-        )
-    if separated and not corrects_head:
-        raise ValueError(
-            "DecoupledDescent: this noise model leaves out the directions of the component means, "
-            "which only head=True follows; use head=True, or NoiseModel.fit without separate_means"
-        )
-
-
-def _listen(tensor: Tensor, receive: Callable[[Tensor], Tensor | None]) -> None:
-    """Pass the gradient of ``tensor`` to a method, as long as its owner lives."""
-    # The graph must not own the capture, which owns an edge of the graph.
-    listener = weakref.WeakMethod(receive)
-
-    def deliver(gradient: Tensor) -> Tensor | None:
-        receive = listener()
-        return None if receive is None else receive(gradient)
-
-    tensor.register_hook(deliver)
-
-
 class Attachment:
     """The bond between an optimizer and one linear layer of a module.
 
@@ -234,11 +83,16 @@ class Attachment:
         name: dotted name of the layer.
         layer: the decoupled layer.
         noise: the noise model; None until the first training forward fits it.
-        pending: the training forward that the next step consumes.
-        order: recognises the training batch.
+        pending: the training forwards that the next step consumes.
+        samples: recognises the training batches.
+        shadows: keeps the shadows of absent samples.
+        ranks: the processes that share the training samples.
         oversight: warns where the theory is strained or the component ids are wrong.
-        expected: the weight along the order's direction after the last step, shape (k,), or None.
+        expected: the weight along the first direction of the fingerprints after the last step,
+            shape (k,), or None.
         shared: the parameters that all samples share, where they are corrected too.
+        now: the samples of the latest training forward.
+        rows_seen: rows that training forwards have brought, for whoever counts them.
 
     Raises:
         ValueError: if there is no such layer or head, one is attached already, its weight is not a
@@ -254,16 +108,22 @@ class Attachment:
         curvature: str,
         head: bool | nn.Module | str = False,
         bins: int | None = None,
+        process_group: Any = None,
     ) -> None:
         self.module = module
         self._bins = bins
         self.name, self.layer = find_layer(module, layer)
-        self.noise = self._given_noise = noise
+        self.noise = self.given_noise = noise
         self.estimator = build(curvature, noise)
-        self.pending: Capture | None = None
-        self.order = SampleOrder()
+        self.pending: list[Capture] = []
+        self.samples = Samples()
+        self.shadows = Shadows()
         self.oversight = Oversight()
         self.expected: Tensor | None = None
+        self.now: Placement | None = None
+        self.rows_seen = 0
+        self._process_group = process_group
+        self._ranks: Ranks | None = None
         self._handles: list[Any] = []
         directions = None if noise is None else noise.mean_directions
         self.shared = (
@@ -308,47 +168,101 @@ class Attachment:
         parts = [] if self.shared is None else self.shared.parts
         return [(self.layer.weight, "shadow"), *parts]
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the training samples, settled at the first use."""
+        if self._ranks is None:
+            self._ranks = Ranks(_group(self._process_group, self.module))
+        return self._ranks
+
     def forget(self) -> None:
         """Forget the samples and the weights that the state belonged to."""
         self.drop()
-        self.order.forget()
-        self.expected = None
+        self.samples.forget()
+        self.shadows.forget()
+        self.expected = self.now = None
         if self.shared is not None:
             self.shared.forget()
 
     def drop(self) -> None:
-        """Forget the pending training forward."""
-        if self.pending is not None:
-            self.pending.close()
-            self.pending = None
+        """Forget the pending training forwards."""
+        for capture in self.pending:
+            capture.close()
+        self.pending.clear()
 
-    def preactivation(self, inputs: Tensor, output: Tensor, shadow: Tensor | None) -> Tensor:
-        """Check a training batch and return R, shape (n, k).
+    def drop_abandoned(self) -> None:
+        """Forget the forwards whose gradients have been cleared."""
+        abandoned = [capture for capture in self.pending if capture.gradient is not None]
+        for capture in abandoned:
+            capture.close()
+            self.pending.remove(capture)
+
+    @contextmanager
+    def corrected_in_eval_mode(self) -> Iterator[None]:
+        """Put the model in eval mode, but for the correction."""
+        layers = [self.layer] if self.shared is None else [self.layer, self.shared.head]
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        for layer in layers:
+            # Not train(): parametrised children keep their mode.
+            layer.training = True
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def place(self, inputs: Tensor, state: dict[str, Any], *, binds: bool) -> Placement | None:
+        """Find the samples of a training batch; None before the first one with gradients.
 
         Raises:
-            ValueError: if the batch is not a matrix, or of another size than the shadows.
-            RuntimeError: if its samples are not those of the shadows, in their order.
+            ValueError: if the batch is not a matrix, or not the samples of the noise model.
+            RuntimeError: if its samples are not known.
         """
-        self._check_batch(inputs, shadow)
-        if shadow is None:
+        if inputs.dim() != 2:
+            raise ValueError(
+                f"DecoupledDescent: layer {self.name!r} must receive one row a sample, shape "
+                f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
+            )
+        self.samples.resume(state.get("shadow_samples"))
+        if not binds and state.get("shadow") is None:
+            return None
+        placement = self.samples.place(inputs, self.given_noise, binds=binds)
+        known = None if self.given_noise is None else self.given_noise.num_samples
+        if known is not None and known != self.samples.count:
+            count = self.samples.count
+            self.samples.forget()
+            raise ValueError(
+                f"DecoupledDescent: the noise model knows {known} training samples, but the first "
+                f"training forward brought {count}, which are not among them as layer "
+                f"{self.name!r} receives them. Fit the noise model on this layer's inputs, feed "
+                "all samples, or use optimizer.track(loader)."
+            )
+        return placement
+
+    def preactivation(
+        self, placement: Placement | None, output: Tensor, state: dict[str, Any]
+    ) -> Tensor:
+        """Return R, shape (m, k)."""
+        if placement is None or state.get("shadow") is None:
             return output
-        self.order.check(inputs)
+        count = self.samples.count
+        with torch.no_grad():
+            if count is not None and self.noise is not None:
+                self.shadows.make(state, self.noise, count, output)
+            shadow = self.shadows.of(state, placement)
         return corrected_preactivation(output, shadow)
 
-    def capture(self, inputs: Tensor, preactivation: Tensor, seed: int, *, first: bool) -> Tensor:
+    def capture(
+        self, placement: Placement, inputs: Tensor, preactivation: Tensor, seed: int
+    ) -> Tensor:
         """Begin a training forward and return what the following layers receive.
 
         Raises:
-            RuntimeError: if a training forward is pending, a trainable layer comes before, the
-                samples are others, or the weight was changed since the last step.
+            RuntimeError: if the layer is used twice in a forward, a trainable layer comes before,
+                or the weight was changed since the last step.
         """
-        if self.pending is not None:
-            raise RuntimeError(
-                f"DecoupledDescent: layer {self.name!r} saw two training forwards before a step "
-                "(or is used twice in one, which is outside the theory). Run forwards that lead to "
-                "no step under model.eval() or torch.no_grad(); after a skipped or interrupted "
-                "step call optimizer.drop_forward()."
-            )
+        self._require_single(placement)
         if not preactivation.requires_grad:
             raise RuntimeError(
                 f"DecoupledDescent: the weight of layer {self.name!r} was frozen after attaching; "
@@ -361,75 +275,124 @@ class Attachment:
                 "freeze what is before it (requires_grad_(False)), or name "
                 "another layer with layer=."
             )
-        if first:
-            self.order.check(inputs)
-        if self.expected is not None and self.order.direction is not None:
-            require_same_weight(self.layer.weight.detach(), self.order.direction, self.expected)
+        if self.expected is not None and self.samples.directions is not None:
+            direction = self.samples.directions[0]
+            require_same_weight(self.layer.weight.detach(), direction, self.expected)
             if self.shared is not None:
                 self.shared.check_weight()
-        if first or self.noise is None:
-            self._fit_noise(inputs)
-            self.oversight.look(self, inputs.detach())
+        if self.noise is None or self.noise is self.given_noise:
+            self._fit_noise(placement, inputs)
+        self.oversight.look(self, placement, inputs.detach())
         generator = torch.Generator(preactivation.device).manual_seed(seed)
-        self.pending = Capture(preactivation, self.estimator, generator)
-        return self.oversight.outgoing(self, self.pending.outgoing(preactivation), seed)
+        capture = Capture(placement, preactivation, self.estimator, generator)
+        self.pending.append(capture)
+        return self.oversight.outgoing(self, capture, capture.outgoing(preactivation), seed)
 
-    def check_gradient(self, capture: Capture) -> None:
-        """Check that the weight's gradient is the one that the capture's backward delivered.
+    def _require_single(self, placement: Placement) -> None:
+        for other in self.pending:
+            if other.gradient is not None or not _share_samples(placement, other.placement):
+                continue
+            raise RuntimeError(
+                f"DecoupledDescent: layer {self.name!r} saw two training forwards of the same "
+                "samples before a backward (or is used twice in one forward, which is outside the "
+                "theory). Run forwards that lead to no step under model.eval() or "
+                "torch.no_grad(); after a skipped or interrupted step call "
+                "optimizer.drop_forward()."
+            )
+
+    def pushes(self) -> Pushes:
+        """The rows of all pending forwards, which must have their gradients."""
+        count = self.samples.count
+        assert count is not None
+        return joined(self.pending, count)
+
+    def edit_scale(self, pushes: Pushes) -> float:
+        """By which scale the weight's gradient was edited since the backward pass.
 
         Raises:
-            RuntimeError: if it is not.
+            RuntimeError: if it was edited otherwise.
         """
-        weight, order = self.layer.weight, self.order
+        weight, directions = self.layer.weight, self.samples.directions
         assert weight.grad is not None
-        assert capture.gradient is not None
-        assert order.direction is not None
-        assert order.projection is not None
-        require_unedited(weight.grad, capture.gradient.detach(), order.direction, order.projection)
+        assert directions is not None
+        found = pushes.placement.fingerprints
+        return edit_scale(weight.grad, pushes.gradient, directions, found, self.ranks)
 
-    def check_head_gradient(self, capture: Capture) -> None:
-        """The same for the parameters that are shared by all samples.
+    def curvature(self, pushes: Pushes, scale: float, state: dict[str, Any]) -> Tensor:
+        """Estimate H of this step's loss, small batches pooled with the steps before.
 
-        Raises:
-            RuntimeError: if a gradient is another than the one delivered.
+        Args:
+            pushes: the step's rows.
+            scale: of the step's gradient over that of the backward pass.
+            state: of the decoupled weight.
+
+        Returns:
+            H, shape (k, k).
         """
-        if self.shared is None or capture.scores is None or capture.scores.gradient is None:
-            return
-        assert capture.gradient is not None
-        self.shared.check_gradients(capture.gradient.detach(), capture.scores)
+        estimator, width = self.estimator, pushes.gradient.shape[1]
+        product, index = pushes.product(), pushes.placement.index
+        moments = estimator.moments(pushes.observed, product, index, self.ranks)
+        if scale != 1.0:
+            moments = moments.scaled(scale)
+        keep = self._keep(moments, len(pushes.gradient), width)
+        if keep == 0.0:
+            return estimator.solve(moments)
+        earlier = state.get("shadow_moments")
+        if earlier is not None:
+            count = estimator.num_components
+            moments = moments.merged(Moments.unpacked(earlier, count, width), keep)
+        state["shadow_moments"] = moments.packed()
+        return estimator.solve_pooled(moments)
+
+    def _keep(self, moments: Moments, rows: float, width: int) -> float:
+        """Weight of the moments of the steps before: none where a step holds enough samples."""
+        if not self.estimator.pools:
+            return 0.0
+        assert self.samples.count is not None
+        total: float = self.samples.count
+        if self.ranks.size > 1:
+            # Every rank must come to the same curvature.
+            rows = float(moments.rows)
+            total = float(self.ranks.sum(moments.rows.new_tensor(total)))
+        return max(0.0, 1.0 - rows / min(total, _POOLED_ROWS * width))
 
     def remember_weight(self) -> None:
         """Remember the weights that a step leaves."""
-        if self.order.direction is not None:
+        if self.samples.directions is not None:
             weight = at_least_single(self.layer.weight.detach())
-            self.expected = weight @ self.order.direction.to(weight)
+            self.expected = weight @ self.samples.directions[0].to(weight)
         if self.shared is not None:
             self.shared.remember_weight()
 
-    def _fit_noise(self, inputs: Tensor) -> None:
-        noise = self._given_noise
-        if noise is None and min(inputs.shape) > LARGEST_GRAM:
-            noise = NoiseModel.isotropic(inputs)
-        elif noise is None:
-            noise = NoiseModel.fit(inputs, bins=self._bins)
+    def _fit_noise(self, placement: Placement, inputs: Tensor) -> None:
+        noise = self.given_noise
+        if noise is None:
+            inputs = self._all_inputs(placement, inputs.detach())
+            large = min(inputs.shape) > LARGEST_GRAM
+            noise = (
+                NoiseModel.isotropic(inputs) if large else NoiseModel.fit(inputs, bins=self._bins)
+            )
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
         self.noise = noise.to(self.layer.weight.device, dtype)
 
-    def _check_batch(self, inputs: Tensor, shadow: Tensor | None) -> None:
-        if inputs.dim() != 2:
-            raise ValueError(
-                f"DecoupledDescent: layer {self.name!r} must receive one row a sample, shape "
-                f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
-            )
-        given = self._given_noise
-        known = None if given is None else given.num_samples
-        expected = known if shadow is None else shadow.shape[1]
-        if expected is not None and expected != len(inputs):
-            raise ValueError(
-                f"DecoupledDescent: layer {self.name!r} expects the whole training set of "
-                f"{expected} samples in every training forward, got a batch of {len(inputs)}. "
-                "Feed the full batch; call model.eval() before evaluating on other data."
-            )
+    def _all_inputs(self, placement: Placement, inputs: Tensor) -> Tensor:
+        """Inputs of all samples in their order.
+
+        Raises:
+            ValueError: if the batch does not hold all.
+        """
+        if placement.rows is None or placement.index is None:
+            return inputs
+        if len(placement.rows) == self.samples.count:
+            ordered = torch.empty_like(inputs[: len(placement.rows)])
+            ordered[placement.index] = inputs
+            return ordered
+        self.samples.release()
+        raise ValueError(
+            "DecoupledDescent: a mini-batch does not show the noise of the training set. "
+            "Construct with noise=dd.NoiseModel.fit(inputs, components), the inputs of all "
+            "training samples as the decoupled layer receives them; components are optional."
+        )
 
     def _earlier_parameters(self) -> str:
         names = []
@@ -439,3 +402,40 @@ class Attachment:
             if parameter.requires_grad:
                 names.append(name)
         return ", ".join(names[:4]) or "or requires a gradient itself"
+
+
+def _share_samples(one: Placement, other: Placement) -> bool:
+    if one.rows_on_cpu is None or other.rows_on_cpu is None:
+        return True
+    return bool(torch.isin(one.rows_on_cpu, other.rows_on_cpu).any())
+
+
+def _group(choice: Any, module: nn.Module) -> Any:
+    """The process group that trains a module, or None for this process alone."""
+    if choice is False:
+        return None
+    if choice is not None:
+        return choice
+    if isinstance(module, DistributedDataParallel):
+        return module.process_group
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.group.WORLD if distributed.get_world_size() > 1 else None
+
+
+def _require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) -> None:
+    if noise is None:
+        return
+    separated = noise.mean_directions is not None
+    if corrects_head and noise.components is not None and not separated:
+        raise ValueError(
+            "DecoupledDescent: head=True follows the decoupled layer along the component means by "
+            "itself; keep them out of the noise model: NoiseModel.fit(inputs, components, "
+            "separate_means=True)"
+        )
+    if separated and not corrects_head:
+        raise ValueError(
+            "DecoupledDescent: this noise model leaves out the directions of the component means, "
+            "which only head=True follows; use head=True, or NoiseModel.fit without separate_means"
+        )

@@ -20,7 +20,7 @@ from dd.marked import MarkedTensor
 from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
-    from dd.attachment import Capture
+    from dd.capture import Capture
 
 __all__ = ["Audit", "AuditedTensor", "ComponentWarning", "is_due", "is_safe"]
 
@@ -100,7 +100,8 @@ class Audit:
 
     Args:
         capture: the forward; its estimator is Stein's.
-        relative_mass: noise mass of each sample over the mean, shape (n,), or None.
+        centred: takes R (m, k) around its component means.
+        relative_mass: noise mass of each row over the mean, shape (m,), or None.
         seed: of the probe; the global generators are left alone.
         forward: number of the forward.
         report: is called once the ids were found to be wrong.
@@ -111,13 +112,14 @@ class Audit:
     def __init__(
         self,
         capture: "Capture",
+        centred: Callable[[Tensor], Tensor],
         relative_mass: Tensor | None,
         seed: int,
         forward: int,
         report: Callable[[], None],
     ) -> None:
         self._capture = weakref.ref(capture)
-        self._relative_mass = relative_mass
+        self._centred, self._relative_mass = centred, relative_mass
         self._seed, self._forward, self._report = seed, forward, report
         Audit._pending.add(self)
 
@@ -154,7 +156,7 @@ class Audit:
         """Return the excess of Stein's curvature, in shares and in standard errors."""
         capture = self._capture()
         assert capture is not None
-        with capture.undisturbed() as (centred, edge):
+        with capture.undisturbed() as (observed, edge):
             (gradient,) = torch.autograd.grad(loss, edge, create_graph=True)
             generator = torch.Generator(gradient.device).manual_seed(self._seed)
             probe = rademacher(gradient.detach(), generator)
@@ -162,6 +164,7 @@ class Audit:
         with torch.no_grad():
             # Stein's lemma weighs every sample by its noise mass.
             product = scaled_by_mass(product, self._relative_mass)
+            centred = self._centred(observed)
             return stein_excess(centred, gradient.detach(), probe, product)
 
 

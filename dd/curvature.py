@@ -3,7 +3,8 @@
 Under a noise mass for every sample H is Σ_i r_i ∂²L/∂r_i², r_i the sample's mass over the mean.
 
 An estimator sees the corrected pre-activation in the forward pass (:meth:`Curvature.observe`) and
-is asked for H once the backward pass has delivered the gradient (:meth:`Curvature.estimate`).
+what the backward pass delivered (:meth:`Curvature.product`). Of one or more such pairs it forms
+moments, which can be pooled over micro-batches, processes and steps, and from these it solves H.
 """
 
 from abc import ABC, abstractmethod
@@ -18,12 +19,13 @@ from torch.autograd.graph import GradientEdge
 from dd.functional import (
     at_least_single,
     centre_within_components,
-    probe_curvature,
     rademacher,
     scaled_by_mass,
-    stein_curvature,
+    solved_curvature,
 )
+from dd.moments import Moments
 from dd.noise import NoiseModel
+from dd.ranks import Ranks
 
 __all__ = [
     "ESTIMATORS",
@@ -43,8 +45,8 @@ class Backward:
     """What one backward pass delivers at the corrected pre-activation R.
 
     Attributes:
-        gradient: G = ∂L/∂R, shape (n, k); part of a graph only under ``create_graph=True``.
-        tangent: derivative of G along the observed probe, shape (n, k), or None.
+        gradient: G = ∂L/∂R, shape (m, k); part of a graph only under ``create_graph=True``.
+        tangent: derivative of G along the observed probe, shape (m, k), or None.
         edge: where R stands in the autograd graph.
     """
 
@@ -59,18 +61,48 @@ class Curvature(ABC):
     Attributes:
         forward_mode: whether the forward pass must carry the observed probe as a tangent.
         second_order: whether the gradient must be part of a graph.
+        pools: whether the moments of small batches are pooled over steps.
+        num_components: means that the moments are centred by.
     """
 
     forward_mode: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
+    pools: ClassVar[bool] = True
+    num_components: int = 0
 
     @abstractmethod
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
-        """Return what is kept of R (n, k) until the backward pass, as a tensor of its own."""
+        """Return what is kept of R (m, k) until the step, as a tensor of its own."""
 
     @abstractmethod
+    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Return what the moments need of one backward pass, shape (m, k) or (m, k, k)."""
+
+    @abstractmethod
+    def moments(
+        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+    ) -> Moments:
+        """Moments of the rows of a step.
+
+        Args:
+            observed: what :meth:`observe` returned, shape (m, k).
+            product: what :meth:`product` returned.
+            index: sample of each row, shape (m,); None for all samples in their order.
+            ranks: over which rows are spread.
+        """
+
+    @abstractmethod
+    def solve(self, moments: Moments) -> Tensor:
+        """Return H, shape (k, k), symmetric."""
+
+    def solve_pooled(self, moments: Moments) -> Tensor:
+        """Return H of moments that may hold fewer rows than units so far."""
+        return self.solve(moments)
+
     def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
-        """Return H, shape (k, k), symmetric, from what was observed and what came back."""
+        """Return H, shape (k, k), of one pass over all samples in their order."""
+        product = self.product(observed, backward)
+        return self.solve(self.moments(observed, product, None, Ranks()))
 
 
 class Stein(Curvature):
@@ -87,14 +119,33 @@ class Stein(Curvature):
         self.ridge = ridge
 
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
-        """Return R centred within components."""
-        components = self.components = self.components.to(preactivation.device)
-        single = at_least_single(preactivation)
-        return centre_within_components(single, components, self.num_components)
+        """Return a copy of R."""
+        return at_least_single(preactivation).clone()
 
-    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Return G."""
+        return backward.gradient.detach()
+
+    def moments(
+        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+    ) -> Moments:
+        """R_cᵀR_c / m and R_cᵀG."""
+        components = self.of(index, observed.device)
+        return Moments.centred(observed, product, components, self.num_components, ranks)
+
+    def solve(self, moments: Moments) -> Tensor:
         """Solve K H = R_cᵀ G."""
-        return stein_curvature(observed, backward.gradient.detach(), self.ridge)
+        return solved_curvature(moments.gram, moments.cross, self.ridge)
+
+    def of(self, index: Tensor | None, device: torch.device) -> Tensor:
+        """Components of some samples, shape (m,)."""
+        self.components = self.components.to(device)
+        return self.components if index is None else self.components[index]
+
+    def centred(self, observed: Tensor, index: Tensor | None) -> Tensor:
+        """R around its component means, shape (m, k)."""
+        components = self.of(index, observed.device)
+        return centre_within_components(observed, components, self.num_components)
 
 
 class _SecondDerivative(Curvature):
@@ -107,9 +158,12 @@ class _SecondDerivative(Curvature):
     def __init__(self, relative_mass: Tensor | None = None) -> None:
         self.relative_mass = relative_mass
 
-    def weighted(self, product: Tensor) -> Tensor:
-        """Scale row i of a curvature-vector product (n, k) by sample i's relative mass."""
-        return scaled_by_mass(product, self.relative_mass)
+    def weighted(self, product: Tensor, index: Tensor | None) -> Tensor:
+        """Scale row i of a curvature-vector product (m, k) by its sample's relative mass."""
+        mass = self.relative_mass
+        if mass is not None and index is not None:
+            mass = mass.to(product.device)[index]
+        return scaled_by_mass(product, mass)
 
 
 class Probe(_SecondDerivative):
@@ -121,15 +175,32 @@ class Probe(_SecondDerivative):
         """Draw the probe."""
         return rademacher(preactivation, generator)
 
-    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
-        """Average the product that came back as the gradient's tangent.
+    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Return the product that came back as the gradient's tangent.
 
         Raises:
             RuntimeError: if the gradient carried no tangent.
         """
         if backward.tangent is None:
             raise RuntimeError(LOST_TANGENT)
-        return probe_curvature(observed, self.weighted(backward.tangent))
+        return backward.tangent
+
+    def moments(
+        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+    ) -> Moments:
+        """VᵀV / m and Vᵀ(HV)."""
+        return Moments.plain(observed, self.weighted(product, index), ranks)
+
+    def solve(self, moments: Moments) -> Tensor:
+        """Average the products over samples."""
+        return solved_curvature(moments.gram, moments.cross)
+
+    def solve_pooled(self, moments: Moments) -> Tensor:
+        """The same; of few rows by the expectation of VᵀV / m, the identity."""
+        width = len(moments.gram)
+        if float(moments.rows) >= 2 * width:
+            return self.solve(moments)
+        return (moments.cross + moments.cross.mT) / 2
 
 
 class GraphProbe(Probe):
@@ -138,40 +209,51 @@ class GraphProbe(Probe):
     forward_mode = False
     second_order = True
 
-    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: Backward) -> Tensor:
         """Differentiate the gradient once more along the probe.
 
         Raises:
             RuntimeError: if the gradient is not part of a graph.
         """
-        product = _differentiate(backward, observed, keep_graph=False)
-        return probe_curvature(observed, self.weighted(product))
+        return _differentiate(backward, observed, keep_graph=False)
 
 
 class Exact(_SecondDerivative):
     """All k curvature-vector products, through ``loss.backward(create_graph=True)``."""
 
     second_order = True
+    pools = False
 
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
         """Keep nothing but the shape."""
         return torch.empty_like(preactivation, device="meta")
 
-    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
-        """Differentiate every column of the gradient.
+    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+        """Differentiate every column of the gradient; shape (m, k, k).
 
         Raises:
             RuntimeError: if the gradient is not part of a graph.
         """
         columns = torch.eye(observed.shape[-1], device=backward.gradient.device)
+        columns = columns.to(backward.gradient.dtype)
         rows = [
-            self.weighted(
-                _differentiate(backward, column.expand_as(observed), keep_graph=True)
-            ).sum(0)
-            for column in columns.to(backward.gradient.dtype)
+            _differentiate(backward, column.expand_as(observed), keep_graph=True)
+            for column in columns
         ]
-        hessian = torch.stack(rows)
-        return (hessian + hessian.mT) / 2
+        return torch.stack(rows, 1)
+
+    def moments(
+        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+    ) -> Moments:
+        """The sum itself, beside a gram matrix of ones."""
+        total = ranks.sum(self.weighted(product.flatten(1), index).sum(0).view(product.shape[1:]))
+        rows = ranks.sum(total.new_tensor(float(len(product))))
+        none = total[:0]
+        return Moments(rows, none[:, 0], none, none, torch.eye(len(total)).to(total), total)
+
+    def solve(self, moments: Moments) -> Tensor:
+        """Return the sum."""
+        return (moments.cross + moments.cross.mT) / 2
 
 
 ESTIMATORS = ("auto", "stein", "probe", "probe_create_graph", "exact")

@@ -39,8 +39,10 @@ __all__ = [
     "scaled_by_mass",
     "shadow_gradient",
     "shared_curvature",
+    "shared_push",
     "shared_shadow_gradient",
     "softmax_curvature",
+    "solved_curvature",
     "stein_curvature",
     "stein_excess",
 ]
@@ -156,15 +158,28 @@ def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> T
         H, shape (..., k, k), symmetric, in float32 at least.
     """
     centred, gradient = at_least_single(centred), at_least_single(gradient)
-    n, k = centred.shape[-2:]
-    covariance = centred.mT @ centred / n
-    mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-    # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
-    epsilon = (ridge * mean_eigenvalue).clamp_min(torch.finfo(centred.dtype).tiny)
-    identity = torch.eye(k, dtype=centred.dtype, device=centred.device)
-    regularised = covariance + epsilon[..., None, None] * identity
-    solution = torch.linalg.solve_ex(regularised, centred.mT @ gradient)[0]
-    return _symmetrised(solution)
+    covariance = centred.mT @ centred / centred.shape[-2]
+    return solved_curvature(covariance, centred.mT @ gradient, ridge)
+
+
+def solved_curvature(covariance: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
+    """Solve (K + εI) H = C and symmetrise.
+
+    Args:
+        covariance: K, shape (..., k, k), symmetric and not negative.
+        cross: C, shape (..., k, k).
+        ridge: ε relative to the mean eigenvalue of K.
+
+    Returns:
+        H, shape (..., k, k), symmetric; not finite where K is singular and the ridge is 0.
+    """
+    if ridge:
+        mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
+        epsilon = (ridge * mean_eigenvalue).clamp_min(torch.finfo(covariance.dtype).tiny)
+        identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        covariance = covariance + epsilon[..., None, None] * identity
+    return _symmetrised(torch.linalg.solve_ex(covariance, cross)[0])
 
 
 def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
@@ -181,9 +196,7 @@ def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
         as it is for n < k.
     """
     probe, product = at_least_single(probe), at_least_single(product)
-    n = probe.shape[-2]
-    solution = torch.linalg.solve_ex(probe.mT @ probe / n, probe.mT @ product)[0]
-    return _symmetrised(solution)
+    return solved_curvature(probe.mT @ probe / probe.shape[-2], probe.mT @ product)
 
 
 def softmax_curvature(scores: Tensor, weights: Tensor) -> Tensor:
@@ -260,10 +273,21 @@ def shared_shadow_gradient(
     Returns:
         The gradient, shape (..., n, p), in the dtype of ``shadow``.
     """
-    push = torch.cat(
+    push = shared_push(gradient, score_gradient, signal, features)
+    return shadow @ curvature.to(shadow.dtype) - push.to(shadow.dtype)
+
+
+def shared_push(
+    gradient: Tensor, score_gradient: Tensor, signal: Tensor, features: Tensor
+) -> Tensor:
+    """Gradient of each sample's loss in the shared parameters, ∂L_i/∂ψ; arguments as above.
+
+    Returns:
+        Shape (..., n, p).
+    """
+    return torch.cat(
         [_outer(gradient, signal).flatten(-2), _outer(score_gradient, features).flatten(-2)], -1
     )
-    return shadow @ curvature.to(shadow.dtype) - push.to(shadow.dtype)
 
 
 def stein_excess(

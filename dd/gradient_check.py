@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from dd.functional import at_least_single
+from dd.ranks import Ranks
 
-__all__ = ["require_same_weight", "require_unedited"]
+__all__ = ["edit_scale", "require_same_weight", "require_unedited"]
 
 # The matrix product behind the weight gradient rounds each term by about a unit in the last place
 # and loses up to about √n/16 more in its longest sums; measured up to 3 for n up to 300 000.
@@ -15,45 +16,105 @@ _LONG_SUM = 256
 _SAME_WEIGHT_TOLERANCE = 1e-4
 
 
-def require_unedited(
+def edit_scale(
     weight_gradient: Tensor,
     gradient: Tensor,
-    direction: Tensor,
-    projection: Tensor,
-    name: str = "the decoupled layer's weight",
-) -> None:
-    """Check GᵀX = ∂L/∂weight along one random direction u of the inputs: (∂L/∂weight) u = Gᵀ(Xu).
+    directions: Tensor,
+    projections: Tensor,
+    ranks: Ranks,
+) -> float:
+    """By which scale the weight gradient differs from the one that the backward pass delivered.
 
-    The shadows follow G. They would part from the weights if the weights moved along anything else.
+    GᵀX = ∂L/∂weight is compared along the random directions U of the inputs: (∂L/∂weight) U against
+    Gᵀ(XU). The shadows follow G. They would part from the weights if the weights moved along
+    anything else than a multiple of it.
 
     Args:
         weight_gradient: ∂L/∂weight, shape (k, d).
-        gradient: G, shape (n, k).
-        direction: u, shape (d,).
-        projection: Xu, shape (n,).
+        gradient: G, shape (m, k).
+        directions: Uᵀ, shape (j, d).
+        projections: XU, shape (m, j).
+        ranks: which share the rows, and average their weight gradients.
+
+    Returns:
+        The scale; 1 where the two agree up to rounding.
+
+    Raises:
+        RuntimeError: if they differ by more than a scale.
+    """
+    rounding = max(_rounding(gradient), _rounding(weight_gradient))
+    gradient = at_least_single(gradient)
+    arrived = at_least_single(weight_gradient) @ directions.mT.to(gradient)
+    delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
+    if bool(((arrived - delivered).abs() <= tolerance).all()):
+        return 1.0
+    a, b = arrived.double(), delivered.double()
+    scale = float((a * b).sum() / b.square().sum().clamp_min(torch.finfo(b.dtype).tiny))
+    # An edit rounds the gradient once more.
+    tolerance = abs(scale) * tolerance + 4 * rounding * arrived.abs().amax()
+    if scale != 0 and bool(((arrived - scale * delivered).abs() <= tolerance).all()):
+        return scale
+    raise RuntimeError(
+        "DecoupledDescent: the gradient of the decoupled layer's weight is not the one that the "
+        "last backward passes delivered, nor a multiple of it, so weights and shadows would part. "
+        "It holds older gradients (call zero_grad() after every step), or it was edited entry by "
+        "entry (clip by norm instead of by value), or the loss has a term in the weights "
+        "themselves (use weight_decay= for an L2 penalty), or processes average it (construct the "
+        "optimizer with the DistributedDataParallel module)."
+    )
+
+
+def require_unedited(
+    found: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    projection: Tensor,
+    name: str,
+    scale: float,
+    ranks: Ranks,
+) -> None:
+    """Check that a gradient is the one delivered, times the scale of the decoupled weight's.
+
+    Args:
+        found: gradient of a parameter, shape (o, i).
+        gradient: gradient of what it yields, shape (m, o).
+        direction: shape (i,).
+        projection: the parameter's inputs along the direction, shape (m,).
         name: of the parameter, for the error.
+        scale: as :func:`edit_scale` returns it.
+        ranks: which share the rows.
 
     Raises:
         RuntimeError: if the two sides differ by more than rounding.
     """
-    rounding = max(_rounding(gradient), _rounding(weight_gradient))
+    rounding = max(_rounding(gradient), _rounding(found))
     gradient = at_least_single(gradient)
-    projection = projection.to(gradient)
-    arrived = at_least_single(weight_gradient) @ direction.to(gradient)
-    delivered = (gradient * projection.unsqueeze(1)).sum(0)
-    # A sample whose projection happens to be small still rounds like one of ordinary size.
-    sizes = projection.abs() + projection.square().mean().sqrt()
-    length = max(1.0, (len(projection) / _LONG_SUM) ** 0.5)
-    tolerance = _UNITS_IN_THE_LAST_PLACE * length * rounding * (gradient.abs().mT @ sizes)
-    if bool(((arrived - delivered).abs() <= tolerance).all()):
+    arrived = (at_least_single(found) @ direction.to(gradient)).unsqueeze(1)
+    delivered, tolerance = _delivered(gradient, projection.unsqueeze(1), rounding, ranks)
+    tolerance = abs(scale) * tolerance + 4 * rounding * arrived.abs().amax() * (scale != 1)
+    if bool(((arrived - scale * delivered).abs() <= tolerance).all()):
         return
     raise RuntimeError(
-        f"DecoupledDescent: the gradient of {name} is not the one that the "
-        "last backward pass delivered, so weights and shadows would part. It holds older gradients "
-        "(call zero_grad() in every step), or it was edited (lower lr instead of clipping; no "
-        "gradient scaler), or the loss has a term in the weights themselves (use weight_decay= for "
-        "an L2 penalty)."
+        f"DecoupledDescent: the gradient of {name} is not the one that the last backward passes "
+        f"delivered{'' if scale == 1 else f' times {scale:.4g}, the scale of the first layer'}; "
+        "head=True follows it. Call zero_grad() after every step, edit all gradients by one scale "
+        "(clip by the norm of all of them), and keep terms in the weights out of the loss."
     )
+
+
+def _delivered(
+    gradient: Tensor, projections: Tensor, rounding: float, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Gᵀ(XU), shape (k, j), as ranks average it, and what rounding may add to it."""
+    projections = projections.to(gradient)
+    delivered = gradient.mT @ projections
+    # A sample whose projection happens to be small still rounds like one of ordinary size.
+    sizes = projections.abs() + projections.square().mean(0).sqrt()
+    length = max(1.0, (len(projections) / _LONG_SUM) ** 0.5)
+    tolerance = _UNITS_IN_THE_LAST_PLACE * length * rounding * (gradient.abs().mT @ sizes)
+    if ranks.size > 1:
+        delivered, tolerance = ranks.sum(torch.stack([delivered, tolerance])) / ranks.size
+    return delivered, tolerance
 
 
 def require_same_weight(

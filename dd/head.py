@@ -6,8 +6,9 @@ the same, and is corrected here as the decoupled layer is: every sample meets th
 would be without it. Section 7 of ``docs/theory.md``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,17 @@ from torch import Tensor, nn
 from dd.functional import (
     at_least_single,
     shared_curvature,
+    shared_push,
     shared_shadow_gradient,
     softmax_curvature,
 )
 from dd.gradient_check import require_same_weight, require_unedited
 from dd.layers import find_head
+from dd.ranks import Ranks
+from dd.samples import Placement
+
+if TYPE_CHECKING:
+    from dd.capture import Pushes
 
 __all__ = ["Scores", "SharedParameters"]
 
@@ -31,6 +38,7 @@ _MOST_PARAMETERS = 20_000
 _SINGLE_TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2
 
 Read = Callable[[Tensor, str], Tensor | None]
+Write = Callable[[Tensor, str, Tensor], None]
 
 
 @dataclass(eq=False)
@@ -48,6 +56,19 @@ class Scores:
     features: Tensor
     jacobian: Tensor
     gradient: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Put the rows of micro-batches together."""
+        if len(parts) == 1:
+            return parts[0]
+        gradients = [part.gradient for part in parts if part.gradient is not None]
+        return cls(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.jacobian for part in parts]),
+            torch.cat(gradients) if len(gradients) == len(parts) else None,
+        )
 
     def curvature(self) -> Tensor:
         """Curvature of L in the scores, shape (n, C, C).
@@ -118,62 +139,71 @@ class SharedParameters:
         """Forget the samples and the weight that the state belonged to."""
         self._signal = self._expected = None
 
-    def signal(self, inputs: Tensor, *, checked: bool) -> Tensor:
+    def signal(self, inputs: Tensor, placement: Placement | None) -> Tensor:
         """Coordinates U of the inputs along the component means, and 1 for the bias.
 
         Args:
-            inputs: shape (n, d).
-            checked: whether these are known to be the samples of all forwards, whose coordinates
-                need not be computed again.
+            inputs: shape (m, d).
+            placement: of the batch. Coordinates of all samples in their order are kept.
 
         Returns:
-            Shape (n, m) or (n, m + 1).
+            Shape (m, j) or (m, j + 1).
         """
         kept, dtype = self._signal, torch.promote_types(inputs.dtype, torch.float32)
-        if kept is not None and kept.dtype == dtype and kept.device == inputs.device:
+        whole = placement is not None and placement.index is None
+        if whole and kept is not None and kept.dtype == dtype and kept.device == inputs.device:
             return kept
         values = at_least_single(inputs.detach())
         along = values[:, :0]
         if self._directions is not None:
             along = values @ self._directions.to(values)
         signal = self._with_one(along, self.layer)
-        self._signal = signal if checked else None
+        if whole:
+            self._signal = signal
         return signal
 
-    def correct_preactivation(self, output: Tensor, signal: Tensor, read: Read) -> Tensor:
+    def correct_preactivation(
+        self, output: Tensor, signal: Tensor, read: Read, index: Tensor | None
+    ) -> Tensor:
         """Add each sample's displacement of the decoupled layer along the means."""
-        return self._displaced(output, signal, self.layer, "signal_shadow", read)
+        return self._displaced(output, signal, self.layer, "signal_shadow", read, index)
 
-    def correct_scores(self, output: Tensor, features: Tensor, read: Read) -> Tensor:
+    def correct_scores(
+        self, output: Tensor, features: Tensor, read: Read, index: Tensor | None
+    ) -> Tensor:
         """Add each sample's displacement of the head.
 
         Args:
-            output: scores, shape (n, C).
-            features: as :meth:`features` gives them, shape (n, f).
+            output: scores, shape (m, C).
+            features: as :meth:`features` gives them, shape (m, f).
             read: gives the shadow of a parameter under a key.
+            index: sample of each row, shape (m,); None for all samples in their order.
 
         Raises:
             ValueError: if the head does not receive one row a sample.
         """
         shadow = read(self.head.weight, "shadow")
-        if output.dim() != 2 or (shadow is not None and len(shadow) != len(output)):
-            expected = "n" if shadow is None else str(len(shadow))
+        rows = None if shadow is None else len(shadow) if index is None else len(index)
+        if output.dim() != 2 or rows not in {None, len(output)}:
+            expected = "n" if rows is None else str(rows)
             raise ValueError(
                 f"DecoupledDescent: head {self.name!r} must return one row a sample, shape "
                 f"({expected}, {self.head.out_features}), in training; got {tuple(output.shape)}"
             )
-        return self._displaced(output, features, self.head, "shadow", read)
+        return self._displaced(output, features, self.head, "shadow", read, index)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Inputs of the head, and 1 for its bias, shape (n, f)."""
         return self._with_one(at_least_single(inputs.detach()), self.head)
 
-    def check_gradients(self, gradient: Tensor, scores: Scores) -> None:
+    def check_gradients(self, gradient: Tensor, scores: Scores, scale: float, ranks: Ranks) -> None:
         """Check that the gradients of head and biases are those that the backward delivered.
 
         Args:
-            gradient: G, shape (n, k).
+            gradient: G, shape (m, k).
             scores: of the same forward and backward.
+            scale: by which the decoupled weight's gradient was edited since.
+            ranks: which share the rows.
 
         Raises:
             RuntimeError: if one is another.
@@ -190,7 +220,7 @@ class SharedParameters:
             if parameter.grad is not None:
                 found = parameter.grad.reshape(len(parameter), -1)
                 name = f"a parameter of shape {tuple(parameter.shape)} followed by head=True"
-                require_unedited(found, delivered, along, projection, name)
+                require_unedited(found, delivered, along, projection, name, scale, ranks)
 
     def remember_weight(self) -> None:
         """Remember the head's weight that a step leaves."""
@@ -208,16 +238,40 @@ class SharedParameters:
             weight = self.head.weight.detach()
             require_same_weight(weight, self._direction.to(weight.device), self._expected, name)
 
+    def make(self, read: Read, write: Write, num_samples: int, signal: Tensor) -> None:
+        """Make displacements of zero for samples that have none yet.
+
+        Args:
+            read: gives the shadow of a parameter under a key; None before the first step.
+            write: takes it.
+            num_samples: n.
+            signal: U of some samples, shape (m, j).
+        """
+        for (parameter, key), size in zip(
+            self.parts, self._sizes(num_samples, signal), strict=True
+        ):
+            for name in (key, f"{key}_momentum_buffer"):
+                found = read(parameter, name)
+                if found is None and name == key:
+                    write(parameter, name, signal.new_zeros(size))
+                elif found is not None and len(found) < num_samples:
+                    more = found.new_zeros(num_samples - len(found), *size[1:])
+                    write(parameter, name, torch.cat([found, more]))
+
     def shadow_gradients(
-        self, gradient: Tensor, scores: Scores, signal: Tensor, read: Read
+        self,
+        pushes: "Pushes",
+        scale: float,
+        read: Read,
+        ranks: Ranks,
     ) -> tuple[list[tuple[Tensor, str, Tensor, Tensor]], Tensor]:
         """Shadows and their gradients, equation (4), and the curvature H_ψ, shape (p, p).
 
         Args:
-            gradient: G, shape (n, k).
-            scores: of the same forward and backward.
-            signal: U, shape (n, m).
-            read: gives the shadow of a parameter under a key; None before the first step.
+            pushes: rows of the step, with signal and scores.
+            scale: of the step's loss over the one that was differentiated here.
+            read: gives the shadow of a parameter under a key.
+            ranks: which share the rows.
 
         Returns:
             Parameter, key, shadow and gradient of each part; and the curvature.
@@ -225,27 +279,32 @@ class SharedParameters:
         Raises:
             RuntimeError: if the loss is not softmax cross-entropy of the scores.
         """
+        signal, scores = pushes.signal, pushes.scores
+        assert signal is not None
+        assert scores is not None
         assert scores.gradient is not None
-        sizes = self._sizes(len(gradient), signal)
-        shadows = [
-            gradient.new_zeros(size, dtype=signal.dtype) if found is None else found
-            for size, found in zip(sizes, (read(*part) for part in self.parts), strict=True)
-        ]
-        curvature = shared_curvature(
-            scores.curvature(), at_least_single(scores.jacobian), signal, scores.features
+        shadows = [found for part in self.parts if (found := read(*part)) is not None]
+        curvature = ranks.sum(
+            shared_curvature(
+                scores.curvature(), at_least_single(scores.jacobian), signal, scores.features
+            )
         )
-        moved = shared_shadow_gradient(
-            self._joined(shadows),
-            gradient,
-            scores.gradient,
-            signal,
-            scores.features,
-            curvature,
-        )
-        gradients = self._split(moved, signal.shape[1], scores.features.shape[1])
+        gradients = at_least_single(pushes.gradient), at_least_single(scores.gradient)
+        if scale != 1.0:
+            curvature = scale * curvature
+            gradients = scale * gradients[0], scale * gradients[1]
+        rows = (*gradients, signal, scores.features)
+        joined, index = self._joined(shadows), pushes.placement.index
+        if index is None:
+            moved = shared_shadow_gradient(joined, *rows, curvature)
+        else:
+            # Displacements have one curvature for all, so that absent samples' move as well.
+            moved = joined @ curvature.to(joined.dtype)
+            moved.index_add_(0, index, shared_push(*rows).to(joined.dtype), alpha=-1)
+        parts = self._split(moved, signal.shape[1], scores.features.shape[1])
         found = [
             (parameter, key, shadow, part.reshape(shadow.shape))
-            for (parameter, key), shadow, part in zip(self.parts, shadows, gradients, strict=True)
+            for (parameter, key), shadow, part in zip(self.parts, shadows, parts, strict=True)
         ]
         return found, curvature
 
@@ -282,16 +341,23 @@ class SharedParameters:
         return torch.cat([values, values.new_ones(len(values), 1)], 1)
 
     def _displaced(
-        self, output: Tensor, rows: Tensor, linear: nn.Linear, key: str, read: Read
+        self,
+        output: Tensor,
+        rows: Tensor,
+        linear: nn.Linear,
+        key: str,
+        read: Read,
+        index: Tensor | None,
     ) -> Tensor:
         shadow = read(linear.weight, key)
         if shadow is None:
             return output
-        shift = torch.einsum("noi,ni->no", shadow, rows[:, : shadow.shape[2]])
+        some = shadow if index is None else shadow[index]
+        shift = torch.einsum("noi,ni->no", some, rows[:, : shadow.shape[2]])
         if self._has_bias(linear):
             bias = read(linear.bias, "shadow")
             assert bias is not None
-            shift = shift + bias
+            shift = shift + (bias if index is None else bias[index])
         return output + shift.to(output.dtype)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dd.checks import check_count
+from dd.fingerprint import fingerprint
 from dd.functional import centre_within_components
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
@@ -43,6 +44,8 @@ class NoiseModel:
             the bins describe the noise in its complement alone; None where they describe all of it.
         fitted_on: number of samples that the model was fitted on, or None.
         norm_variation: standard deviation of ‖z_i‖² over its mean, or None where not measured.
+        fingerprints: of the samples that the model was fitted on, shape (n, 3), by which a training
+            batch of some of them is recognised; or None.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -55,6 +58,7 @@ class NoiseModel:
     mean_directions: Tensor | None = None
     fitted_on: int | None = None
     norm_variation: float | None = None
+    fingerprints: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -179,6 +183,7 @@ class NoiseModel:
             fitted_on=len(noise.centred),
             norm_variation=float(relative.double().std(correction=0)),
             mean_directions=noise.mean_directions,
+            fingerprints=noise.fingerprints,
         )
 
     def __str__(self) -> str:
@@ -244,6 +249,7 @@ class NoiseModel:
             ),
             fitted_on=self.fitted_on,
             norm_variation=self.norm_variation,
+            fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
         )
 
 
@@ -257,6 +263,7 @@ class _Noise:
     centred: Tensor
     components: Tensor | None
     degrees: int
+    fingerprints: Tensor
     mean_directions: Tensor | None = None
 
     @property
@@ -331,13 +338,13 @@ def _noise_of(
             "needs noisy inputs"
         )
     if not separate_means:
-        return _Noise(centred, ids, n - num_components)
+        return _Noise(centred, ids, n - num_components, fingerprint(values))
     if ids is None:
         raise ValueError("NoiseModel: separate_means needs the component of every sample")
     first = torch.stack([(ids == a).nonzero()[0, 0] for a in range(num_components)])
     directions = _span(values[first] - centred[first])
     centred.addmm_(centred @ directions, directions.mT, alpha=-1)
-    return _Noise(centred, ids, n - num_components, directions)
+    return _Noise(centred, ids, n - num_components, fingerprint(values), directions)
 
 
 def _span(means: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Decoupled descent as a drop-in replacement for :class:`torch.optim.SGD`."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,31 +9,20 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
-from dd.attachment import Attachment, Capture
+from dd.attachment import Attachment
+from dd.capture import Pushes
 from dd.curvature import check_name
 from dd.divergence import DivergenceWatch, SharpnessWatch
-from dd.functional import at_least_single, damped_weight_gradient, shadow_gradient
+from dd.functional import at_least_single, damped_weight_gradient
+from dd.loaders import tracked
 from dd.noise import NoiseModel
+from dd.ranks import Ranks
+from dd.samples import Placement
+from dd.shadows import ShadowUpdate, keeping
 
 __all__ = ["DecoupledDescent"]
 
-
-@dataclass(frozen=True)
-class _ShadowUpdate:
-    """A shadow with its gradient, to be stepped with its parameter.
-
-    The parameter itself descends ``parameter_gradient`` where that is not its own gradient.
-    """
-
-    parameter: Tensor
-    key: str
-    shadow: Tensor
-    gradient: Tensor
-    parameter_gradient: Tensor | None = None
-
-    @property
-    def buffer_key(self) -> str:
-        return f"{self.key}_momentum_buffer"
+_SETTINGS = ("_curvature", "_damping", "_head", "_seed")
 
 
 class DecoupledDescent(torch.optim.SGD):
@@ -45,7 +33,9 @@ class DecoupledDescent(torch.optim.SGD):
     from each sample the imprint that it left on the weights. In eval mode the network is the plain
     one. Given parameters, it is ``torch.optim.SGD`` until :meth:`attach` is called.
 
-    While attached, every training forward must hold the whole training set in one order.
+    A training forward may hold the whole training set or a mini-batch of it. Its samples are known
+    by their inputs where ``noise`` was fitted on them or an earlier forward held all of them;
+    otherwise :meth:`track` or :meth:`batch` tells which they are.
 
     Args:
         params: a module, or whatever ``torch.optim.SGD`` takes.
@@ -70,6 +60,11 @@ class DecoupledDescent(torch.optim.SGD):
             weights along the component means; for softmax cross-entropy. Takes n p numbers and
             n p² operations a step, p the number of these weights.
         seed: of the curvature probes; the global generators are left alone.
+        decoupled_weight_decay: shrink the parameters by lr · weight_decay themselves, outside of
+            momentum (Loshchilov and Hutter 2019), instead of adding the decay to the gradient.
+        process_group: processes that share one training run, each with its own samples; by default
+            that of a ``DistributedDataParallel`` module, else the default group where
+            ``torch.distributed`` is initialised. False: this process trains alone.
         maximize: ascend instead of descend.
         foreach: as in ``torch.optim.SGD``.
         differentiable: as in ``torch.optim.SGD``; only while unattached.
@@ -79,14 +74,6 @@ class DecoupledDescent(torch.optim.SGD):
         ValueError: if an argument is out of range, or the module has no layer to decouple.
         TypeError: if ``layer`` is not an ``nn.Linear``.
     """
-
-    _attachment: Attachment | None = None
-    _watch: DivergenceWatch | None = None
-    _edge: SharpnessWatch | None = None
-    _curvature: str = "auto"
-    _damping: float = 1.0
-    _head: bool | nn.Module | str = False
-    _seed: int = 0
 
     def __init__(
         self,
@@ -103,11 +90,17 @@ class DecoupledDescent(torch.optim.SGD):
         damping: float = 1.0,
         head: bool | nn.Module | str = False,
         seed: int = 0,
+        decoupled_weight_decay: bool = False,
+        process_group: Any = None,
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        # Not on the class: a wrapper that inherits from it would see those instead of its own.
+        self._attachment: Attachment | None = None
+        self._watch: DivergenceWatch | None = None
+        self._edge: SharpnessWatch | None = None
         _check_rate(lr)
         if not 0.0 <= damping <= 1.0:
             raise ValueError(f"DecoupledDescent: damping must lie in [0, 1], got {damping}")
@@ -134,6 +127,10 @@ class DecoupledDescent(torch.optim.SGD):
         self._damping = damping
         self._head = head
         self._seed = int(seed)
+        self._process_group = process_group
+        self.defaults["decoupled_weight_decay"] = decoupled_weight_decay
+        for group in self.param_groups:
+            group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
         if module is not None:
             self.attach(module, layer=layer, noise=noise)
 
@@ -168,7 +165,8 @@ class DecoupledDescent(torch.optim.SGD):
         """Decouple a linear layer of ``module``; its parameters must be this optimizer's.
 
         The shadows start at zero, which is right for weights that have not seen the training
-        samples: attach before the first step on them.
+        samples: attach before the first step on them. Shadows that a loaded or unpickled state
+        holds are taken up.
 
         Args:
             module: the model whose training forwards lead to this optimizer's steps.
@@ -187,7 +185,9 @@ class DecoupledDescent(torch.optim.SGD):
                 "detach() before attaching again"
             )
         bins = None if self._damping == 1.0 else 1
-        attachment = Attachment(module, layer, noise, self._curvature, self._head, bins)
+        attachment = Attachment(
+            module, layer, noise, self._curvature, self._head, bins, self._process_group
+        )
         for parameter, _ in attachment.shadowed:
             self._require_own(attachment, parameter)
         if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
@@ -202,45 +202,160 @@ class DecoupledDescent(torch.optim.SGD):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
         attachment.register(self)
         self._attachment = attachment
+        # A gradient scaler must not leave the skipping of a step to the fused update.
+        self._step_supports_amp_scaling = False
 
     def detach(self) -> None:
         """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
-        if self._attachment is None:
-            return
-        self._attachment.remove()
-        for parameter, key in self._attachment.shadowed:
-            for name in (key, f"{key}_momentum_buffer", "shadow_step", "shadow_samples"):
-                self.state[parameter].pop(name, None)
+        if self._attachment is not None:
+            self._attachment.remove()
+        for state in self.state.values():
+            for key in [k for k in state if _is_own(k)]:
+                del state[key]
         self._attachment = self._watch = self._edge = None
+        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+
+    def track(self, loader: Any) -> Any:
+        """Tell the optimizer which samples every batch of a loader holds.
+
+        Needed for mini-batches of samples that the noise model was not fitted on.
+
+        Args:
+            loader: a ``torch.utils.data.DataLoader`` over a map-style dataset, or any sized
+                iterable of batches of sample indices.
+
+        Returns:
+            An iterable of the same batches in the same form; iterate over it in place of
+            ``loader``.
+
+        Raises:
+            ValueError: if unattached, or the loader's samples have no fixed index.
+            TypeError: if the loader is neither.
+        """
+        return tracked(loader, self._required("track()").samples)
+
+    def batch(self, indices: Any) -> None:
+        """Tell which samples the next training forward holds.
+
+        Args:
+            indices: integers from 0, one a row, shape (m,).
+
+        Raises:
+            ValueError: if unattached, or the indices are not integers in range.
+        """
+        samples = self._required("batch()").samples
+        samples.withdraw()
+        samples.announce(torch.as_tensor(indices))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Tensor:
+        """Mean of the corrected loss over batches, an estimate of the test loss; changes nothing.
+
+        The model is in eval mode, but for the correction.
+
+        Args:
+            batches: training samples, such as the loader used in training.
+            loss: takes a batch, runs the model on it once, and returns the mean loss over its
+                samples, or several means in one tensor, such as loss and error.
+
+        Returns:
+            The mean over all samples, of the shape that ``loss`` returns.
+
+        Raises:
+            ValueError: if unattached, or there are no batches.
+            RuntimeError: if a batch did not pass through the decoupled layer.
+        """
+        attachment = self._required("evaluate()")
+        total, rows = torch.zeros(()), 0.0
+        with attachment.corrected_in_eval_mode():
+            for batch in batches:
+                attachment.rows_seen = 0
+                value = loss(batch)
+                if attachment.rows_seen == 0:
+                    raise RuntimeError(
+                        f"DecoupledDescent: a batch did not pass through layer {attachment.name!r} "
+                        "in evaluate(); let loss(batch) run the model"
+                    )
+                total = total + attachment.rows_seen * value.detach()
+                rows += attachment.rows_seen
+        if rows == 0:
+            raise ValueError("DecoupledDescent: evaluate() got no batches")
+        ranks = attachment.ranks
+        return ranks.sum(total) / ranks.sum(torch.as_tensor(rows, device=total.device))
 
     def drop_forward(self) -> None:
-        """Forget a training forward that will get no step, after a skipped or interrupted one."""
+        """Forget training forwards that will get no step, after a skipped or interrupted one."""
         if self._attachment is not None:
             self._attachment.drop()
+            self._attachment.samples.release()
             if self.shadow is None:
-                self._attachment.order.forget()
+                self._attachment.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and a forward whose backward has run but whose step was skipped.
+        """Clear the gradients, and forwards whose backward has run but whose step was skipped.
 
         Args:
             set_to_none: as in ``torch.optim.SGD``.
         """
-        pending = None if self._attachment is None else self._attachment.pending
-        if pending is not None and pending.gradient is not None:
-            self.drop_forward()
+        if self._attachment is not None:
+            self._attachment.drop_abandoned()
         super().zero_grad(set_to_none)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the shadows of all samples up to date."""
+        self._flush()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, shadows included, and forget a pending training forward.
+        """Load a state, shadows included, and forget pending training forwards.
 
         Args:
             state_dict: of an optimizer attached to the same layer and samples, or unattached.
         """
         super().load_state_dict(state_dict)
+        self._restore_precision(state_dict)
         if self._attachment is not None:
             self._attachment.forget()
             self._watch = self._edge = None
+
+    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
+        # The base class casts every tensor of a state to the parameter's precision.
+        saved = [p for group in state_dict["param_groups"] for p in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(saved, own, strict=True):
+            given = state_dict["state"].get(key, {})
+            for name, value in given.items():
+                if _is_own(name) and isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep: the settings, and the module that this is attached to."""
+        self._flush()
+        bond = None
+        if self._attachment is not None:
+            attachment = self._attachment
+            bond = (attachment.module, attachment.name, attachment.given_noise)
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return {**super().__getstate__(), "_bond": bond, "_own_settings": settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, and attach it to the copy of the module.
+
+        Args:
+            state: as :meth:`__getstate__` returns it.
+        """
+        state = dict(state)
+        bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
+        if settings is not None:
+            self._attachment = self._watch = self._edge = None
+            self._process_group = None
+            vars(self).update(settings)
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("decoupled_weight_decay", False)
+        if bond is not None:
+            module, layer, noise = bond
+            self.attach(module, layer=layer, noise=noise)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -268,45 +383,95 @@ class DecoupledDescent(torch.optim.SGD):
         for group in self.param_groups:
             _check_rate(group["lr"])
         if self._attachment is None:
+            self._require_no_shadow()
             self._step_groups([])
             return loss
         with _full_precision(self._attachment.layer.weight):
-            self._step_groups(self._shadow_update(self._attachment))
+            self._step_groups(self._updates(self._attachment))
             self._attachment.remember_weight()
         for watch in (self._watch, self._edge):
             if watch is not None:
                 watch.tell()
         return loss
 
+    def _required(self, what: str) -> Attachment:
+        if self._attachment is None:
+            raise ValueError(
+                f"DecoupledDescent: {what} needs an attached optimizer; construct it with the "
+                "module, or call attach(module)"
+            )
+        return self._attachment
+
+    def _require_no_shadow(self) -> None:
+        if any("shadow" in state for state in self.state.values()):
+            raise RuntimeError(
+                "DecoupledDescent: this optimizer is not attached, but its state holds shadows. "
+                "Call attach(module) to go on with them, or detach() to go on as plain SGD."
+            )
+
+    def _flush(self) -> None:
+        if self._attachment is not None:
+            with torch.no_grad():
+                self._attachment.shadows.flush(self.state[self._attachment.layer.weight])
+
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
         attachment = self._attachment
-        if attachment is None or layer is not attachment.layer or not layer.training:
+        if attachment is None or not layer.training:
+            return None
+        if layer is not attachment.layer:
+            _refuse_replica(layer)
             return None
         state = self.state[attachment.layer.weight]
-        shadow = state.get("shadow")
-        if shadow is None and "momentum_buffer" in state:
+        if state.get("shadow") is None and "momentum_buffer" in state:
             raise RuntimeError(
                 f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
                 "correction. Attach before the first step, or load the state of an attached "
                 "optimizer."
             )
-        attachment.order.resume(state.get("shadow_samples"))
+        leads_to_step = torch.is_grad_enabled()
+        if leads_to_step and attachment.layer.weight.grad is None:
+            # Gradients cleared by other means than zero_grad(), as after a skipped step.
+            attachment.drop_abandoned()
         with _full_precision(output):
-            corrected = attachment.preactivation(inputs, output, shadow)
+            placement = attachment.place(inputs, state, binds=leads_to_step)
+            attachment.now = placement
+            attachment.rows_seen += len(inputs)
+            corrected = attachment.preactivation(placement, output, state)
             signal = None
             if attachment.shared is not None:
-                signal = attachment.shared.signal(inputs, checked=shadow is not None)
-                corrected = attachment.shared.correct_preactivation(corrected, signal, self._read)
-            if not torch.is_grad_enabled():
+                signal = self._signal(attachment, inputs, placement)
+                index = None if placement is None else placement.index
+                corrected = attachment.shared.correct_preactivation(
+                    corrected, signal, self._read, index
+                )
+            if not leads_to_step:
                 return corrected
-            seed = _probe_seed(self._seed, state.get("shadow_step", 0))
-            outgoing = attachment.capture(inputs, corrected, seed, first=shadow is None)
-            assert attachment.pending is not None
-            attachment.pending.signal = signal
-            if shadow is not None:
-                self._require_fitting_state(attachment, len(shadow))
-            self._watch_for(attachment, len(inputs)).observe(corrected)
+            assert placement is not None
+            seed = _probe_seed(
+                self._seed, state.get("shadow_step", 0), len(attachment.pending), attachment.ranks
+            )
+            outgoing = attachment.capture(placement, inputs, corrected, seed)
+            attachment.pending[-1].signal = signal
+            if state.get("shadow") is not None:
+                self._require_fitting_state(attachment, len(state["shadow"]))
+            if self._watches(attachment, placement):
+                self._watch_for(attachment, len(inputs)).observe(corrected)
             return outgoing
+
+    def _signal(
+        self, attachment: Attachment, inputs: Tensor, placement: Placement | None
+    ) -> Tensor:
+        shared, count = attachment.shared, attachment.samples.count
+        assert shared is not None
+        signal = shared.signal(inputs, placement)
+        if placement is not None and count is not None and self.shadow is not None:
+            with torch.no_grad():
+                shared.make(self._read, self._write, count, signal)
+        return signal
+
+    def _watches(self, attachment: Attachment, placement: Placement) -> bool:
+        # The watches follow all samples from step to step.
+        return placement.index is None and attachment.ranks.size == 1
 
     def _require_fitting_state(self, attachment: Attachment, bins: int) -> None:
         assert attachment.noise is not None
@@ -344,11 +509,12 @@ class DecoupledDescent(torch.optim.SGD):
         # A marked tensor must not see the hook, nor an operation in place the tensor under it.
         with _full_precision(output), torch._C.DisableTorchFunctionSubclass():
             features = shared.features(inputs)
-            corrected = shared.correct_scores(output, features, self._read)
+            index = None if attachment.now is None else attachment.now.index
+            corrected = shared.correct_scores(output, features, self._read, index)
             # Without a pending forward the head runs by itself, and no step will come of it.
-            if not torch.is_grad_enabled() or attachment.pending is None:
+            if not torch.is_grad_enabled() or not attachment.pending:
                 return corrected
-            if attachment.pending.scores is not None:
+            if attachment.pending[-1].scores is not None:
                 raise RuntimeError(
                     f"DecoupledDescent: head {shared.name!r} must run once in every training "
                     f"forward, after layer {attachment.name!r}; run other forwards under "
@@ -356,8 +522,11 @@ class DecoupledDescent(torch.optim.SGD):
                 )
             if corrected is output:
                 corrected = output.clone()
-            attachment.pending.follow(output, corrected, features)
+            attachment.pending[-1].follow(output, corrected, features)
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
+
+    def _write(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        self.state[parameter][key] = value
 
     def _read(self, parameter: Tensor, key: str) -> Tensor | None:
         state: dict[str, Any] = self.state.get(parameter, {})
@@ -376,90 +545,109 @@ class DecoupledDescent(torch.optim.SGD):
             "optimizer with the parameters of this module"
         )
 
-    def _shadow_update(self, attachment: Attachment) -> list[_ShadowUpdate]:
-        capture = attachment.pending
+    def _updates(self, attachment: Attachment) -> list[ShadowUpdate]:
         weight = attachment.layer.weight
-        if capture is None:
+        if not attachment.pending:
             self._check_idle(attachment)
             return self._idle_updates(attachment)
-        if capture.gradient is None or weight.grad is None:
+        if any(c.gradient is None for c in attachment.pending) or weight.grad is None:
             raise RuntimeError(
-                "DecoupledDescent: step() before loss.backward(): the last training forward has no "
+                "DecoupledDescent: step() before loss.backward(): a training forward has no "
                 f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
                 "forward, or optimizer.drop_forward() to give it up."
             )
-        self._check_finite(attachment, capture)
-        attachment.check_gradient(capture)
-        attachment.check_head_gradient(capture)
-        shared = self._shared_updates(attachment, capture)
-        return [self._layer_update(attachment, capture), *shared]
-
-    def _shared_updates(self, attachment: Attachment, capture: Capture) -> list[_ShadowUpdate]:
-        if attachment.shared is None:
-            return []
-        assert capture.gradient is not None
-        assert capture.signal is not None
-        if capture.scores is None or capture.scores.gradient is None:
-            raise RuntimeError(
-                f"DecoupledDescent: head {attachment.shared.name!r} took no part in the last "
-                "training forward and backward; name the layer that computes the scores with head="
+        self._check_finite(attachment)
+        pushes = attachment.pushes()
+        edit = attachment.edit_scale(pushes)
+        if attachment.shared is not None and pushes.scores is not None:
+            attachment.shared.check_gradients(
+                pushes.gradient, pushes.scores, edit, attachment.ranks
             )
-        gradient = at_least_single(capture.gradient.detach())
-        found, curvature = attachment.shared.shadow_gradients(
-            gradient, capture.scores, capture.signal, self._read
-        )
-        if self._edge is None:
-            self._edge = SharpnessWatch()
-        self._edge.look(curvature, self.param_groups)
-        for parameter, key, shadow, _ in found:
-            self.state[parameter][key] = shadow
-        return [_ShadowUpdate(*part) for part in found]
+        # A data-parallel loss is the mean of the ranks' losses.
+        scale = edit / attachment.ranks.size
+        updates = [*self._shared_updates(attachment, pushes, scale)]
+        updates.insert(0, self._layer_update(attachment, pushes, scale))
+        attachment.drop()
+        attachment.samples.finish()
+        return updates
 
-    def _layer_update(self, attachment: Attachment, capture: Capture) -> _ShadowUpdate:
-        layer, noise = attachment.layer, attachment.noise
-        assert capture.gradient is not None
+    def _shared_updates(
+        self, attachment: Attachment, pushes: Pushes, scale: float
+    ) -> list[ShadowUpdate]:
+        shared, count = attachment.shared, attachment.samples.count
+        if shared is None:
+            return []
+        if pushes.scores is None or pushes.scores.gradient is None:
+            raise RuntimeError(
+                f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
+                "and backward; name the layer that computes the scores with head="
+            )
+        assert pushes.signal is not None
+        assert count is not None
+        shared.make(self._read, self._write, count, pushes.signal)
+        found, curvature = shared.shadow_gradients(pushes, scale, self._read, attachment.ranks)
+        if self._watches(attachment, pushes.placement):
+            if self._edge is None:
+                self._edge = SharpnessWatch()
+            self._edge.look(curvature, self.param_groups)
+        return [
+            ShadowUpdate(
+                parameter,
+                shadow,
+                gradient,
+                self._read(parameter, f"{key}_momentum_buffer"),
+                keeping(self.state[parameter], f"{key}_momentum_buffer"),
+            )
+            for parameter, key, shadow, gradient in found
+        ]
+
+    def _layer_update(self, attachment: Attachment, pushes: Pushes, scale: float) -> ShadowUpdate:
+        weight, noise = attachment.layer.weight, attachment.noise
+        count = attachment.samples.count
         assert noise is not None
-        assert layer.weight.grad is not None
-        gradient, curvature = capture.gradient.detach(), capture.curvature()
+        assert count is not None
+        assert weight.grad is not None
+        state = self.state[weight]
+        curvature = attachment.curvature(pushes, scale, state)
+        gradient = at_least_single(pushes.by_sample)
+        if scale != 1.0:
+            gradient = scale * gradient
         if not bool(curvature.isfinite().all()):
             raise RuntimeError(
                 f"DecoupledDescent: {len(gradient)} samples do not resolve the curvature of the "
                 f"{gradient.shape[1]} units of layer {attachment.name!r}; use fewer units or more "
                 'samples, or give component ids for curvature="stein"'
             )
-        group = self._group_of(layer.weight)
+        group = self._group_of(weight)
         assert group is not None
-        self._watch_for(attachment, len(gradient)).look(gradient, curvature, group)
-        attachment.drop()
-        state = self.state[layer.weight]
-        shadow = state.get("shadow")
-        if shadow is None:
-            dtype = noise.eigenvalues.dtype
-            shadow = gradient.new_zeros((len(noise.eigenvalues), *gradient.shape), dtype=dtype)
-            state["shadow"] = shadow
-            state["shadow_samples"] = attachment.order.projection
+        if self._watches(attachment, pushes.placement):
+            self._watch_for(attachment, len(gradient)).look(gradient, curvature, group)
+        attachment.shadows.make(state, noise, count, gradient)
+        assert attachment.samples.known is not None
+        state["shadow_samples"] = attachment.samples.known.values
         state["shadow_step"] = state.get("shadow_step", 0) + 1
         damped = None
         if self._damping != 1.0:
             damped = damped_weight_gradient(
-                layer.weight.grad, layer.weight, curvature, noise.eigenvalues, self._damping
+                weight.grad, weight, curvature, noise.eigenvalues, self._damping
             )
-        moved = shadow_gradient(
-            shadow,
+        return attachment.shadows.update(
+            state,
+            pushes.placement,
             gradient,
             curvature,
-            noise.eigenvalues,
-            noise.mass,
+            noise,
             self._damping,
-            noise.relative_mass,
+            weight,
+            momentum=group["momentum"] != 0,
+            parameter_gradient=damped,
         )
-        return _ShadowUpdate(layer.weight, "shadow", shadow, moved, damped)
 
-    def _step_groups(self, updates: list[_ShadowUpdate]) -> None:
+    def _step_groups(self, updates: list[ShadowUpdate]) -> None:
         for group in self.param_groups:
             self._step_group(group, updates)
 
-    def _step_group(self, group: dict[str, Any], updates: list[_ShadowUpdate]) -> None:
+    def _step_group(self, group: dict[str, Any], updates: list[ShadowUpdate]) -> None:
         # One call updates weights and shadows, so that whatever rule moves W moves Q.
         params: list[Tensor] = []
         gradients: list[Tensor] = []
@@ -471,15 +659,41 @@ class DecoupledDescent(torch.optim.SGD):
         for update in moving:
             if update.parameter_gradient is not None:
                 gradients[position[id(update.parameter)]] = update.parameter_gradient
-            params.append(update.shadow)
+            params.append(update.tensor)
             gradients.append(update.gradient)
             if group["momentum"] != 0:
-                buffers.append(self.state[update.parameter].get(update.buffer_key))
+                buffers.append(update.buffer)
+        self._apply_rule(group, params, gradients, buffers, sparse=sparse)
+        has_buffers = group["momentum"] != 0
+        if has_buffers:
+            for parameter, buffer in zip(params[:count], buffers[:count], strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer
+        for number, update in enumerate(moving, count):
+            update.finish(buffers[number] if has_buffers else None)
+
+    def _apply_rule(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        gradients: list[Tensor],
+        buffers: list[Tensor | None],
+        *,
+        sparse: bool,
+    ) -> None:
+        decay = group["weight_decay"]
+        if group["decoupled_weight_decay"]:
+            shrunk = 1 - group["lr"] * decay
+            found_inf = getattr(self, "found_inf", None)
+            if found_inf is not None:
+                shrunk = 1 - group["lr"] * decay * (1 - found_inf)
+            for parameter in params:
+                parameter.mul_(shrunk)
+            decay = 0.0
         sgd(
             params,
             gradients,
             buffers,
-            weight_decay=group["weight_decay"],
+            weight_decay=decay,
             momentum=group["momentum"],
             lr=group["lr"],
             dampening=group["dampening"],
@@ -491,19 +705,21 @@ class DecoupledDescent(torch.optim.SGD):
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
         )
-        if group["momentum"] == 0:
-            return
-        for parameter, buffer in zip(params[:count], buffers[:count], strict=True):
-            self.state[parameter]["momentum_buffer"] = buffer
-        for update, buffer in zip(moving, buffers[count:], strict=True):
-            self.state[update.parameter][update.buffer_key] = buffer
 
-    def _idle_updates(self, attachment: Attachment) -> list[_ShadowUpdate]:
+    def _idle_updates(self, attachment: Attachment) -> list[ShadowUpdate]:
         # Momentum and weight decay move W on a zero gradient too, and then they move Q.
+        self._flush()
+        found = [(p, key, self._read(p, key)) for p, key in attachment.shadowed]
         return [
-            _ShadowUpdate(parameter, key, shadow, torch.zeros_like(shadow))
-            for parameter, key in attachment.shadowed
-            if (shadow := self._read(parameter, key)) is not None
+            ShadowUpdate(
+                parameter,
+                shadow,
+                torch.zeros_like(shadow),
+                self._read(parameter, f"{key}_momentum_buffer"),
+                keeping(self.state[parameter], f"{key}_momentum_buffer"),
+            )
+            for parameter, key, shadow in found
+            if shadow is not None
         ]
 
     def _check_idle(self, attachment: Attachment) -> None:
@@ -517,23 +733,23 @@ class DecoupledDescent(torch.optim.SGD):
                 "optimizer.detach() to go on as plain SGD."
             )
 
-    def _check_finite(self, attachment: Attachment, capture: Capture) -> None:
-        assert capture.gradient is not None
+    def _check_finite(self, attachment: Attachment) -> None:
+        captured = [c.gradient for c in attachment.pending if c.gradient is not None]
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [capture.gradient, *(p.grad for p in moved)]
+        gradients = [*captured, *(p.grad for p in moved if p.grad is not None)]
         finite = torch.stack([_values(g.detach()).isfinite().all() for g in gradients])
         if bool(finite.all()):
             return
         attachment.drop()
         known = {id(p): name for name, p in attachment.module.named_parameters()}
-        names = [f"the output of {attachment.name!r}"]
+        names = [f"the output of {attachment.name!r}"] * len(captured)
         names += [known.get(id(p), f"parameter {i}") for i, p in enumerate(moved)]
         bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
         step = self.state[attachment.layer.weight].get("shadow_step", 0)
         raise FloatingPointError(
-            f"DecoupledDescent: the gradient of {', '.join(bad)} is not finite at step {step}; "
-            "nothing was updated. Likely causes: the learning rate is too large (halve it), or the "
-            "inputs or targets contain NaN or infinity."
+            f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
+            f"step {step}; nothing was updated. Likely causes: the learning rate is too large (halve "
+            "it), or the inputs or targets contain NaN or infinity."
         )
 
 
@@ -559,5 +775,19 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _probe_seed(seed: int, step: int) -> int:
-    return (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+def _probe_seed(seed: int, step: int, forward: int, ranks: Ranks) -> int:
+    # The first forward of a step on a single process draws what it always drew.
+    apart = 0xBF58476D1CE4E5B9 * (forward + 2**16 * ranks.rank)
+    return (seed * 0x9E3779B97F4A7C15 + step + apart) % 2**63
+
+
+def _is_own(key: str) -> bool:
+    return "shadow" in key
+
+
+def _refuse_replica(layer: nn.Module) -> None:
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            "DecoupledDescent: torch.nn.DataParallel replicates the decoupled layer at every "
+            "forward, out of the optimizer's sight; use DistributedDataParallel or one device"
+        )

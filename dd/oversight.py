@@ -1,5 +1,6 @@
 """What is said to the user while an attached optimizer trains; it changes nothing."""
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,13 @@ from torch import Tensor
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.copies import count_copies
 from dd.curvature import Stein
+from dd.samples import Placement
 from dd.strain import StrainWarning, strains
 from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
     from dd.attachment import Attachment
+    from dd.capture import Capture
 
 __all__ = ["Oversight"]
 
@@ -27,12 +30,13 @@ class Oversight:
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
 
-    def look(self, attachment: "Attachment", inputs: Tensor) -> None:
+    def look(self, attachment: "Attachment", placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.
 
         Args:
-            attachment: with its noise model fitted and the order of the samples known.
-            inputs: training inputs, shape (n, d).
+            attachment: with its noise model fitted and the samples known.
+            placement: of the first batch.
+            inputs: of the first batch, shape (m, d).
         """
         if self._has_looked:
             return
@@ -42,10 +46,13 @@ class Oversight:
         corrected = {id(parameter) for parameter, _ in attachment.shadowed}
         others = (p for p in attachment.module.parameters() if id(p) not in corrected)
         head = sum(p.numel() for p in others if p.requires_grad)
-        assert attachment.order.projection is not None
-        copies = count_copies(inputs, attachment.order.projection)
+        count = attachment.samples.count
+        assert count is not None
+        # Mini-batches never show two copies side by side.
+        whole = placement.index is None
+        copies = count_copies(inputs, placement.fingerprints[:, 0]) if whole else 0
         for sentence in strains(
-            len(inputs),
+            count * attachment.ranks.size,
             layer.in_features,
             layer.out_features,
             head,
@@ -55,22 +62,29 @@ class Oversight:
         ):
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
-    def outgoing(self, attachment: "Attachment", preactivation: Tensor, seed: int) -> Tensor:
+    def outgoing(
+        self, attachment: "Attachment", capture: "Capture", preactivation: Tensor, seed: int
+    ) -> Tensor:
         """Return what the following layers receive, marked for an audit where one is due.
 
         Args:
-            attachment: with a pending training forward.
-            preactivation: R, shape (n, k).
+            attachment: with its noise model fitted.
+            capture: the training forward.
+            preactivation: R, shape (m, k).
             seed: of the audit's probe.
         """
         self._forwards += 1
         estimator = attachment.estimator
         if self._has_found or not isinstance(estimator, Stein) or not is_due(self._forwards):
             return preactivation
-        if attachment.pending is None or not is_safe(attachment.module):
+        if not is_safe(attachment.module):
             return preactivation
         mass = None if attachment.noise is None else attachment.noise.relative_mass
-        self._audit = Audit(attachment.pending, mass, seed, self._forwards, self._found)
+        index = capture.placement.index
+        if mass is not None and index is not None:
+            mass = mass[index]
+        centred = functools.partial(estimator.centred, index=index)
+        self._audit = Audit(capture, centred, mass, seed, self._forwards, self._found)
         return preactivation.as_subclass(AuditedTensor)
 
     def _found(self) -> None:

@@ -4,8 +4,8 @@ Written from ``docs/theory.md`` alone and sharing no code with the package, so t
 seen as a disagreement with the other. Nothing here is a recursion: the weights and the Onsager
 correction of step t are written out as sums over the steps s < t.
 
-Where later features belong: a mini-batch makes the rows of ``Step.gradients`` outside the batch
-zero and n the batch's size; momentum makes each factor a map of (position, velocity).
+The mini-batch twin at the end is a recursion, but an eager one: every sample's shadow moves at every
+step, and the optimizer's rule is written out for each number.
 """
 
 from collections.abc import Callable, Sequence
@@ -331,4 +331,93 @@ def decoupled_descent_with_head(
         result.append((step, shared))
         if t < len(rates):
             head = descended(head, head_gradients, rates[t])
+    return result
+
+
+class Rule(NamedTuple):
+    """A linear optimizer, as ``torch.optim.SGD`` documents it, and decoupled weight decay."""
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    decoupled_weight_decay: bool = False
+
+    def moved(self, x: Tensor, gradient: Tensor, pace: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the next value and momentum of x; the first momentum is the gradient itself."""
+        g = -gradient if self.maximize else gradient
+        if self.decoupled_weight_decay:
+            x = x - self.lr * self.weight_decay * x
+        else:
+            g = g + self.weight_decay * x
+        if self.momentum == 0.0:
+            return x - self.lr * g, torch.zeros_like(x)
+        pace = g if pace is None else self.momentum * pace + (1 - self.dampening) * g
+        return x - self.lr * (g + self.momentum * pace if self.nesterov else pace), pace
+
+
+def mini_batch_descent(
+    inputs: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    head: Head,
+    activation: Activation,
+    batches: Sequence[Sequence[int]],
+    rules: Sequence[Rule],
+    eigenvalues: Sequence[float],
+    multiplicities: Sequence[int],
+    relative_mass: Tensor | None = None,
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Decoupled descent on mini-batches, equation (2), the shadow of every sample moved in each.
+
+        ∇Q_{b,i} = λ_b Q_{b,i} H̄ − (ν_b λ_b r_i / m) g_i 1[i ∈ batch].
+
+    A sample that a batch holds twice pushes twice.
+
+    Args:
+        inputs: X, shape (n, d), float64.
+        labels: class of each sample, shape (n,).
+        weight: W^0, shape (d, k), float64.
+        head: θ^0.
+        activation: applied to each hidden unit; twice differentiable.
+        batches: samples of each step.
+        rules: the optimizer's settings at each step.
+        eigenvalues: λ of each bin.
+        multiplicities: ν of each bin.
+        relative_mass: r, shape (n,); equal masses by default.
+
+    Returns:
+        W (d, k) and Q (B, n, k) after each step, and the batch's loss before it.
+    """
+    n, k = len(inputs), weight.shape[1]
+    mass = torch.ones(n).double() if relative_mass is None else relative_mass
+    shadow = torch.zeros(len(eigenvalues), n, k).double()
+    tensors: list[Tensor] = [weight, *head, shadow]
+    paces: list[Tensor | None] = [None] * len(tensors)
+    result = []
+    for batch, rule in zip(batches, rules, strict=True):
+        weight, shadow, head = tensors[0], tensors[-1], Head(*tensors[1:-1])
+        m, loss = len(batch), 0.0
+        gradients = [torch.zeros_like(x) for x in tensors]
+        hessian = torch.zeros(k, k).double()
+        for i in batch:
+            arguments = (weight.T @ inputs[i] + shadow[:, i].sum(0), head, int(labels[i]))
+            g, head_gradient = torch.func.grad(sample_loss, argnums=(0, 1))(*arguments, activation)
+            hessian += mass[i] * torch.func.hessian(sample_loss)(*arguments, activation) / m
+            loss += float(sample_loss(*arguments, activation)) / m
+            gradients[0] += torch.outer(inputs[i], g) / m
+            for total, part in zip(gradients[1:-1], head_gradient, strict=True):
+                total += part / m
+            for b, (value, count) in enumerate(zip(eigenvalues, multiplicities, strict=True)):
+                gradients[-1][b, i] -= count * value * mass[i] / m * g
+        for b, value in enumerate(eigenvalues):
+            for i in range(n):
+                gradients[-1][b, i] += value * shadow[b, i] @ hessian
+        moved = [rule.moved(*each) for each in zip(tensors, gradients, paces, strict=True)]
+        tensors, paces = [x for x, _ in moved], [pace for _, pace in moved]
+        if rule.momentum == 0.0:
+            paces = [None] * len(tensors)
+        result.append((tensors[0], tensors[-1], loss))
     return result

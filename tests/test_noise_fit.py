@@ -229,7 +229,7 @@ def test_a_batch_of_another_size_than_the_masses_is_refused():
     noise = NoiseModel.fit(normal(9, 30, 5), torch.arange(30) % 2, per_sample=True)
     optimizer = dd.DecoupledDescent(model, noise=noise)
     assert optimizer.noise is noise
-    with pytest.raises(ValueError, match="expects the whole training set of 30 samples"):
+    with pytest.raises(ValueError, match=r"knows 30 training samples, .*brought 29"):
         model(normal(9, 29, 5))
 
 

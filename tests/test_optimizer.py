@@ -462,7 +462,7 @@ def test_rounding_is_no_edit_with_many_samples(k):
     train(model, optimizer, inputs, targets, steps=10)
     optimizer.zero_grad()
     F.cross_entropy(model(inputs), targets).backward()
-    model[0].weight.grad *= 0.5
+    model[0].weight.grad[0, :10] *= 0.5
     with pytest.raises(RuntimeError, match="not the one that the last backward"):
         optimizer.step()
 

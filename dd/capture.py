@@ -1,0 +1,223 @@
+"""One training forward, and what its backward delivers at the decoupled layer and the head."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dd.curvature import Backward, Curvature
+from dd.dual import DualLevel, carry_tangent, split_tangent
+from dd.head import Scores
+from dd.samples import Placement
+
+__all__ = ["Capture", "Pushes", "joined"]
+
+
+class Capture:
+    """One training forward, and what its backward delivers.
+
+    Attributes:
+        placement: the samples of its batch.
+        gradient: ∂L/∂R, shape (m, k), or None before the backward pass.
+        tangent: derivative of the gradient along the probe, or None.
+        signal: coordinates of the samples along the component means, shape (m, j), where the head
+            is corrected.
+        scores: what the head saw and said, where it is corrected.
+    """
+
+    signal: Tensor | None = None
+    scores: Scores | None = None
+
+    def __init__(
+        self,
+        placement: Placement,
+        preactivation: Tensor,
+        estimator: Curvature,
+        generator: torch.Generator,
+    ) -> None:
+        self.placement = placement
+        self.gradient: Tensor | None = None
+        self.tangent: Tensor | None = None
+        self._estimating = False
+        self._estimator = estimator
+        self._observed = estimator.observe(preactivation.detach(), generator)
+        self._edge = get_gradient_edge(preactivation)
+        self._level = DualLevel() if estimator.forward_mode else None
+        _listen(preactivation, self.receive)
+
+    def outgoing(self, preactivation: Tensor) -> Tensor:
+        """Return what the following layers receive: R, with the probe as tangent where needed."""
+        if self._level is None:
+            return preactivation
+        # An in-place operation downstream changes the tangent too; the probe must survive it.
+        return carry_tangent(preactivation, self._observed.clone())
+
+    @property
+    def node(self) -> Any:
+        """Node of R in the autograd graph."""
+        return self._edge.node
+
+    @property
+    def observed(self) -> Tensor:
+        """What the estimator keeps of the forward, shape (m, k)."""
+        return self._observed
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[tuple[Tensor, GradientEdge]]:
+        """Let gradients pass by R uncounted; yields what was observed, and R's place."""
+        self._estimating = True
+        try:
+            yield self._observed, self._edge
+        finally:
+            self._estimating = False
+
+    def receive(self, gradient: Tensor) -> Tensor | None:
+        """Keep a gradient that reached R; return what goes on to the layer's weights."""
+        if self._estimating:
+            return None
+        tangent = None
+        if self._level is not None:
+            gradient, tangent = split_tangent(gradient)
+            self._level.close()
+        if self.gradient is None:
+            self.gradient, self.tangent = gradient, tangent
+        else:
+            # A second backward pass finds the level closed, so that its curvature is lost.
+            self.gradient, self.tangent = self.gradient + gradient, None
+        return gradient if self._level is not None else None
+
+    def follow(self, scores: Tensor, corrected: Tensor, features: Tensor) -> None:
+        """Take down what the head saw and said.
+
+        Args:
+            scores: the head's plain output, shape (m, C).
+            corrected: what the loss receives, shape (m, C).
+            features: inputs of the head, and 1 for its bias, shape (m, f).
+
+        Raises:
+            RuntimeError: if the scores do not depend on the pre-activations.
+        """
+        # What follows may change the scores in place.
+        values = split_tangent(corrected.detach())[0].clone()
+        self.scores = Scores(values, features, self._jacobian(scores))
+        _listen(corrected, self.receive_scores)
+
+    def _jacobian(self, scores: Tensor) -> Tensor:
+        directions = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
+        # The head's derivative is wanted, not that of its tangent.
+        with self.undisturbed(), forward_ad._set_fwd_grad_enabled(False):
+            try:
+                rows = [
+                    torch.autograd.grad(
+                        scores,
+                        self._edge,
+                        direction.expand(scores.shape),
+                        retain_graph=True,
+                        allow_unused=True,
+                    )[0]
+                    for direction in directions
+                ]
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "DecoupledDescent: head=True differentiates every score in the forward pass, "
+                    f"and something between the decoupled layer and the head does not allow it "
+                    f"({error}). Use head=False, or no activation checkpointing there."
+                ) from error
+        if any(row is None for row in rows):
+            raise RuntimeError(
+                "DecoupledDescent: the head's output does not depend on the decoupled layer's; "
+                "name the layer that computes the scores with head="
+            )
+        return torch.stack(rows, 1).detach()
+
+    def receive_scores(self, gradient: Tensor) -> None:
+        """Keep a gradient that reached the scores."""
+        if self._estimating or self.scores is None:
+            return
+        gradient = split_tangent(gradient.detach())[0]
+        earlier = self.scores.gradient
+        self.scores.gradient = gradient if earlier is None else earlier + gradient
+
+    def product(self) -> Tensor:
+        """What the curvature needs of the backward pass, once the gradient is there."""
+        assert self.gradient is not None
+        # Differentiating the gradient again passes by R and must not count as a gradient.
+        with self.undisturbed() as (observed, edge):
+            return self._estimator.product(observed, Backward(self.gradient, self.tangent, edge))
+
+    def close(self) -> None:
+        """Drop the share in the forward-mode level."""
+        if self._level is not None:
+            self._level.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Pushes:
+    """The rows of all forwards that lead to one step.
+
+    Attributes:
+        placement: the samples of the rows.
+        gradient: G, shape (m, k).
+        observed: what the estimator kept of the forwards, shape (m, k).
+        captures: the forwards.
+        signal: coordinates along the component means, shape (m, j), or None.
+        scores: what the head saw and said, or None.
+    """
+
+    placement: Placement
+    gradient: Tensor
+    observed: Tensor
+    captures: Sequence[Capture]
+    signal: Tensor | None
+    scores: Scores | None
+
+    def product(self) -> Tensor:
+        """What the curvature needs of the backward passes."""
+        return _stacked([capture.product() for capture in self.captures])
+
+    @property
+    def by_sample(self) -> Tensor:
+        """G with one row a distinct sample, shape (u, k)."""
+        return self.placement.by_sample(self.gradient)
+
+
+def joined(captures: Sequence[Capture], num_samples: int) -> Pushes:
+    """Put the rows of micro-batches together.
+
+    Args:
+        captures: forwards that have their gradients.
+        num_samples: n.
+    """
+    gradients = [c.gradient.detach() for c in captures if c.gradient is not None]
+    signals = [c.signal for c in captures if c.signal is not None]
+    scores = [c.scores for c in captures if c.scores is not None]
+    return Pushes(
+        placement=Placement.joined([c.placement for c in captures], num_samples),
+        gradient=_stacked(gradients),
+        observed=_stacked([c.observed for c in captures]),
+        captures=captures,
+        signal=_stacked(signals) if signals else None,
+        scores=Scores.joined(scores) if len(scores) == len(captures) else None,
+    )
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _listen(tensor: Tensor, receive: Callable[[Tensor], Tensor | None]) -> None:
+    """Pass the gradient of ``tensor`` to a method, as long as its owner lives."""
+    # The graph must not own the capture, which owns an edge of the graph.
+    listener = weakref.WeakMethod(receive)
+
+    def deliver(gradient: Tensor) -> Tensor | None:
+        receive = listener()
+        return None if receive is None else receive(gradient)
+
+    tensor.register_hook(deliver)

@@ -1,0 +1,149 @@
+"""Three random projections of every sample, by which it is known again."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["Fingerprints", "directions", "fingerprint"]
+
+PROJECTIONS = 3
+
+# A random projection tells two samples apart by about its standard deviation over samples, while
+# summing in another order moves it by a few float32 roundings of its size.
+_SPREAD_TOLERANCE = 1e-3
+_ROUNDING_TOLERANCE = 1e-5
+
+# Pairs of a sample and a candidate that are compared at a time.
+_AT_A_TIME = 2**22
+
+
+def directions(dimension: int) -> Tensor:
+    """The directions of every fingerprint of this dimension, shape (3, d)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(PROJECTIONS, dimension, generator=generator)
+
+
+def fingerprint(inputs: Tensor, along: Tensor | None = None) -> Tensor:
+    """Project every sample on the directions.
+
+    Args:
+        inputs: shape (n, d).
+        along: :func:`directions`, if at hand, in the inputs' dtype and on their device.
+
+    Returns:
+        Shape (n, 3), in float32 at least.
+    """
+    values = inputs.detach()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    along = directions(values.shape[1]).to(values) if along is None else along
+    # A matrix product would be rounded to TensorFloat32 where the user allows that.
+    return torch.stack([values @ direction for direction in along], 1)
+
+
+class Fingerprints:
+    """Fingerprints of the training samples, not a number where a sample was not yet seen.
+
+    Args:
+        values: shape (n, 3).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._known = 0
+        self._tolerance = values.new_zeros(PROJECTIONS)
+        self._order: tuple[Tensor, Tensor] | None = None
+        self._measure()
+
+    def __len__(self) -> int:
+        """Number of samples, seen or not."""
+        return len(self.values)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample was seen."""
+        return self._known == len(self.values)
+
+    def grow(self, count: int) -> None:
+        """Make room for more samples."""
+        missing = self.values.new_full((count - len(self.values), PROJECTIONS), torch.nan)
+        self.values = torch.cat([self.values, missing])
+
+    def put(self, index: Tensor, found: Tensor) -> None:
+        """Take down samples that were not seen before.
+
+        Args:
+            index: shape (m,).
+            found: their fingerprints, shape (m, 3).
+        """
+        self.values[index] = found
+        self._order = None
+        before, self._known = self._known, self._known + len(index)
+        # Tolerances follow the samples' scale, which few doublings tell.
+        if before == 0 or self._known.bit_length() > before.bit_length() or self.complete:
+            self._measure()
+
+    def differ(self, index: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare samples with what is known of them.
+
+        Args:
+            index: shape (m,).
+            found: fingerprints, shape (m, 3).
+
+        Returns:
+            Which of them are new and which differ, each of shape (m,).
+        """
+        known = self.values[index].to(found)
+        new = known[:, 0].isnan()
+        return new, ~(((known - found).abs() <= self._tolerance.to(found)).all(1) | new)
+
+    def equal(self, found: Tensor) -> Tensor:
+        """Which rows of a batch of all samples in their order are theirs, shape (n,)."""
+        close = (self.values.to(found) - found).abs() <= self._tolerance.to(found)
+        return close.all(1)
+
+    def find(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Look samples up.
+
+        Args:
+            found: fingerprints, shape (m, 3).
+
+        Returns:
+            The index of the nearest known sample, and whether it is the same one, each of shape
+            (m,).
+        """
+        first, order = self._sorted()
+        tolerance = self._tolerance.to(first)
+        found = found.to(first)
+        key = found[:, 0].contiguous()
+        low = torch.searchsorted(first, key - tolerance[0])
+        high = torch.searchsorted(first, key + tolerance[0], right=True)
+        width = max(1, int((high - low).max()))
+        rows = max(1, _AT_A_TIME // width)
+        blocks = zip(found.split(rows), low.split(rows), high.split(rows), strict=True)
+        parts = [self._nearest(*block, width, order, tolerance) for block in blocks]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _nearest(
+        self, found: Tensor, low: Tensor, high: Tensor, width: int, order: Tensor, tolerance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        position = low.unsqueeze(1) + torch.arange(width, device=low.device)
+        candidate = order[position.clamp_max(len(order) - 1)]
+        apart = (self.values[candidate] - found.unsqueeze(1)).abs() / tolerance
+        distance = apart.amax(-1).masked_fill(position >= high.unsqueeze(1), torch.inf)
+        nearest, which = distance.nan_to_num(nan=torch.inf).min(1)
+        return candidate.gather(1, which.unsqueeze(1)).squeeze(1), nearest <= 1
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        if self._order is None:
+            # Stable, so that of several copies the first is found. Unseen ones come last.
+            values, order = self.values[:, 0].sort(stable=True)
+            self._order = values.contiguous(), order
+        return self._order
+
+    def _measure(self) -> None:
+        known = self.values[~self.values[:, 0].isnan()]
+        self._known = len(known)
+        if len(known) > 0:
+            rounding = _ROUNDING_TOLERANCE * known.square().mean(0).sqrt()
+            spread = known.std(0, correction=0)
+            tiny = torch.finfo(known.dtype).tiny
+            self._tolerance = (_SPREAD_TOLERANCE * spread + rounding).clamp_min(tiny)

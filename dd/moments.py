@@ -1,0 +1,126 @@
+"""Moments of pre-activations and gradients from which the curvature is solved."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dd.functional import at_least_single
+from dd.ranks import Ranks
+
+__all__ = ["Moments"]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean second moments of rows a_i, and Σ_i a_i b_iᵀ, around component means.
+
+    The b_i are parts of a gradient, so that their sum over a batch is already its mean.
+
+    Attributes:
+        rows: number of rows, shape ().
+        counts: rows of each component, shape (C,); empty where nothing is centred.
+        left: mean of a in each component, shape (C, k).
+        right: mean of b in each component, times ``rows``, shape (C, k).
+        gram: Σ a aᵀ / rows, shape (k, k).
+        cross: Σ a bᵀ, shape (k, k).
+    """
+
+    rows: Tensor
+    counts: Tensor
+    left: Tensor
+    right: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def centred(
+        cls, values: Tensor, products: Tensor, components: Tensor, count: int, ranks: Ranks
+    ) -> "Moments":
+        """Moments around component means.
+
+        Args:
+            values: a, shape (m, k).
+            products: b, shape (m, k).
+            components: of each row, shape (m,).
+            count: number of components C.
+            ranks: over which rows are spread.
+        """
+        values, products = at_least_single(values), at_least_single(products)
+        # A product instead of index_add, whose order of summation is not fixed on CUDA.
+        membership = torch.nn.functional.one_hot(components, count).to(values.dtype)
+        sums = torch.cat(
+            [membership.sum(0).unsqueeze(1), membership.mT @ values, membership.mT @ products], 1
+        )
+        sums = ranks.sum(sums)
+        counts = sums[:, 0]
+        left, right = (sums[:, 1:] / counts.clamp_min(1).unsqueeze(1)).chunk(2, 1)
+        around = values - left.index_select(0, components)
+        rows = counts.sum()
+        return cls._of(around, products, rows, counts, left, rows * right, ranks)
+
+    @classmethod
+    def plain(cls, values: Tensor, products: Tensor, ranks: Ranks) -> "Moments":
+        """Moments around zero; arguments as in :meth:`centred`."""
+        values, products = at_least_single(values), at_least_single(products)
+        rows = ranks.sum(values.new_tensor(float(len(values))))
+        none = values.new_empty(0, values.shape[1])
+        return cls._of(values, products, rows, none[:, 0], none, none, ranks)
+
+    @classmethod
+    def _of(
+        cls,
+        values: Tensor,
+        products: Tensor,
+        rows: Tensor,
+        counts: Tensor,
+        left: Tensor,
+        right: Tensor,
+        ranks: Ranks,
+    ) -> "Moments":
+        both = ranks.sum(torch.stack([values.mT @ values, values.mT @ products]))
+        return cls(rows, counts, left, right, both[0] / rows, both[1])
+
+    def scaled(self, scale: Tensor | float) -> "Moments":
+        """Moments with b multiplied by a scale."""
+        return replace(self, right=scale * self.right, cross=scale * self.cross)
+
+    def merged(self, earlier: "Moments", keep: float) -> "Moments":
+        """Pool with the moments of earlier steps, weighted by ``keep`` times their rows.
+
+        Chan, Golub and LeVeque (1979): means and centred moments of a union from those of its
+        parts, without the cancellation of raw moments.
+        """
+        before, now = keep * earlier.rows, self.rows
+        rows = before + now
+        before_counts = keep * earlier.counts
+        counts = before_counts + self.counts
+        share = (self.counts / counts.clamp_min(torch.finfo(counts.dtype).tiny)).unsqueeze(1)
+        apart = before_counts.unsqueeze(1) * share
+        left, right = self.left - earlier.left, self.right - earlier.right
+        between = left.mT @ (apart * torch.cat([left, right], 1))
+        gram, cross = between.chunk(2, 1)
+        return Moments(
+            rows=rows,
+            counts=counts,
+            left=earlier.left + share * left,
+            right=earlier.right + share * right,
+            gram=(before * earlier.gram + now * self.gram + gram) / rows,
+            cross=(before * earlier.cross + now * self.cross + cross) / rows,
+        )
+
+    def packed(self) -> Tensor:
+        """All numbers in one tensor, shape (numbers,)."""
+        return torch.cat([part.reshape(-1) for part in vars(self).values()])
+
+    @classmethod
+    def unpacked(cls, numbers: Tensor, count: int, width: int) -> "Moments":
+        """The inverse of :meth:`packed`, for ``count`` components of ``width`` units."""
+        square, means = width * width, count * width
+        parts = numbers.split([1, count, means, means, square, square])
+        return cls(
+            parts[0].reshape(()),
+            parts[1],
+            *(part.reshape(count, width) for part in parts[2:4]),
+            *(part.reshape(width, width) for part in parts[4:]),
+        )

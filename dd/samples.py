@@ -1,0 +1,351 @@
+"""Which training samples a batch holds, so that every one meets its own shadow."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.fingerprint import Fingerprints, directions, fingerprint
+from dd.noise import NoiseModel
+from dd.user_warning import warn_user
+
+__all__ = ["AugmentationWarning", "Placement", "Samples"]
+
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+class AugmentationWarning(UserWarning):
+    """A training sample came with another input than before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The samples of one training batch.
+
+    Attributes:
+        fingerprints: of the rows, shape (m, 3).
+        index: sample of each row, shape (m,); None for all samples in their order.
+        rows: the distinct samples in ascending order, shape (u,), or None likewise.
+        position: where each row's sample stands in ``rows``, shape (m,), or None likewise.
+        rows_on_cpu: ``rows`` on the CPU, or None likewise.
+    """
+
+    fingerprints: Tensor
+    index: Tensor | None = None
+    rows: Tensor | None = None
+    position: Tensor | None = None
+    rows_on_cpu: Tensor | None = None
+
+    @classmethod
+    def of(cls, fingerprints: Tensor, index: Tensor, num_samples: int) -> "Placement":
+        """Place a batch by the sample of each row, on any device."""
+        index = index.to(fingerprints.device)
+        if len(index) == num_samples:
+            everything = torch.arange(num_samples, device=index.device)
+            if bool((index == everything).all()):
+                return cls(fingerprints)
+        on_cpu, position = torch.unique(index.cpu(), return_inverse=True)
+        device = index.device
+        return cls(fingerprints, index, on_cpu.to(device), position.to(device), on_cpu)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Placement"], num_samples: int) -> "Placement":
+        """Place the rows of several batches."""
+        if len(parts) == 1:
+            return parts[0]
+        found = torch.cat([part.fingerprints for part in parts])
+        everything = torch.arange(num_samples, device=found.device)
+        index = [everything if part.index is None else part.index for part in parts]
+        return cls.of(found, torch.cat(index), num_samples)
+
+    def by_sample(self, values: Tensor) -> Tensor:
+        """Sum rows (m, ...) that are of one sample, shape (u, ...)."""
+        if self.rows is None or self.position is None:
+            return values
+        total = values.new_zeros(len(self.rows), *values.shape[1:])
+        return total.index_add_(0, self.position, values)
+
+
+class Samples:
+    """The training samples of one attachment: told by their index, or known by their inputs.
+
+    A batch that is the very tensor seen last, unmodified, is recognised without any work.
+
+    Attributes:
+        known: fingerprints of the samples, or None before the first batch.
+        directions: of the fingerprints, shape (3, d), or None before the first batch.
+    """
+
+    def __init__(self) -> None:
+        self.known: Fingerprints | None = None
+        self.directions: Tensor | None = None
+        self._last: tuple[Any, Placement] | None = None
+        self._waiting: list[Tensor] = []
+        self._used: Tensor | None = None
+        self._total: int | None = None
+        self._is_told = self._has_warned = False
+
+    @property
+    def count(self) -> int | None:
+        """Number of training samples, or None before it is known."""
+        return self._total if self.known is None else len(self.known)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether batches are told by their indices."""
+        return self._is_told
+
+    def announce(self, index: Tensor, total: int | None = None) -> None:
+        """Tell which samples a coming training forward holds.
+
+        Args:
+            index: integers from 0, shape (m,).
+            total: number of training samples, where known.
+
+        Raises:
+            ValueError: if the indices are not integers in range.
+        """
+        index = index.detach().cpu()
+        if index.dim() != 1 or index.dtype not in _INTEGERS or len(index) == 0:
+            raise ValueError(
+                "DecoupledDescent: a batch is told by the integer indices of its samples, shape "
+                f"(m,); got shape {tuple(index.shape)} of {index.dtype}"
+            )
+        if total is not None:
+            self.expect(total)
+        limit = self._total
+        if int(index.min()) < 0 or (limit is not None and int(index.max()) >= limit):
+            raise ValueError(
+                f"DecoupledDescent: the indices of a batch count the {limit or 'training'} samples "
+                f"from 0; got {int(index.min())} to {int(index.max())}"
+            )
+        self._is_told = True
+        self._used = None
+        self._waiting.append(index.long())
+
+    def withdraw(self) -> None:
+        """Take back announcements whose batches will not come."""
+        self._waiting.clear()
+        self._used = None
+
+    def expect(self, total: int) -> None:
+        """Take down the number of training samples.
+
+        Raises:
+            ValueError: if it was another.
+        """
+        if self.count not in {None, total}:
+            raise ValueError(
+                f"DecoupledDescent: {total} training samples are announced, but the optimizer has "
+                f"{self.count}; load a matching state, or detach() and attach() for other data"
+            )
+        self._total, self._is_told = total, True
+
+    def release(self) -> None:
+        """Let the batch of a forward that got no step be used once more."""
+        if self._used is not None:
+            self._waiting.insert(0, self._used)
+            self._used = None
+
+    def finish(self) -> None:
+        """Let no further forward use the batch of a step that was made."""
+        self._used = None
+
+    def forget(self) -> None:
+        """Take the next batch as new."""
+        self.known = self._last = None
+
+    def resume(self, values: Tensor | None) -> None:
+        """Take the fingerprints of an earlier run where there are none yet."""
+        if self.known is None and values is not None:
+            self.known = Fingerprints(values)
+
+    def place(self, inputs: Tensor, noise: NoiseModel | None, *, binds: bool) -> Placement:
+        """Find the samples of a training batch.
+
+        Args:
+            inputs: shape (m, d).
+            noise: may know the training samples.
+            binds: whether the forward leads to a step: it takes down samples not seen before, and
+                uses an announcement up.
+
+        Returns:
+            The placement.
+
+        Raises:
+            RuntimeError: if they cannot be found.
+
+        Warns:
+            AugmentationWarning: once, if an announced sample has changed.
+        """
+        identity = _identity(inputs)
+        if identity is not None and self._last is not None and _same(identity, self._last[0]):
+            return self._last[1]
+        found = self._project(inputs)
+        known = self.known
+        if known is None:
+            known = _fitted(found, noise)
+        if known is None and not self._is_told:
+            known = Fingerprints(found)
+        if known is None or not known.complete:
+            return self._told(found, noise, binds=binds)
+        placement = self._recognised(found, known, noise, binds=binds)
+        if binds:
+            self.known = known
+        if self.known is not None:
+            self._last = identity, placement
+        return placement
+
+    def _recognised(
+        self, found: Tensor, known: Fingerprints, noise: NoiseModel | None, *, binds: bool
+    ) -> Placement:
+        """Place a batch by its inputs; where that fails, by what was announced.
+
+        Raises:
+            RuntimeError: if some samples are not known.
+        """
+        if len(found) == len(known) and bool(known.equal(found).all()):
+            return Placement(found)
+        index, same = known.find(found)
+        unknown = int((~same).sum())
+        if unknown == 0:
+            return Placement.of(found, index, len(known))
+        if self._is_told:
+            return self._told(found, noise, binds=binds)
+        raise RuntimeError(
+            f"DecoupledDescent: {unknown} of {len(found)} samples in the training batch are not "
+            f"among the {len(known)} seen before. Feed the training samples as they are, "
+            "unaugmented. For mini-batches construct with noise=dd.NoiseModel.fit(inputs), the "
+            "inputs of all training samples as the decoupled layer receives them, or use "
+            "optimizer.track(loader). Call model.eval() before evaluating on other data."
+        )
+
+    def _told(self, found: Tensor, noise: NoiseModel | None, *, binds: bool) -> Placement:
+        index = self._next(found, binds=binds).to(found.device)
+        if self.known is None:
+            self.known = Fingerprints(self._blank(found, index, noise))
+        self._make_room(index, noise)
+        new, differ = self.known.differ(index, found)
+        if bool(differ.any()):
+            self._explain(index, found, differ)
+        if binds and bool(new.any()):
+            self.known.put(index[new], found[new])
+        return Placement.of(found, index, len(self.known))
+
+    def _next(self, found: Tensor, *, binds: bool) -> Tensor:
+        """The announcement that a batch belongs to.
+
+        Raises:
+            RuntimeError: if there is none, or no telling which.
+        """
+        waiting = self._waiting if self._used is None else [self._used, *self._waiting]
+        fitting = [index for index in waiting if len(index) == len(found)]
+        if not fitting or (binds and not self._waiting):
+            raise RuntimeError(
+                f"DecoupledDescent: a training batch of {len(found)} rows was not announced"
+                + (f" (announced: {[len(i) for i in waiting]} samples)" if waiting else "")
+                + ". Iterate over the loader that optimizer.track(loader) returns, or call "
+                "optimizer.batch(indices) before every training forward; the decoupled layer must "
+                "receive one row a sample. Run other forwards under model.eval()."
+            )
+        if len(fitting) > 1:
+            fitting = [index for index in fitting if self._holds(index, found)]
+        if not fitting:
+            raise RuntimeError(
+                f"DecoupledDescent: {len(waiting)} batches were announced before a training "
+                "forward (something fetches ahead), and new samples cannot be told apart. "
+                "Construct with noise=dd.NoiseModel.fit(inputs) so that samples are known by "
+                "their inputs, or call optimizer.batch(indices) right before every forward."
+            )
+        index = fitting[0]
+        if binds:
+            self._waiting = [other for other in self._waiting if other is not index]
+            self._used = index
+        return index
+
+    def _holds(self, index: Tensor, found: Tensor) -> bool:
+        if self.known is None or int(index.max()) >= len(self.known):
+            return False
+        new, differ = self.known.differ(index.to(found.device), found)
+        return not bool((new | differ).any())
+
+    def _blank(self, found: Tensor, index: Tensor, noise: NoiseModel | None) -> Tensor:
+        count = self._total or _fitted_on(noise) or int(index.max()) + 1
+        return found.new_full((count, found.shape[1]), torch.nan)
+
+    def _make_room(self, index: Tensor, noise: NoiseModel | None) -> None:
+        assert self.known is not None
+        needed, have = int(index.max()) + 1, len(self.known)
+        if needed <= have:
+            return
+        if noise is not None and noise.num_samples is not None:
+            raise ValueError(
+                f"DecoupledDescent: sample {needed - 1} in a batch, but the noise model knows "
+                f"{noise.num_samples} training samples, counted from 0"
+            )
+        # By halves, so that samples in ascending order are not copied at every batch.
+        self.known.grow(max(needed, have + have // 2))
+
+    def _explain(self, index: Tensor, found: Tensor, differ: Tensor) -> None:
+        """Say once that inputs change.
+
+        Raises:
+            RuntimeError: if they are other samples' inputs.
+        """
+        assert self.known is not None
+        elsewhere, same = self.known.find(found[differ])
+        if bool(same.any()):
+            told = int(index[differ][same][0])
+            raise RuntimeError(
+                f"DecoupledDescent: a batch announces sample {told}, but holds the input of sample "
+                f"{int(elsewhere[same][0])}: {int(same.sum())} of {len(index)} are misplaced. "
+                "Announce every batch right before its training forward (a wrapper that fetches "
+                "ahead must lie inside of optimizer.track, not around it)."
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                f"DecoupledDescent: {int(differ.sum())} of {len(index)} samples in a training "
+                "batch came with other inputs than before. Augmentation and other changes of the "
+                "inputs are outside the theory: the training error will not track the test error. "
+                "Give every sample one fixed input.",
+                AugmentationWarning,
+            )
+
+    def _project(self, inputs: Tensor) -> Tensor:
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        if self.directions is None or self.directions.shape[1] != inputs.shape[1]:
+            self.directions = directions(inputs.shape[1])
+        self.directions = self.directions.to(inputs.device, dtype)
+        return fingerprint(inputs, self.directions)
+
+
+def _fitted_on(noise: NoiseModel | None) -> int | None:
+    return None if noise is None else noise.num_samples or noise.fitted_on
+
+
+def _fitted(found: Tensor, noise: NoiseModel | None) -> Fingerprints | None:
+    """What the noise model knows of the training samples, where it knows all of these."""
+    if noise is None or noise.fingerprints is None:
+        return None
+    fitted = Fingerprints(noise.fingerprints.to(found.device))
+    return fitted if bool(fitted.find(found)[1].all()) else None
+
+
+def _identity(inputs: Tensor) -> tuple[Any, ...] | None:
+    if inputs.is_inference():
+        return None
+    owner = inputs if inputs._base is None else inputs._base
+    layout = (inputs._version, inputs.data_ptr(), inputs.shape, inputs.stride())
+    return (weakref.ref(owner), *layout)
+
+
+def _same(identity: tuple[Any, ...], last: tuple[Any, ...] | None) -> bool:
+    if last is None:
+        return False
+    owner = identity[0]()
+    return owner is not None and owner is last[0]() and identity[1:] == last[1:]
