@@ -1,7 +1,7 @@
 """Decoupled descent in a loop with accelerate: the training error estimates the test error.
 
-accelerate launch scripts/recipes/accelerate_loop.py          # decoupled descent
-accelerate launch scripts/recipes/accelerate_loop.py --sgd    # plain SGD
+python scripts/recipes/accelerate_loop.py          # decoupled descent
+python scripts/recipes/accelerate_loop.py --sgd    # plain SGD
 """
 
 import argparse
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dd
 
+BATCH_SIZE = 200
+
 
 def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, float]:
     """Train; print and return the training and the test error, after the model."""
@@ -24,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     parser.add_argument("--sgd", action="store_true", help="train by plain SGD")
     parser.add_argument("--samples", type=int, default=2000, help="training samples")
     parser.add_argument("--dimension", type=int, default=500, help="inputs of a sample")
-    parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args(arguments)
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     n, d = options.samples, options.dimension
     X, y = make_blobs(n + 2000, d, centers=4, center_box=(-0.15, 0.15), random_state=0)
     X, y = torch.from_numpy(X).float(), torch.from_numpy(y)
-    train = DataLoader(TensorDataset(X[:n], y[:n]), options.batch_size, shuffle=True)
+    train = DataLoader(TensorDataset(X[:n], y[:n]), BATCH_SIZE, shuffle=True)
     test = DataLoader(TensorDataset(X[n:], y[n:]), 1000)
 
     model = nn.Sequential(nn.Linear(d, 8), nn.GELU(), nn.Linear(8, 4))

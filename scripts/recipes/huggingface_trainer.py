@@ -16,6 +16,8 @@ from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_wa
 
 import dd
 
+BATCH_SIZE = 200
+
 
 class TwoLayer(nn.Module):
     """A two-layer classifier that returns its loss, as the models of transformers do."""
@@ -36,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     parser.add_argument("--sgd", action="store_true", help="train by plain SGD")
     parser.add_argument("--samples", type=int, default=2000, help="training samples")
     parser.add_argument("--dimension", type=int, default=500, help="inputs of a sample")
-    parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args(arguments)
 
@@ -51,28 +52,30 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     if not options.sgd:
         optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X[:n], y[:n]))
 
-    steps = options.epochs * -(-n // options.batch_size)
+    steps = options.epochs * -(-n // BATCH_SIZE)
     with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=BATCH_SIZE,
+            logging_strategy="epoch",
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
         trainer = Trainer(
             model,
-            TrainingArguments(
-                folder,
-                num_train_epochs=options.epochs,
-                per_device_train_batch_size=options.batch_size,
-                logging_strategy="epoch",
-                eval_strategy="epoch",
-                save_strategy="no",
-                report_to="none",
-            ),
+            settings,
             train_dataset=samples[:n],
             eval_dataset=samples[n:],
-            optimizers=(optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)),
+            optimizers=(optimizer, schedule),
         )
         trainer.train()
 
+    @torch.no_grad()
     def error(inputs: Tensor, labels: Tensor) -> float:
-        with torch.no_grad():
-            scores = model(inputs.to(trainer.args.device), labels.to(trainer.args.device))["logits"]
+        scores = model(inputs.to(settings.device), labels.to(settings.device))["logits"]
         return float((scores.argmax(1).cpu() != labels).float().mean())
 
     model.train()

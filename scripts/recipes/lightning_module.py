@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dd
 
+BATCH_SIZE = 200
+
 
 class TwoLayer(lightning.LightningModule):
     """A two-layer classifier.
@@ -58,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     parser.add_argument("--sgd", action="store_true", help="train by plain SGD")
     parser.add_argument("--samples", type=int, default=2000, help="training samples")
     parser.add_argument("--dimension", type=int, default=500, help="inputs of a sample")
-    parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args(arguments)
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     n, d = options.samples, options.dimension
     X, y = make_blobs(n + 2000, d, centers=4, center_box=(-0.15, 0.15), random_state=0)
     X, y = torch.from_numpy(X).float(), torch.from_numpy(y)
-    train = DataLoader(TensorDataset(X[:n], y[:n]), options.batch_size, shuffle=True)
+    train = DataLoader(TensorDataset(X[:n], y[:n]), BATCH_SIZE, shuffle=True)
     test = DataLoader(TensorDataset(X[n:], y[n:]), 1000)
 
     model = TwoLayer(d, None if options.sgd else dd.NoiseModel.fit(X[:n], y[:n]))

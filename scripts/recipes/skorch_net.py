@@ -13,10 +13,11 @@ import torch
 from sklearn.datasets import make_blobs
 from skorch import NeuralNetClassifier
 from skorch.callbacks import Callback, EpochScoring
-from skorch.dataset import Dataset
 from torch import Tensor, nn
 
 import dd
+
+BATCH_SIZE = 200
 
 
 class TwoLayer(nn.Module):
@@ -32,14 +33,15 @@ class TwoLayer(nn.Module):
 
 
 class Decoupling(Callback):
-    """Shows the module to the optimizer, to which skorch gives parameters alone."""
+    """Shows the module to the optimizer, to which skorch gives its parameters alone."""
 
-    def on_epoch_begin(self, net: NeuralNetClassifier, dataset_train: Dataset, **_: Any) -> None:
-        """Attach the optimizer, where it is not yet, to the samples that train."""
-        # After a split for validation, which on_train_begin would not know of.
-        if net.optimizer_.layer is None:
-            X, y = (torch.as_tensor(np.stack(column)) for column in zip(*dataset_train, strict=True))
-            net.optimizer_.attach(net.module_, noise=dd.NoiseModel.fit(X, y))
+    def on_train_begin(self, net: NeuralNetClassifier, X: np.ndarray, y: np.ndarray) -> None:
+        """Attach the optimizer to the first linear layer."""
+        optimizer = net.optimizer_
+        # A second partial_fit goes on with the optimizer of the first.
+        if isinstance(optimizer, dd.DecoupledDescent) and optimizer.layer is None:
+            noise = dd.NoiseModel.fit(torch.from_numpy(X), torch.from_numpy(y))
+            optimizer.attach(net.module_, noise=noise)
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, float]:
@@ -48,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     parser.add_argument("--sgd", action="store_true", help="train by plain SGD")
     parser.add_argument("--samples", type=int, default=2000, help="training samples")
     parser.add_argument("--dimension", type=int, default=500, help="inputs of a sample")
-    parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args(arguments)
 
@@ -57,24 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     X, y = make_blobs(n + 2000, d, centers=4, center_box=(-0.15, 0.15), random_state=0)
     X = X.astype(np.float32)
 
-    callbacks = [EpochScoring("accuracy", on_train=True, name="train_accuracy", lower_is_better=False)]
-    if not options.sgd:
-        callbacks.append(Decoupling())
+    def error(net: NeuralNetClassifier, X: Any, y: np.ndarray) -> float:
+        return float(np.mean(net.predict(X) != y))
+
     net = NeuralNetClassifier(
         TwoLayer,
         module__dimension=d,
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.SGD if options.sgd else dd.DecoupledDescent,
         lr=0.2,
-        batch_size=options.batch_size,
+        batch_size=BATCH_SIZE,
         iterator_train__shuffle=True,
         max_epochs=options.epochs,
         train_split=None,
-        callbacks=callbacks,
+        callbacks=[Decoupling(), EpochScoring(error, name="train_error", on_train=True)],
     )
     net.fit(X[:n], y[:n])
-    train_error = 1 - net.history[-1, "train_accuracy"]
-    test_error = 1 - net.score(X[n:], y[n:])
+    train_error, test_error = net.history[-1, "train_error"], error(net, X[n:], y[n:])
     print(f"train error {train_error:.3f}, test error {test_error:.3f}")
     return net.module_, train_error, test_error
 
