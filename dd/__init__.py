@@ -9,11 +9,13 @@ from dd.components import find_components
 from dd.divergence import DivergenceWarning
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.samples import AugmentationWarning
 from dd.strain import StrainWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AugmentationWarning",
     "ComponentWarning",
     "DecoupledDescent",
     "DivergenceWarning",

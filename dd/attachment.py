@@ -19,9 +19,11 @@ from dd.layers import find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
+from dd.owners import Owners
 from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
+from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
     from dd.optimizer import DecoupledDescent
@@ -41,7 +43,13 @@ class ForwardHook:
     Args:
         optimizer: the owner.
         head: whether the layer is the head and not the decoupled one.
+
+    Attributes:
+        left: the weight along the first direction of the fingerprints as the last step left it,
+            shape (k,), or None; it outlives the optimizer.
     """
+
+    left: Tensor | None = None
 
     def __init__(self, optimizer: "DecoupledDescent | None" = None, *, head: bool = False) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
@@ -54,7 +62,9 @@ class ForwardHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardHook":
         """Return an inert hook."""
-        return ForwardHook()
+        copy = ForwardHook()
+        copy.left = self.left
+        return copy
 
     def __reduce__(self) -> tuple[type["ForwardHook"], tuple[()]]:
         """Pickle as an inert hook."""
@@ -82,6 +92,7 @@ class Attachment:
         module: the model.
         name: dotted name of the layer.
         layer: the decoupled layer.
+        weight: its weight.
         noise: the noise model; None until the first training forward fits it.
         pending: the training forwards that the next step consumes.
         samples: recognises the training batches.
@@ -123,33 +134,95 @@ class Attachment:
         self.now: Placement | None = None
         self.rows_seen = 0
         self._process_group = process_group
+        self._owners = Owners()
         self._ranks: Ranks | None = None
         self._handles: list[Any] = []
         directions = None if noise is None else noise.mean_directions
         self.shared = (
             None if head is False else SharedParameters(module, self.layer, head, directions)
         )
-        if not isinstance(self.layer.weight, nn.Parameter) or not self.layer.weight.requires_grad:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
-                "parameter of its own (not frozen, not parametrised)"
-            )
+        self.weight = self._own_weight()
         if noise is not None and noise.dimension != self.layer.in_features:
             raise ValueError(
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
                 f"{self.name!r} takes {self.layer.in_features}; fit it on what this layer receives"
             )
         _require_matching_means(noise, corrects_head=self.shared is not None)
-        for hook in self.layer._forward_hooks.values():
-            if isinstance(hook, ForwardHook) and hook.optimizer is not None:
+        self._left = self._adopt()
+
+    def _own_weight(self) -> nn.Parameter:
+        """The decoupled weight.
+
+        Raises:
+            ValueError: if it is not a plain parameter.
+        """
+        weight = self.layer.weight
+        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
+                "parameter of its own (not frozen, not parametrised, not flattened by FSDP)"
+            )
+        if type(weight.data) is not Tensor:
+            raise ValueError(
+                f"DecoupledDescent: the weight of layer {self.name!r} is a "
+                f"{type(weight.data).__name__}; fully_shard (FSDP) and tensor parallelism split "
+                "the decoupled weight over processes, and every process needs all of it. Use "
+                "DistributedDataParallel, or leave this layer out of the sharding."
+            )
+        return weight
+
+    def require_weight_in_place(self) -> None:
+        """Check that the layer still has the parameter that was attached.
+
+        Raises:
+            RuntimeError: if it has another.
+        """
+        if self.layer.weight is not self.weight:
+            raise RuntimeError(
+                f"DecoupledDescent: layer {self.name!r} has another weight than when the optimizer "
+                "was attached (fully_shard, a parametrisation or an assignment replaced it); "
+                "construct the optimizer afterwards"
+            )
+
+    def _adopt(self) -> list[Tensor]:
+        """Remove the hooks of optimizers that are gone; return the weights that they left.
+
+        Raises:
+            ValueError: if another optimizer is attached.
+        """
+        left = []
+        for key, hook in list(self.layer._forward_hooks.items()):
+            if not isinstance(hook, ForwardHook):
+                continue
+            if hook.optimizer is not None:
                 raise ValueError(
-                    f"DecoupledDescent: layer {self.name!r} is attached to an optimizer already; "
-                    "call detach() on that one first"
+                    f"DecoupledDescent: layer {self.name!r} is attached to an optimizer already. "
+                    "To go on training use that one; to start anew call detach() on it first."
                 )
+            del self.layer._forward_hooks[key]
+            self.layer._forward_hooks_with_kwargs.pop(key, None)
+            if hook.left is not None:
+                left.append(hook.left)
+        return left
+
+    def _warn_of_orphans(self) -> None:
+        """Say so where the weights come from steps whose shadows are gone."""
+        assert self.samples.directions is not None
+        direction = self.samples.directions[0]
+        weight = at_least_single(self.layer.weight.detach())
+        now = weight @ direction.to(weight)
+        if any(torch.equal(left.to(now), now) for left in self._left):
+            warn_user(
+                f"DecoupledDescent: layer {self.name!r} was trained by an optimizer that is gone, "
+                "and its shadows with it, so that they start at zero: the training error is too "
+                "low at first. Load that optimizer's state_dict() to go on from it.",
+                UserWarning,
+            )
+        self._left = []
 
     def register(self, optimizer: "DecoupledDescent") -> None:
         """Install the forward hooks."""
-        hook = ForwardHook(optimizer)
+        hook = self._hook = ForwardHook(optimizer)
         self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
         if self.shared is not None:
             hook = ForwardHook(optimizer, head=True)
@@ -243,9 +316,14 @@ class Attachment:
     def preactivation(
         self, placement: Placement | None, output: Tensor, state: dict[str, Any]
     ) -> Tensor:
-        """Return R, shape (m, k)."""
+        """Return R, shape (m, k).
+
+        Raises:
+            RuntimeError: if the weight was changed since the last step.
+        """
         if placement is None or state.get("shadow") is None:
             return output
+        self._require_same_weights()
         count = self.samples.count
         with torch.no_grad():
             if count is not None and self.noise is not None:
@@ -253,14 +331,28 @@ class Attachment:
             shadow = self.shadows.of(state, placement)
         return corrected_preactivation(output, shadow)
 
+    def _require_same_weights(self) -> None:
+        if self.expected is None or self.samples.directions is None:
+            return
+        direction = self.samples.directions[0]
+        require_same_weight(self.layer.weight.detach(), direction, self.expected)
+        if self.shared is not None:
+            self.shared.check_weight()
+
     def capture(
-        self, placement: Placement, inputs: Tensor, preactivation: Tensor, seed: int
+        self,
+        placement: Placement,
+        inputs: Tensor,
+        preactivation: Tensor,
+        seed: int,
+        *,
+        has_shadow: bool,
     ) -> Tensor:
         """Begin a training forward and return what the following layers receive.
 
         Raises:
-            RuntimeError: if the layer is used twice in a forward, a trainable layer comes before,
-                or the weight was changed since the last step.
+            RuntimeError: if the layer is used twice in a forward, or something trainable comes
+                before it.
         """
         self._require_single(placement)
         if not preactivation.requires_grad:
@@ -275,11 +367,8 @@ class Attachment:
                 "freeze what is before it (requires_grad_(False)), or name "
                 "another layer with layer=."
             )
-        if self.expected is not None and self.samples.directions is not None:
-            direction = self.samples.directions[0]
-            require_same_weight(self.layer.weight.detach(), direction, self.expected)
-            if self.shared is not None:
-                self.shared.check_weight()
+        if self._left and not has_shadow:
+            self._warn_of_orphans()
         if self.noise is None or self.noise is self.given_noise:
             self._fit_noise(placement, inputs)
         self.oversight.look(self, placement, inputs.detach())
@@ -301,10 +390,17 @@ class Attachment:
             )
 
     def pushes(self) -> Pushes:
-        """The rows of all pending forwards, which must have their gradients."""
+        """The rows of all pending forwards, which must have their gradients.
+
+        Raises:
+            RuntimeError: if a sample has been on two ranks.
+        """
         count = self.samples.count
         assert count is not None
-        return joined(self.pending, count)
+        pushes = joined(self.pending, count)
+        if self.ranks.size > 1:
+            self._owners.check(pushes.placement, self.samples, self.ranks)
+        return pushes
 
     def edit_scale(self, pushes: Pushes) -> float:
         """By which scale the weight's gradient was edited since the backward pass.
@@ -348,8 +444,7 @@ class Attachment:
         """Weight of the moments of the steps before: none where a step holds enough samples."""
         if not self.estimator.pools:
             return 0.0
-        assert self.samples.count is not None
-        total: float = self.samples.count
+        total = self.samples.total(self.given_noise)
         if self.ranks.size > 1:
             # Every rank must come to the same curvature.
             rows = float(moments.rows)
@@ -361,19 +456,40 @@ class Attachment:
         if self.samples.directions is not None:
             weight = at_least_single(self.layer.weight.detach())
             self.expected = weight @ self.samples.directions[0].to(weight)
+            self._hook.left = self.expected
         if self.shared is not None:
             self.shared.remember_weight()
 
     def _fit_noise(self, placement: Placement, inputs: Tensor) -> None:
         noise = self.given_noise
         if noise is None:
-            inputs = self._all_inputs(placement, inputs.detach())
+            inputs = self.ranks.gather(self._all_inputs(placement, inputs.detach()))
             large = min(inputs.shape) > LARGEST_GRAM
             noise = (
                 NoiseModel.isotropic(inputs) if large else NoiseModel.fit(inputs, bins=self._bins)
             )
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
         self.noise = noise.to(self.layer.weight.device, dtype)
+        if self.ranks.size > 1:
+            self._settle_ranks(self.noise)
+
+    def _settle_ranks(self, noise: NoiseModel) -> None:
+        """Make sure that all ranks correct alike.
+
+        Raises:
+            ValueError: if their noise models differ.
+        """
+        bins = len(noise.eigenvalues)
+        if self.ranks.largest(bins, noise.mass.device) != bins or not self.ranks.agree(
+            torch.cat([noise.eigenvalues, noise.mass])
+        ):
+            raise ValueError(
+                "DecoupledDescent: the processes have different noise models. Fit one on all "
+                "training samples in every process, and give each noise.of(rows), the rows it "
+                "trains on."
+            )
+        count = self.ranks.largest(self.estimator.num_components, noise.mass.device)
+        self.estimator.num_components = count
 
     def _all_inputs(self, placement: Placement, inputs: Tensor) -> Tensor:
         """Inputs of all samples in their order.

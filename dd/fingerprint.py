@@ -129,14 +129,16 @@ class Fingerprints:
         candidate = order[position.clamp_max(len(order) - 1)]
         apart = (self.values[candidate] - found.unsqueeze(1)).abs() / tolerance
         distance = apart.amax(-1).masked_fill(position >= high.unsqueeze(1), torch.inf)
+        # The distance of what is not a number stays one.
         nearest, which = distance.nan_to_num(nan=torch.inf).min(1)
         return candidate.gather(1, which.unsqueeze(1)).squeeze(1), nearest <= 1
 
     def _sorted(self) -> tuple[Tensor, Tensor]:
         if self._order is None:
-            # Stable, so that of several copies the first is found. Unseen ones come last.
-            values, order = self.values[:, 0].sort(stable=True)
-            self._order = values.contiguous(), order
+            seen = (~self.values[:, 0].isnan()).nonzero().squeeze(1)
+            # Stable, so that of several copies the first is found.
+            values, order = self.values[seen, 0].sort(stable=True)
+            self._order = values.contiguous(), seen[order]
         return self._order
 
     def _measure(self) -> None:

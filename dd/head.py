@@ -302,11 +302,11 @@ class SharedParameters:
             moved = joined @ curvature.to(joined.dtype)
             moved.index_add_(0, index, shared_push(*rows).to(joined.dtype), alpha=-1)
         parts = self._split(moved, signal.shape[1], scores.features.shape[1])
-        found = [
+        steps = [
             (parameter, key, shadow, part.reshape(shadow.shape))
             for (parameter, key), shadow, part in zip(self.parts, shadows, parts, strict=True)
         ]
-        return found, curvature
+        return steps, curvature
 
     def _sizes(self, n: int, signal: Tensor) -> list[tuple[int, ...]]:
         along = signal.shape[1] - self._has_bias(self.layer)

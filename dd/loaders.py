@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from dd.samples import Samples
@@ -119,10 +119,9 @@ def tracked(loader: Any, samples: Samples) -> Any:
     # A copy, because a DataLoader forbids to exchange its data set.
     twin = copy.copy(loader)
     batched = loader.batch_size is not None or loader.batch_sampler is not None
-    collate = loader.collate_fn or default_collate
     vars(twin).update(
         dataset=_Indexed(loader.dataset),
-        collate_fn=_Collate(collate, batched=batched),
+        collate_fn=_Collate(loader.collate_fn, batched=batched),
         _iterator=None,
     )
     return TrackedLoader(twin, samples, loader.dataset)

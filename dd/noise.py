@@ -1,7 +1,7 @@
 """The noise that a sample carries around the mean of its mixture component."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -184,6 +184,38 @@ class NoiseModel:
             norm_variation=float(relative.double().std(correction=0)),
             mean_directions=noise.mean_directions,
             fingerprints=noise.fingerprints,
+        )
+
+    def of(self, rows: Tensor) -> "NoiseModel":
+        """Return the same noise with what is known of some samples alone.
+
+        For data-parallel training: fit on all training samples in every process, and give each
+        the model of the samples it trains on.
+
+        Args:
+            rows: indices of samples, shape (m,).
+
+        Raises:
+            ValueError: if the indices are not integers in range.
+        """
+        rows = torch.as_tensor(rows)
+        count = self.num_samples or self.fitted_on
+        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise ValueError(
+                f"NoiseModel: expected integer indices of shape (m,), got {tuple(rows.shape)} of "
+                f"{rows.dtype}"
+            )
+        if len(rows) == 0 or int(rows.min()) < 0 or (count and int(rows.max()) >= count):
+            raise ValueError(f"NoiseModel: expected indices of {count} samples, counted from 0")
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows.to(values.device)]
+
+        return replace(
+            self,
+            components=some(self.components),
+            relative_mass=some(self.relative_mass),
+            fingerprints=some(self.fingerprints),
         )
 
     def __str__(self) -> str:

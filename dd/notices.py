@@ -7,11 +7,12 @@ from typing import Any
 
 from dd.audit import ComponentWarning
 from dd.divergence import DivergenceWarning
+from dd.samples import AugmentationWarning
 from dd.strain import StrainWarning
 
 __all__ = ["noted"]
 
-NOTED = (ComponentWarning, DivergenceWarning, StrainWarning)
+NOTED = (AugmentationWarning, ComponentWarning, DivergenceWarning, StrainWarning)
 
 
 @contextmanager

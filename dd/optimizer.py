@@ -22,6 +22,7 @@ from dd.shadows import ShadowUpdate, keeping
 
 __all__ = ["DecoupledDescent"]
 
+_RATE_ROUNDING = 1e-12
 _SETTINGS = ("_curvature", "_damping", "_head", "_seed")
 
 
@@ -278,6 +279,7 @@ class DecoupledDescent(torch.optim.SGD):
                     )
                 total = total + attachment.rows_seen * value.detach()
                 rows += attachment.rows_seen
+        attachment.samples.withdraw()
         if rows == 0:
             raise ValueError("DecoupledDescent: evaluate() got no batches")
         ranks = attachment.ranks
@@ -380,6 +382,9 @@ class DecoupledDescent(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if loss is None and self._has_no_gradient():
+                # A closure that skipped its batch.
+                self.drop_forward()
         for group in self.param_groups:
             _check_rate(group["lr"])
         if self._attachment is None:
@@ -393,6 +398,9 @@ class DecoupledDescent(torch.optim.SGD):
             if watch is not None:
                 watch.tell()
         return loss
+
+    def _has_no_gradient(self) -> bool:
+        return all(p.grad is None for group in self.param_groups for p in group["params"])
 
     def _required(self, what: str) -> Attachment:
         if self._attachment is None:
@@ -421,6 +429,7 @@ class DecoupledDescent(torch.optim.SGD):
         if layer is not attachment.layer:
             _refuse_replica(layer)
             return None
+        attachment.require_weight_in_place()
         state = self.state[attachment.layer.weight]
         if state.get("shadow") is None and "momentum_buffer" in state:
             raise RuntimeError(
@@ -450,9 +459,10 @@ class DecoupledDescent(torch.optim.SGD):
             seed = _probe_seed(
                 self._seed, state.get("shadow_step", 0), len(attachment.pending), attachment.ranks
             )
-            outgoing = attachment.capture(placement, inputs, corrected, seed)
+            has_shadow = state.get("shadow") is not None
+            outgoing = attachment.capture(placement, inputs, corrected, seed, has_shadow=has_shadow)
             attachment.pending[-1].signal = signal
-            if state.get("shadow") is not None:
+            if has_shadow:
                 self._require_fitting_state(attachment, len(state["shadow"]))
             if self._watches(attachment, placement):
                 self._watch_for(attachment, len(inputs)).observe(corrected)
@@ -748,8 +758,8 @@ class DecoupledDescent(torch.optim.SGD):
         step = self.state[attachment.layer.weight].get("shadow_step", 0)
         raise FloatingPointError(
             f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
-            f"step {step}; nothing was updated. Likely causes: the learning rate is too large (halve "
-            "it), or the inputs or targets contain NaN or infinity."
+            f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
+            "(halve it), or the inputs or targets contain NaN or infinity."
         )
 
 
@@ -759,10 +769,12 @@ def _check_rate(lr: float | Tensor) -> None:
     # A rate on a device is not read back: that would stall every step.
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return
-    if not (math.isfinite(lr) and lr >= 0.0):
+    value = float(lr.detach()) if isinstance(lr, Tensor) else lr
+    # A schedule that ends at 0 can round to just below it.
+    if not (math.isfinite(value) and value >= -_RATE_ROUNDING):
         raise ValueError(
-            f"Invalid learning rate: {lr}; DecoupledDescent expects a finite rate of at least 0. "
-            "Check the learning-rate schedule if it came from one."
+            f"Invalid learning rate: {value}; DecoupledDescent expects a finite rate of at least "
+            "0. Check the learning-rate schedule if it came from one."
         )
 
 

@@ -32,8 +32,35 @@ class Ranks:
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether a flag is up on any rank."""
+    def largest(self, number: int, device: torch.device) -> int:
+        """Largest of one integer a rank."""
         if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+            return number
+        most = torch.tensor(number, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(most)
+
+    def agree(self, numbers: Tensor) -> bool:
+        """Whether a tensor is the same on every rank."""
+        if self.size == 1:
+            return True
+        least, most = numbers.detach().clone(), numbers.detach().clone()
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=self.group)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool((least == most).all())
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows of all ranks, one after the other.
+
+        Args:
+            rows: shape (m, d), m of each rank's own.
+        """
+        if self.size == 1:
+            return rows
+        most = self.largest(len(rows), rows.device)
+        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.size)]
+        torch.distributed.all_gather(counts, counts[0].new_tensor([len(rows)]), group=self.group)
+        padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, padded.contiguous(), group=self.group)
+        return torch.cat([part[: int(m)] for part, m in zip(parts, counts, strict=True)])

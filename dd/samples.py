@@ -1,5 +1,6 @@
 """Which training samples a batch holds, so that every one meets its own shadow."""
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Samples:
         self._last: tuple[Any, Placement] | None = None
         self._waiting: list[Tensor] = []
         self._used: Tensor | None = None
+        self._looked_at: Tensor | None = None
         self._total: int | None = None
         self._is_told = self._has_warned = False
 
@@ -93,6 +95,12 @@ class Samples:
     def count(self) -> int | None:
         """Number of training samples, or None before it is known."""
         return self._total if self.known is None else len(self.known)
+
+    def total(self, noise: NoiseModel | None) -> float:
+        """Number of training samples, infinite while more may come."""
+        if self._is_told and self._total is None and _fitted_on(noise) is None:
+            return math.inf
+        return math.inf if self.count is None else self.count
 
     @property
     def is_told(self) -> bool:
@@ -125,12 +133,14 @@ class Samples:
             )
         self._is_told = True
         self._used = None
+        # A batch that was only looked at, without gradients, gets no step any more.
+        self._waiting = [other for other in self._waiting if other is not self._looked_at]
         self._waiting.append(index.long())
 
     def withdraw(self) -> None:
         """Take back announcements whose batches will not come."""
         self._waiting.clear()
-        self._used = None
+        self._used = self._looked_at = None
 
     def expect(self, total: int) -> None:
         """Take down the number of training samples.
@@ -195,10 +205,19 @@ class Samples:
             return self._told(found, noise, binds=binds)
         placement = self._recognised(found, known, noise, binds=binds)
         if binds:
+            self._skip(len(found))
+        if binds:
             self.known = known
         if self.known is not None:
             self._last = identity, placement
         return placement
+
+    def _skip(self, rows: int) -> None:
+        """Use up the announcement of a batch that was known by its inputs."""
+        for position, index in enumerate(self._waiting):
+            if len(index) == rows:
+                del self._waiting[: position + 1]
+                return
 
     def _recognised(
         self, found: Tensor, known: Fingerprints, noise: NoiseModel | None, *, binds: bool
@@ -252,6 +271,9 @@ class Samples:
                 "optimizer.batch(indices) before every training forward; the decoupled layer must "
                 "receive one row a sample. Run other forwards under model.eval()."
             )
+        if not binds:
+            self._looked_at = fitting[-1]
+            return fitting[-1]
         if len(fitting) > 1:
             fitting = [index for index in fitting if self._holds(index, found)]
         if not fitting:
@@ -262,9 +284,8 @@ class Samples:
                 "their inputs, or call optimizer.batch(indices) right before every forward."
             )
         index = fitting[0]
-        if binds:
-            self._waiting = [other for other in self._waiting if other is not index]
-            self._used = index
+        self._waiting = [other for other in self._waiting if other is not index]
+        self._used = index
         return index
 
     def _holds(self, index: Tensor, found: Tensor) -> bool:
@@ -325,7 +346,9 @@ class Samples:
 
 
 def _fitted_on(noise: NoiseModel | None) -> int | None:
-    return None if noise is None else noise.num_samples or noise.fitted_on
+    if noise is None or noise.fingerprints is None:
+        return None if noise is None else noise.num_samples
+    return len(noise.fingerprints)
 
 
 def _fitted(found: Tensor, noise: NoiseModel | None) -> Fingerprints | None:

@@ -4,8 +4,8 @@ Written from ``docs/theory.md`` alone and sharing no code with the package, so t
 seen as a disagreement with the other. Nothing here is a recursion: the weights and the Onsager
 correction of step t are written out as sums over the steps s < t.
 
-The mini-batch twin at the end is a recursion, but an eager one: every sample's shadow moves at every
-step, and the optimizer's rule is written out for each number.
+The mini-batch twin at the end is a recursion, but an eager one: every sample's shadow moves at
+every step, and the optimizer's rule is written out for each number.
 """
 
 from collections.abc import Callable, Sequence

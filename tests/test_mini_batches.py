@@ -55,10 +55,11 @@ def head_of(model):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def run(model, optimizer, inputs, labels, batches, settings=({},), *, told=False):
+def run(model, optimizer, inputs, labels, batches, settings=(), *, told=False):
     losses = []
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0].update(settings[step % len(settings)])
+        if settings:
+            optimizer.param_groups[0].update(settings[step % len(settings)])
         if told:
             optimizer.batch(batch)
         optimizer.zero_grad()
