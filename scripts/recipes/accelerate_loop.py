@@ -2,6 +2,9 @@
 
 python scripts/recipes/accelerate_loop.py          # decoupled descent
 python scripts/recipes/accelerate_loop.py --sgd    # plain SGD
+
+Over several processes each needs samples of its own, with noise.of(rows), and a loader that is left
+out of prepare(): accelerate deals the samples out anew in every epoch, away from their shadows.
 """
 
 import argparse
