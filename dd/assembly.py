@@ -10,6 +10,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dd.batches import Batches, check_batch_size
 from dd.checks import check_count, check_number
 from dd.components import find_components
 from dd.data import Split, generator
@@ -18,6 +19,7 @@ from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 
 __all__ = [
+    "make_batches",
     "make_model",
     "make_optimizer",
     "make_split",
@@ -37,14 +39,15 @@ def validate(config: DictConfig) -> None:
     """Check what no single part of the configuration can check.
 
     Raises:
-        ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins`` or a
-            number of an optimizer cannot be.
+        ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins``,
+            ``data.batch_size`` or a number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
     check_seed(config.seed)
     check_count("trials", config.trials)
+    check_batch_size(config.data.get("batch_size"))
     if config.noise_bins is not None:
         check_count("noise_bins", config.noise_bins)
     if config.components not in COMPONENTS:
@@ -104,9 +107,20 @@ def with_seed(config: DictConfig, seed: int) -> DictConfig:
 
 def make_split(config: DictConfig) -> Split:
     """Return the data set on the CPU."""
+    settings: Any = OmegaConf.to_container(config.data, resolve=True)
+    settings.pop("batch_size", None)
     with _explained("data"):
-        split: Split = _build(config.data)
+        split: Split = _build(OmegaConf.create(settings))
     return split
+
+
+def make_batches(config: DictConfig, split: Split) -> Batches:
+    """Return the batches of every update, the same ones for every optimizer.
+
+    Raises:
+        ValueError: if there are fewer samples than a batch is to have.
+    """
+    return Batches(len(split.train_inputs), config.data.get("batch_size"), config.seed)
 
 
 def make_model(config: DictConfig, split: Split) -> nn.Sequential:

@@ -19,7 +19,6 @@ from dd.layers import find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
-from dd.owners import Owners
 from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from dd.optimizer import DecoupledDescent
 
 __all__ = ["Attachment", "ForwardHook"]
-
-# Curvatures of small batches are pooled over steps to about this many rows a unit.
-_POOLED_ROWS = 64
 
 
 class ForwardHook:
@@ -134,7 +130,7 @@ class Attachment:
         self.now: Placement | None = None
         self.rows_seen = 0
         self._process_group = process_group
-        self._owners = Owners()
+        self._number_alike: bool | None = None
         self._ranks: Ranks | None = None
         self._handles: list[Any] = []
         directions = None if noise is None else noise.mean_directions
@@ -249,11 +245,12 @@ class Attachment:
         return self._ranks
 
     def forget(self) -> None:
-        """Forget the samples and the weights that the state belonged to."""
+        """Forget the samples, their noise and the weights that the state belonged to."""
         self.drop()
         self.samples.forget()
         self.shadows.forget()
         self.expected = self.now = None
+        self.noise = self.given_noise
         if self.shared is not None:
             self.shared.forget()
 
@@ -298,6 +295,9 @@ class Attachment:
                 f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
             )
         self.samples.resume(state.get("shadow_samples"))
+        if self.noise is None and state.get("shadow_noise") is not None:
+            eigenvalues, multiplicities = state["shadow_noise"]
+            self.noise = NoiseModel(eigenvalues, multiplicities.long())
         if not binds and state.get("shadow") is None:
             return None
         placement = self.samples.place(inputs, self.given_noise, binds=binds)
@@ -390,17 +390,32 @@ class Attachment:
             )
 
     def pushes(self) -> Pushes:
-        """The rows of all pending forwards, which must have their gradients.
-
-        Raises:
-            RuntimeError: if a sample has been on two ranks.
-        """
+        """The rows of all pending forwards, which must have their gradients."""
         count = self.samples.count
         assert count is not None
-        pushes = joined(self.pending, count)
-        if self.ranks.size > 1:
-            self._owners.check(pushes.placement, self.samples, self.ranks)
-        return pushes
+        return joined(self.pending, count)
+
+    def pushes_of_all_ranks(self, pushes: Pushes) -> Pushes:
+        """The rows whose shadows this rank keeps: where ranks number samples alike, those of all.
+
+        Then a sample may come to any rank, and every rank keeps all shadows. Where each rank knows
+        its own samples alone, it keeps theirs.
+        """
+        if self.ranks.size == 1 or not self._ranks_number_alike():
+            return pushes
+        assert self.samples.known is not None
+        return pushes.gathered(self.ranks, len(self.samples.known))
+
+    def _ranks_number_alike(self) -> bool:
+        """Whether all ranks know the same samples; settled at the first step."""
+        if self._number_alike is None:
+            assert self.samples.known is not None
+            known = self.samples.known.values
+            sums = known.double().nan_to_num().sum(0)
+            # Unseen samples are no numbers, so that ranks with other ones seen do not agree.
+            seen = (~known.isnan()).double().sum(0)
+            self._number_alike = self.ranks.agree(torch.cat([sums, seen]))
+        return self._number_alike
 
     def edit_scale(self, pushes: Pushes) -> float:
         """By which scale the weight's gradient was edited since the backward pass.
@@ -436,20 +451,21 @@ class Attachment:
         earlier = state.get("shadow_moments")
         if earlier is not None:
             count = estimator.num_components
-            moments = moments.merged(Moments.unpacked(earlier, count, width), keep)
+            moments = estimator.pooled(moments, Moments.unpacked(earlier, count, width), keep)
         state["shadow_moments"] = moments.packed()
         return estimator.solve_pooled(moments)
 
     def _keep(self, moments: Moments, rows: float, width: int) -> float:
         """Weight of the moments of the steps before: none where a step holds enough samples."""
-        if not self.estimator.pools:
+        if self.estimator.pooled_rows == 0:
             return 0.0
         total = self.samples.total(self.given_noise)
         if self.ranks.size > 1:
             # Every rank must come to the same curvature.
             rows = float(moments.rows)
-            total = float(self.ranks.sum(moments.rows.new_tensor(total)))
-        return max(0.0, 1.0 - rows / min(total, _POOLED_ROWS * width))
+            if not self._ranks_number_alike():
+                total = float(self.ranks.sum(moments.rows.new_tensor(total)))
+        return max(0.0, 1.0 - rows / min(total, self.estimator.pooled_rows * width))
 
     def remember_weight(self) -> None:
         """Remember the weights that a step leaves."""

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dd.curvature import Backward, Curvature
 from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.head import Scores
+from dd.ranks import Ranks
 from dd.samples import Placement
 
 __all__ = ["Capture", "Pushes", "joined"]
@@ -180,6 +181,29 @@ class Pushes:
     def product(self) -> Tensor:
         """What the curvature needs of the backward passes."""
         return _stacked([capture.product() for capture in self.captures])
+
+    def gathered(self, ranks: Ranks, num_samples: int) -> "Pushes":
+        """The rows of all ranks, which number n samples alike."""
+        placement, scores = self.placement, self.scores
+        index = placement.index
+        if index is None:
+            index = torch.arange(num_samples, device=self.gradient.device)
+        index = ranks.gather(index.unsqueeze(1)).squeeze(1)
+        found = ranks.gather(placement.fingerprints)
+        if scores is not None and scores.gradient is not None:
+            # What the curvature needs stays here; its parts are summed over ranks.
+            scores = replace(
+                scores,
+                features=ranks.gather(scores.features),
+                gradient=ranks.gather(scores.gradient),
+            )
+        return replace(
+            self,
+            placement=Placement.of(found, index, num_samples),
+            gradient=ranks.gather(self.gradient),
+            signal=None if self.signal is None else ranks.gather(self.signal),
+            scores=scores,
+        )
 
     @property
     def by_sample(self) -> Tensor:

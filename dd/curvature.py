@@ -61,13 +61,13 @@ class Curvature(ABC):
     Attributes:
         forward_mode: whether the forward pass must carry the observed probe as a tangent.
         second_order: whether the gradient must be part of a graph.
-        pools: whether the moments of small batches are pooled over steps.
+        pooled_rows: how many rows a unit the moments of small batches are pooled to, over steps.
         num_components: means that the moments are centred by.
     """
 
     forward_mode: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
-    pools: ClassVar[bool] = True
+    pooled_rows: ClassVar[int] = 0
     num_components: int = 0
 
     @abstractmethod
@@ -95,6 +95,10 @@ class Curvature(ABC):
     def solve(self, moments: Moments) -> Tensor:
         """Return H, shape (k, k), symmetric."""
 
+    def pooled(self, moments: Moments, earlier: Moments, keep: float) -> Moments:
+        """Moments of a step and, with a weight of ``keep``, of the steps before."""
+        raise NotImplementedError
+
     def solve_pooled(self, moments: Moments) -> Tensor:
         """Return H of moments that may hold fewer rows than units so far."""
         return self.solve(moments)
@@ -112,6 +116,8 @@ class Stein(Curvature):
         components: component of each sample, shape (n,), integers from 0.
         ridge: regularisation relative to the mean eigenvalue of the covariance of R.
     """
+
+    pooled_rows = 64
 
     def __init__(self, components: Tensor, ridge: float = 1e-4) -> None:
         self.components = components
@@ -136,6 +142,10 @@ class Stein(Curvature):
     def solve(self, moments: Moments) -> Tensor:
         """Solve K H = R_cᵀ G."""
         return solved_curvature(moments.gram, moments.cross, self.ridge)
+
+    def pooled(self, moments: Moments, earlier: Moments, keep: float) -> Moments:
+        """Pool K and the means, which the noise of a batch would bias; R_cᵀG is the step's own."""
+        return moments.merged(earlier, keep)
 
     def of(self, index: Tensor | None, device: torch.device) -> Tensor:
         """Components of some samples, shape (m,)."""
@@ -170,6 +180,8 @@ class Probe(_SecondDerivative):
     """One Rademacher curvature-vector product by forward-over-reverse differentiation."""
 
     forward_mode = True
+    # More would lag behind, fewer leave the noise of the probe: each biases the shadows.
+    pooled_rows = 16
 
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the probe."""
@@ -194,6 +206,10 @@ class Probe(_SecondDerivative):
     def solve(self, moments: Moments) -> Tensor:
         """Average the products over samples."""
         return solved_curvature(moments.gram, moments.cross)
+
+    def pooled(self, moments: Moments, earlier: Moments, keep: float) -> Moments:
+        """Average the products over steps, too."""
+        return moments.averaged(earlier, keep)
 
     def solve_pooled(self, moments: Moments) -> Tensor:
         """The same; of few rows by the expectation of VᵀV / m, the identity."""
@@ -222,7 +238,6 @@ class Exact(_SecondDerivative):
     """All k curvature-vector products, through ``loss.backward(create_graph=True)``."""
 
     second_order = True
-    pools = False
 
     def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
         """Keep nothing but the shape."""

@@ -163,7 +163,9 @@ class SharpnessWatch(_Watch):
             return
         if self._direction is None:
             generator = torch.Generator().manual_seed(0)
-            self._direction = torch.randn(len(curvature), generator=generator).to(curvature)
+            self._direction = torch.randn(
+                len(curvature), generator=generator, dtype=torch.float32
+            ).to(curvature)
         for _ in range(2):
             image = curvature @ self._direction
             sharpness = image.norm()

@@ -16,6 +16,7 @@ from torch import nn
 
 import dd
 from dd.assembly import (
+    make_batches,
     make_model,
     make_optimizer,
     make_split,
@@ -23,6 +24,7 @@ from dd.assembly import (
     validate,
     with_seed,
 )
+from dd.batches import Batches
 from dd.checkpoint import Checkpoint
 from dd.console import ProgressDisplay
 from dd.data import Split
@@ -127,6 +129,7 @@ class Experiment:
     def _run_trial(self, trial: int, display: ProgressDisplay | None) -> None:
         config = with_seed(self.config, self.config.seed + trial)
         split = make_split(config).to(self.device)
+        batches = make_batches(config, split)
         initial = make_model(config, split)
         checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial)
         pairs: dict[str, tuple[nn.Sequential, torch.optim.Optimizer]] = {}
@@ -149,7 +152,7 @@ class Experiment:
             )
             try:
                 with noted() as sentences:
-                    self._train(model, optimizer, split, recorder)
+                    self._train(model, optimizer, split, recorder, batches)
             except TrainingStopped as error:
                 self.failures.append(f"{label}: {error}")
             self._note(name, optimizer, sentences)
@@ -169,9 +172,10 @@ class Experiment:
         optimizer: torch.optim.Optimizer,
         split: Split,
         recorder: _Recorder,
+        batches: Batches,
     ) -> None:
         with recorder.tracker:
-            seconds = train(model, optimizer, split, self.schedule, recorder)
+            seconds = train(model, optimizer, split, self.schedule, recorder, batches)
             self._update_seconds[recorder.name, recorder.trial] = seconds
             recorder.tracker.summarise(self._figures(recorder.name, recorder.trial))
 

@@ -19,7 +19,8 @@ _AT_A_TIME = 2**22
 def directions(dimension: int) -> Tensor:
     """The directions of every fingerprint of this dimension, shape (3, d)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(PROJECTIONS, dimension, generator=generator)
+    # Not in the default dtype, which training loops change.
+    return torch.randn(PROJECTIONS, dimension, generator=generator, dtype=torch.float32)
 
 
 def fingerprint(inputs: Tensor, along: Tensor | None = None) -> Tensor:

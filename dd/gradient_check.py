@@ -59,8 +59,7 @@ def edit_scale(
         "last backward passes delivered, nor a multiple of it, so weights and shadows would part. "
         "It holds older gradients (call zero_grad() after every step), or it was edited entry by "
         "entry (clip by norm instead of by value), or the loss has a term in the weights "
-        "themselves (use weight_decay= for an L2 penalty), or processes average it (construct the "
-        "optimizer with the DistributedDataParallel module)."
+        f"themselves (use weight_decay= for an L2 penalty){_on_processes(ranks)}."
     )
 
 
@@ -134,7 +133,8 @@ def require_same_weight(
     Raises:
         RuntimeError: if it is another weight.
     """
-    found = at_least_single(weight) @ direction.to(weight.device, expected.dtype)
+    found = at_least_single(weight)
+    found = found @ direction.to(found)
     expected = expected.to(found)
     scale = expected.square().mean().sqrt()
     if bool(((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()):
@@ -144,6 +144,15 @@ def require_same_weight(
         "shadows do not fit it. Restore model and optimizer together (load_state_dict of both), "
         "or start over with detach() and attach(); constrain weights with weight_decay=."
     )
+
+
+def _on_processes(ranks: Ranks) -> str:
+    distributed = torch.distributed
+    if ranks.size > 1:
+        return ", or the processes do not average it (wrap the model in DistributedDataParallel)"
+    if distributed.is_available() and distributed.is_initialized():
+        return ", or processes average it, which the optimizer was told to be apart (process_group)"
+    return ""
 
 
 def _rounding(tensor: Tensor) -> float:

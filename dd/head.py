@@ -116,7 +116,9 @@ class SharedParameters:
                 self.parts.append((linear.bias, "shadow"))
         self._directions = directions
         generator = torch.Generator().manual_seed(0)
-        self._direction = torch.randn(self.head.in_features, generator=generator)
+        self._direction = torch.randn(
+            self.head.in_features, generator=generator, dtype=torch.float32
+        )
         self._expected: Tensor | None = None
         self._signal: Tensor | None = None
         self._require_few()
@@ -258,23 +260,13 @@ class SharedParameters:
                     more = found.new_zeros(num_samples - len(found), *size[1:])
                     write(parameter, name, torch.cat([found, more]))
 
-    def shadow_gradients(
-        self,
-        pushes: "Pushes",
-        scale: float,
-        read: Read,
-        ranks: Ranks,
-    ) -> tuple[list[tuple[Tensor, str, Tensor, Tensor]], Tensor]:
-        """Shadows and their gradients, equation (4), and the curvature H_ψ, shape (p, p).
+    def curvature(self, pushes: "Pushes", scale: float, ranks: Ranks) -> Tensor:
+        """H_ψ of a step, equation (4), shape (p, p).
 
         Args:
-            pushes: rows of the step, with signal and scores.
+            pushes: rows of the step on this rank, with signal and scores.
             scale: of the step's loss over the one that was differentiated here.
-            read: gives the shadow of a parameter under a key.
             ranks: which share the rows.
-
-        Returns:
-            Parameter, key, shadow and gradient of each part; and the curvature.
 
         Raises:
             RuntimeError: if the loss is not softmax cross-entropy of the scores.
@@ -282,16 +274,32 @@ class SharedParameters:
         signal, scores = pushes.signal, pushes.scores
         assert signal is not None
         assert scores is not None
+        jacobian = at_least_single(scores.jacobian)
+        found = shared_curvature(scores.curvature(), jacobian, signal, scores.features)
+        found = ranks.sum(found)
+        return found if scale == 1.0 else scale * found
+
+    def shadow_gradients(
+        self, pushes: "Pushes", curvature: Tensor, scale: float, read: Read
+    ) -> list[tuple[Tensor, str, Tensor, Tensor]]:
+        """Shadows and their gradients, equation (4).
+
+        Args:
+            pushes: rows of the step whose shadows are kept here, with signal and scores.
+            curvature: H_ψ, shape (p, p).
+            scale: of the step's loss over the one that was differentiated here.
+            read: gives the shadow of a parameter under a key.
+
+        Returns:
+            Parameter, key, shadow and gradient of each part.
+        """
+        signal, scores = pushes.signal, pushes.scores
+        assert signal is not None
+        assert scores is not None
         assert scores.gradient is not None
         shadows = [found for part in self.parts if (found := read(*part)) is not None]
-        curvature = ranks.sum(
-            shared_curvature(
-                scores.curvature(), at_least_single(scores.jacobian), signal, scores.features
-            )
-        )
         gradients = at_least_single(pushes.gradient), at_least_single(scores.gradient)
         if scale != 1.0:
-            curvature = scale * curvature
             gradients = scale * gradients[0], scale * gradients[1]
         rows = (*gradients, signal, scores.features)
         joined, index = self._joined(shadows), pushes.placement.index
@@ -302,11 +310,10 @@ class SharedParameters:
             moved = joined @ curvature.to(joined.dtype)
             moved.index_add_(0, index, shared_push(*rows).to(joined.dtype), alpha=-1)
         parts = self._split(moved, signal.shape[1], scores.features.shape[1])
-        steps = [
+        return [
             (parameter, key, shadow, part.reshape(shadow.shape))
             for (parameter, key), shadow, part in zip(self.parts, shadows, parts, strict=True)
         ]
-        return steps, curvature
 
     def _sizes(self, n: int, signal: Tensor) -> list[tuple[int, ...]]:
         along = signal.shape[1] - self._has_bias(self.layer)

@@ -116,15 +116,24 @@ def tracked(loader: Any, samples: Samples) -> Any:
         return _tracked_indices(loader, samples)
     _check(loader)
     samples.expect(len(loader.dataset))  # type: ignore[arg-type]
-    # A copy, because a DataLoader forbids to exchange its data set.
+    return TrackedLoader(_indexed(loader), samples, loader.dataset)
+
+
+def _indexed(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A copy that yields pairs of indices and batch; a DataLoader forbids to change itself."""
     twin = copy.copy(loader)
+    inner = getattr(loader, "base_dataloader", None)
+    if inner is not None:
+        # A loader of the accelerate library, which hands on what another one yields.
+        vars(twin)["base_dataloader"] = _indexed(inner)
+        return twin
     batched = loader.batch_size is not None or loader.batch_sampler is not None
     vars(twin).update(
         dataset=_Indexed(loader.dataset),
         collate_fn=_Collate(loader.collate_fn, batched=batched),
         _iterator=None,
     )
-    return TrackedLoader(twin, samples, loader.dataset)
+    return twin
 
 
 def _check(loader: DataLoader[Any]) -> None:
@@ -143,8 +152,9 @@ def _check_shards(sampler: DistributedSampler[Any]) -> None:
     if sampler.shuffle:
         raise ValueError(
             "DecoupledDescent: DistributedSampler(shuffle=True) hands a sample to another process "
-            "in every epoch, away from its shadow. Give each process its own samples, "
-            "torch.utils.data.Subset(dataset, range(rank, n, world_size)), and shuffle those."
+            "in every epoch, away from its shadow. Construct with noise=dd.NoiseModel.fit(inputs) "
+            "of all samples, which then need no tracking; or give each process its own samples, "
+            "torch.utils.data.Subset(dataset, range(rank, n, world_size))."
         )
     if len(sampler.dataset) % sampler.num_replicas and not sampler.drop_last:  # type: ignore[arg-type]
         raise ValueError(

@@ -21,7 +21,7 @@ class Moments:
         rows: number of rows, shape ().
         counts: rows of each component, shape (C,); empty where nothing is centred.
         left: mean of a in each component, shape (C, k).
-        right: mean of b in each component, times ``rows``, shape (C, k).
+        right: mean of b in each component, shape (C, k).
         gram: Σ a aᵀ / rows, shape (k, k).
         cross: Σ a bᵀ, shape (k, k).
     """
@@ -57,7 +57,7 @@ class Moments:
         left, right = (sums[:, 1:] / counts.clamp_min(1).unsqueeze(1)).chunk(2, 1)
         around = values - left.index_select(0, components)
         rows = counts.sum()
-        return cls._of(around, products, rows, counts, left, rows * right, ranks)
+        return cls._of(around, products, rows, counts, left, right, ranks)
 
     @classmethod
     def plain(cls, values: Tensor, products: Tensor, ranks: Ranks) -> "Moments":
@@ -86,41 +86,52 @@ class Moments:
         return replace(self, right=scale * self.right, cross=scale * self.cross)
 
     def merged(self, earlier: "Moments", keep: float) -> "Moments":
-        """Pool with the moments of earlier steps, weighted by ``keep`` times their rows.
+        """Pool means and Σ a aᵀ with those of earlier steps, weighted by ``keep`` times their rows.
 
         Chan, Golub and LeVeque (1979): means and centred moments of a union from those of its
-        parts, without the cancellation of raw moments.
+        parts, without the cancellation of raw moments. Σ a bᵀ stays that of this step, around the
+        pooled means: it enters the curvature linearly, so that its noise averages out over steps,
+        while the gradients of earlier steps would lag behind.
         """
         before, now = keep * earlier.rows, self.rows
         rows = before + now
         before_counts = keep * earlier.counts
         counts = before_counts + self.counts
         share = (self.counts / counts.clamp_min(torch.finfo(counts.dtype).tiny)).unsqueeze(1)
-        apart = before_counts.unsqueeze(1) * share
-        left, right = self.left - earlier.left, self.right - earlier.right
-        between = left.mT @ (apart * torch.cat([left, right], 1))
-        gram, cross = between.chunk(2, 1)
+        moved = self.left - earlier.left
+        between = moved.mT @ (before_counts.unsqueeze(1) * share * moved)
+        left = earlier.left + share * moved
+        push = self.counts.unsqueeze(1) * self.right
         return Moments(
             rows=rows,
             counts=counts,
-            left=earlier.left + share * left,
-            right=earlier.right + share * right,
-            gram=(before * earlier.gram + now * self.gram + gram) / rows,
-            cross=(before * earlier.cross + now * self.cross + cross) / rows,
+            left=left,
+            right=self.right,
+            gram=(before * earlier.gram + now * self.gram + between) / rows,
+            cross=self.cross + (self.left - left).mT @ push,
+        )
+
+    def averaged(self, earlier: "Moments", keep: float) -> "Moments":
+        """Pool both moments around zero with those of earlier steps, weighted likewise."""
+        before, now = keep * earlier.rows, self.rows
+        rows = before + now
+        return replace(
+            self,
+            rows=rows,
+            gram=(before * earlier.gram + now * self.gram) / rows,
+            cross=(before * earlier.cross + now * self.cross) / rows,
         )
 
     def packed(self) -> Tensor:
-        """All numbers in one tensor, shape (numbers,)."""
-        return torch.cat([part.reshape(-1) for part in vars(self).values()])
+        """What pooling needs of earlier steps in one tensor, shape (numbers,)."""
+        parts = (self.rows, self.counts, self.left, self.gram, self.cross)
+        return torch.cat([part.reshape(-1) for part in parts])
 
     @classmethod
     def unpacked(cls, numbers: Tensor, count: int, width: int) -> "Moments":
-        """The inverse of :meth:`packed`, for ``count`` components of ``width`` units."""
-        square, means = width * width, count * width
-        parts = numbers.split([1, count, means, means, square, square])
-        return cls(
-            parts[0].reshape(()),
-            parts[1],
-            *(part.reshape(count, width) for part in parts[2:4]),
-            *(part.reshape(width, width) for part in parts[4:]),
-        )
+        """Moments of earlier steps, for ``count`` components of ``width`` units."""
+        square = width * width
+        rows, counts, left, gram, cross = numbers.split([1, count, count * width, square, square])
+        left = left.reshape(count, width)
+        gram, cross = gram.reshape(width, width), cross.reshape(width, width)
+        return cls(rows.reshape(()), counts, left, torch.zeros_like(left), gram, cross)

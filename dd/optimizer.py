@@ -149,7 +149,10 @@ class DecoupledDescent(torch.optim.SGD):
     def shadow(self) -> Tensor | None:
         """Q, shape (bins, n, k), or None while unattached or before the first step."""
         layer = self.layer
-        return None if layer is None else self.state[layer.weight].get("shadow")
+        if layer is None:
+            return None
+        self._flush()
+        return self.state[layer.weight].get("shadow")
 
     @property
     def needs_graph(self) -> bool:
@@ -290,7 +293,7 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.drop()
             self._attachment.samples.release()
-            if self.shadow is None:
+            if self._read(self._attachment.layer.weight, "shadow") is None:
                 self._attachment.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -314,21 +317,31 @@ class DecoupledDescent(torch.optim.SGD):
         Args:
             state_dict: of an optimizer attached to the same layer and samples, or unattached.
         """
-        super().load_state_dict(state_dict)
-        self._restore_precision(state_dict)
+        given = [state_dict]
+        # Last of the hooks that may exchange the state for another.
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: given.append(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._restore_values(given[-1])
         if self._attachment is not None:
             self._attachment.forget()
             self._watch = self._edge = None
 
-    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
-        # The base class casts every tensor of a state to the parameter's precision.
+    def _restore_values(self, state_dict: dict[str, Any]) -> None:
+        # The base class casts every tensor of a state to the parameter's precision, or shares it
+        # with the optimizer that it came from: the momentum would then move with both, apart from
+        # the shadow's.
         saved = [p for group in state_dict["param_groups"] for p in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for key, parameter in zip(saved, own, strict=True):
             given = state_dict["state"].get(key, {})
             for name, value in given.items():
-                if _is_own(name) and isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+                if isinstance(value, Tensor):
+                    dtype = value.dtype if _is_own(name) else self.state[parameter][name].dtype
+                    value = value.to(parameter.device, dtype, copy=True)
+                    self.state[parameter][name] = value
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: the settings, and the module that this is attached to."""
@@ -338,6 +351,8 @@ class DecoupledDescent(torch.optim.SGD):
             attachment = self._attachment
             bond = (attachment.module, attachment.name, attachment.given_noise)
         settings = {name: getattr(self, name) for name in _SETTINGS}
+        # A process group belongs to its process; to train alone is a choice.
+        settings["_process_group"] = False if self._process_group is False else None
         return {**super().__getstate__(), "_bond": bond, "_own_settings": settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -350,7 +365,6 @@ class DecoupledDescent(torch.optim.SGD):
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
             self._attachment = self._watch = self._edge = None
-            self._process_group = None
             vars(self).update(settings)
         super().__setstate__(state)
         for group in self.param_groups:
@@ -456,6 +470,8 @@ class DecoupledDescent(torch.optim.SGD):
             if not leads_to_step:
                 return corrected
             assert placement is not None
+            for parameter, _ in attachment.shadowed:
+                self._require_own(attachment, parameter)
             seed = _probe_seed(
                 self._seed, state.get("shadow_step", 0), len(attachment.pending), attachment.ranks
             )
@@ -474,7 +490,11 @@ class DecoupledDescent(torch.optim.SGD):
         shared, count = attachment.shared, attachment.samples.count
         assert shared is not None
         signal = shared.signal(inputs, placement)
-        if placement is not None and count is not None and self.shadow is not None:
+        if (
+            placement is not None
+            and count is not None
+            and self._read(attachment.weight, "shadow") is not None
+        ):
             with torch.no_grad():
                 shared.make(self._read, self._write, count, signal)
         return signal
@@ -552,7 +572,7 @@ class DecoupledDescent(torch.optim.SGD):
         name = next(n for n, p in attachment.module.named_parameters() if p is parameter)
         raise ValueError(
             f"DecoupledDescent: {name!r} is not among this optimizer's parameters; construct the "
-            "optimizer with the parameters of this module"
+            "optimizer with the parameters of this module, after what exchanges them (to_empty)"
         )
 
     def _updates(self, attachment: Attachment) -> list[ShadowUpdate]:
@@ -575,31 +595,43 @@ class DecoupledDescent(torch.optim.SGD):
             )
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
-        updates = [*self._shared_updates(attachment, pushes, scale)]
-        updates.insert(0, self._layer_update(attachment, pushes, scale))
+        curvature = attachment.curvature(pushes, scale, self.state[weight])
+        shared = self._shared_curvature(attachment, pushes, scale)
+        pushes = attachment.pushes_of_all_ranks(pushes)
+        updates = self._shared_updates(attachment, pushes, scale, shared)
+        updates.insert(0, self._layer_update(attachment, pushes, scale, curvature))
         attachment.drop()
         attachment.samples.finish()
         return updates
 
-    def _shared_updates(
+    def _shared_curvature(
         self, attachment: Attachment, pushes: Pushes, scale: float
-    ) -> list[ShadowUpdate]:
-        shared, count = attachment.shared, attachment.samples.count
+    ) -> Tensor | None:
+        shared = attachment.shared
         if shared is None:
-            return []
+            return None
         if pushes.scores is None or pushes.scores.gradient is None:
             raise RuntimeError(
                 f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
                 "and backward; name the layer that computes the scores with head="
             )
-        assert pushes.signal is not None
-        assert count is not None
-        shared.make(self._read, self._write, count, pushes.signal)
-        found, curvature = shared.shadow_gradients(pushes, scale, self._read, attachment.ranks)
+        curvature = shared.curvature(pushes, scale, attachment.ranks)
         if self._watches(attachment, pushes.placement):
             if self._edge is None:
                 self._edge = SharpnessWatch()
             self._edge.look(curvature, self.param_groups)
+        return curvature
+
+    def _shared_updates(
+        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor | None
+    ) -> list[ShadowUpdate]:
+        shared, count = attachment.shared, attachment.samples.count
+        if shared is None or curvature is None:
+            return []
+        assert pushes.signal is not None
+        assert count is not None
+        shared.make(self._read, self._write, count, pushes.signal)
+        found = shared.shadow_gradients(pushes, curvature, scale, self._read)
         return [
             ShadowUpdate(
                 parameter,
@@ -611,14 +643,15 @@ class DecoupledDescent(torch.optim.SGD):
             for parameter, key, shadow, gradient in found
         ]
 
-    def _layer_update(self, attachment: Attachment, pushes: Pushes, scale: float) -> ShadowUpdate:
+    def _layer_update(
+        self, attachment: Attachment, pushes: Pushes, scale: float, curvature: Tensor
+    ) -> ShadowUpdate:
         weight, noise = attachment.layer.weight, attachment.noise
         count = attachment.samples.count
         assert noise is not None
         assert count is not None
         assert weight.grad is not None
         state = self.state[weight]
-        curvature = attachment.curvature(pushes, scale, state)
         gradient = at_least_single(pushes.by_sample)
         if scale != 1.0:
             gradient = scale * gradient
@@ -635,6 +668,10 @@ class DecoupledDescent(torch.optim.SGD):
         attachment.shadows.make(state, noise, count, gradient)
         assert attachment.samples.known is not None
         state["shadow_samples"] = attachment.samples.known.values
+        if attachment.given_noise is None:
+            state["shadow_noise"] = torch.stack(
+                [noise.eigenvalues, noise.multiplicities.to(noise.eigenvalues)]
+            )
         state["shadow_step"] = state.get("shadow_step", 0) + 1
         damped = None
         if self._damping != 1.0:

@@ -53,14 +53,14 @@ class Ranks:
         """Rows of all ranks, one after the other.
 
         Args:
-            rows: shape (m, d), m of each rank's own.
+            rows: shape (m, ...), m of each rank's own.
         """
         if self.size == 1:
             return rows
         most = self.largest(len(rows), rows.device)
         counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.size)]
         torch.distributed.all_gather(counts, counts[0].new_tensor([len(rows)]), group=self.group)
-        padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
+        padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         torch.distributed.all_gather(parts, padded.contiguous(), group=self.group)
         return torch.cat([part[: int(m)] for part, m in zip(parts, counts, strict=True)])

@@ -152,6 +152,8 @@ class Shadows:
             if self._with_momentum != momentum:
                 self.flush(state)
                 self._with_momentum = momentum
+            # Rows of other processes have not been in a forward here.
+            self._bring(state, placement)
             rows, on_cpu = placement.rows, placement.rows_on_cpu
             update = self._update_rows(
                 state, rows, on_cpu, gradient, curvature, noise, damping, weight

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd.batches import Batches
 from dd.checks import check_count
 from dd.data.split import Split
 
@@ -65,8 +66,9 @@ def train(
     split: Split,
     schedule: Schedule,
     observer: Observer,
+    batches: Batches,
 ) -> list[float]:
-    """Train full batch by softmax cross-entropy.
+    """Train by softmax cross-entropy.
 
     Args:
         model: maps inputs (n, d) to class scores (n, C).
@@ -74,6 +76,7 @@ def train(
         split: on the model's device.
         schedule: how long, and how often to look.
         observer: is shown the figures and the states.
+        batches: the samples of every update.
 
     Returns:
         Seconds spent on each update, measuring not counted in.
@@ -92,14 +95,24 @@ def train(
         if step == schedule.steps:
             break
         started = time.perf_counter()
-        _update(model, optimizer, split, step)
+        _update(model, optimizer, split, batches.at(step), step)
         seconds.append(time.perf_counter() - started)
     return seconds
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, step: int) -> None:
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    rows: Tensor | None,
+    step: int,
+) -> None:
+    inputs, targets = split.train_inputs, split.train_targets
+    if rows is not None:
+        rows = rows.to(inputs.device)
+        inputs, targets = inputs[rows], targets[rows]
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(split.train_inputs), split.train_targets)
+    loss = F.cross_entropy(model(inputs), targets)
     _require_finite(float(loss.detach()), step, optimizer)
     loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
     try:
@@ -114,8 +127,8 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, st
 def measure(model: nn.Module, split: Split) -> dict[str, float]:
     """Return losses and errors on both sets; the model is left in train mode.
 
-    The training figures are those of train mode, which under decoupled descent are the corrected
-    ones; the uncorrected and the test figures are those of the plain network.
+    The training figures are over all samples, in train mode, which under decoupled descent gives
+    the corrected ones; the uncorrected and the test figures are those of the plain network.
     """
     model.eval()
     test = _figures(model(split.test_inputs), split.test_targets)

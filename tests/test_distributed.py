@@ -98,17 +98,20 @@ def shared(rank, setting, steps=12):
     return [p.detach() for p in parallel.parameters()], optimizer.shadow, mean
 
 
-def wandering_sample(rank):
+def wandering(rank, setting):
+    """Every rank knows all samples, and each step's are dealt to the ranks anew."""
     inputs, labels = make_problem()
     parallel = DistributedDataParallel(make_model())
-    noise = dd.NoiseModel.isotropic(inputs, labels)
-    optimizer = dd.DecoupledDescent(parallel, lr=0.3, noise=noise)
-    train(parallel, optimizer, inputs, labels, [shard(rank)])
-    try:
-        train(parallel, optimizer, inputs, labels, [shard(1 - rank)])
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    optimizer = build(parallel, setting, inputs, labels)
+    plan = [rows[rank::WORLD] for rows in dealt()]
+    train(parallel, optimizer, inputs, labels, plan)
+    optimizer.state_dict()
+    return [p.detach() for p in parallel.parameters()], optimizer.shadow
+
+
+def dealt():
+    g = torch.Generator().manual_seed(9)
+    return [rows for _ in range(4) for rows in torch.randperm(N, generator=g).split(10)]
 
 
 def different_noise(rank):
@@ -177,7 +180,8 @@ def fitted_together(rank):
 TASKS = {
     **{name: (shared, setting) for name, setting in SETTINGS.items()},
     "wrapped afterwards": (unwrapped_afterwards,),
-    "wandering sample": (wandering_sample,),
+    "wandering": (wandering, {"momentum": 0.5}),
+    "wandering, head": (wandering, {"head": True}),
     "different noise": (different_noise,),
     "alone": (alone,),
     "fitted together": (fitted_together,),
@@ -216,6 +220,20 @@ def test_two_processes_are_one(results, name):
         torch.testing.assert_close(part, shadow[:, shard(rank)], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["wandering", "wandering, head"])
+def test_samples_that_every_process_knows_may_come_to_any(results, name):
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = build(model, TASKS[name][1], inputs, labels)
+    plan = [torch.cat([rows[rank::WORLD] for rank in range(WORLD)]) for rows in dealt()]
+    train(model, optimizer, inputs, labels, plan)
+    for own, shadow in results[name]:
+        torch.testing.assert_close(
+            own, [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-10
+        )
+        torch.testing.assert_close(shadow, optimizer.shadow, rtol=1e-7, atol=1e-9)
+
+
 def test_tracked_loss_is_that_of_all_processes(results):
     inputs, labels = make_problem()
     model = make_model()
@@ -237,7 +255,6 @@ def test_noise_is_fitted_on_the_samples_of_all_processes(results):
 @pytest.mark.parametrize(
     ("task", "match"),
     [
-        ("wandering sample", "came to more than one process"),
         ("different noise", "different noise models"),
         ("alone", "processes average it"),
     ],

@@ -397,20 +397,6 @@ def test_a_step_on_zero_gradients_moves_weights_and_shadows_alike(settings):
     assert torch.equal(weight, model[0].weight) == (not settings)
 
 
-def test_saved_state_continues_the_run():
-    inputs, targets = make_problem()
-    model, twin = make_model(), make_model()
-    optimizer = dd.DecoupledDescent(model, lr=0.3, momentum=0.9, curvature="probe")
-    train(model, optimizer, inputs, targets)
-    twin.load_state_dict(model.state_dict())
-    resumed = dd.DecoupledDescent(twin, lr=0.3, momentum=0.9, curvature="probe")
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(model, optimizer, inputs, targets)
-    train(twin, resumed, inputs, targets)
-    assert torch.equal(optimizer.shadow, resumed.shadow)
-    assert torch.equal(model[0].weight, twin[0].weight)
-
-
 def test_losses_and_scores_are_printed_saved_and_copied_as_plain_tensors():
     inputs, targets = make_problem()
     model = make_model()
