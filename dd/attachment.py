@@ -78,7 +78,11 @@ class ForwardHook:
             return None
         inputs = args[0] if args else kwargs["input"]
         correct = optimizer._correct_scores if self._head else optimizer._correct
-        return correct(layer, inputs, output)
+        if not torch.is_inference_mode_enabled():
+            return correct(layer, inputs, output)
+        # What is remembered of the samples must not be made of inference tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            return correct(layer, inputs, output)
 
 
 class Attachment:
@@ -176,7 +180,7 @@ class Attachment:
         if self.layer.weight is not self.weight:
             raise RuntimeError(
                 f"DecoupledDescent: layer {self.name!r} has another weight than when the optimizer "
-                "was attached (fully_shard, a parametrisation or an assignment replaced it); "
+                "was attached (fully_shard, to_empty, a parametrisation or an assignment replaced it); "
                 "construct the optimizer afterwards"
             )
 
@@ -259,6 +263,11 @@ class Attachment:
         for capture in self.pending:
             capture.close()
         self.pending.clear()
+
+    @property
+    def has_delivered(self) -> bool:
+        """Whether a pending forward has its gradient."""
+        return any(capture.gradient is not None for capture in self.pending)
 
     def drop_abandoned(self) -> None:
         """Forget the forwards whose gradients have been cleared."""
@@ -442,9 +451,10 @@ class Attachment:
         """
         estimator, width = self.estimator, pushes.gradient.shape[1]
         product, index = pushes.product(), pushes.placement.index
-        moments = estimator.moments(pushes.observed, product, index, self.ranks)
         if scale != 1.0:
-            moments = moments.scaled(scale)
+            # Sums over a scaled loss may be infinite.
+            product = scale * at_least_single(product)
+        moments = estimator.moments(pushes.observed, product, index, self.ranks)
         keep = self._keep(moments, len(pushes.gradient), width)
         if keep == 0.0:
             return estimator.solve(moments)

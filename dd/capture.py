@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dd.curvature import Backward, Curvature
 from dd.dual import DualLevel, carry_tangent, split_tangent
+from dd.functional import at_least_single
 from dd.head import Scores
 from dd.ranks import Ranks
 from dd.samples import Placement
@@ -207,8 +208,9 @@ class Pushes:
 
     @property
     def by_sample(self) -> Tensor:
-        """G with one row a distinct sample, shape (u, k)."""
-        return self.placement.by_sample(self.gradient)
+        """G with one row a distinct sample, shape (u, k), in single precision at least."""
+        # Sums over copies of a sample may be too large for half precision.
+        return self.placement.by_sample(at_least_single(self.gradient))
 
 
 def joined(captures: Sequence[Capture], num_samples: int) -> Pushes:

@@ -112,6 +112,9 @@ class Fingerprints:
             (m,).
         """
         first, order = self._sorted()
+        if len(order) == 0:
+            nowhere = torch.zeros(len(found), dtype=torch.long, device=found.device)
+            return nowhere, nowhere.bool()
         tolerance = self._tolerance.to(first)
         found = found.to(first)
         key = found[:, 0].contiguous()

@@ -43,17 +43,18 @@ def edit_scale(
         RuntimeError: if they differ by more than a scale.
     """
     rounding = max(_rounding(gradient), _rounding(weight_gradient))
-    gradient = at_least_single(gradient)
-    arrived = at_least_single(weight_gradient) @ directions.mT.to(gradient)
+    gradient, size = _of_size_one(gradient, ranks)
+    weight_gradient, weight_size = _of_size_one(weight_gradient)
+    arrived = weight_gradient @ directions.mT.to(gradient)
     delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
-    if bool(((arrived - delivered).abs() <= tolerance).all()):
+    if bool(((weight_size / size * arrived - delivered).abs() <= tolerance).all()):
         return 1.0
     a, b = arrived.double(), delivered.double()
     scale = float((a * b).sum() / b.square().sum().clamp_min(torch.finfo(b.dtype).tiny))
     # An edit rounds the gradient once more.
     tolerance = abs(scale) * tolerance + 4 * rounding * arrived.abs().amax()
     if scale != 0 and bool(((arrived - scale * delivered).abs() <= tolerance).all()):
-        return scale
+        return scale * float(weight_size.double() / size)
     raise RuntimeError(
         "DecoupledDescent: the gradient of the decoupled layer's weight is not the one that the "
         "last backward passes delivered, nor a multiple of it, so weights and shadows would part. "
@@ -87,11 +88,12 @@ def require_unedited(
         RuntimeError: if the two sides differ by more than rounding.
     """
     rounding = max(_rounding(gradient), _rounding(found))
-    gradient = at_least_single(gradient)
-    arrived = (at_least_single(found) @ direction.to(gradient)).unsqueeze(1)
+    gradient, size = _of_size_one(gradient, ranks)
+    found, found_size = _of_size_one(found)
+    arrived = (found @ direction.to(gradient)).unsqueeze(1) * (found_size / size / scale)
     delivered, tolerance = _delivered(gradient, projection.unsqueeze(1), rounding, ranks)
-    tolerance = abs(scale) * tolerance + 4 * rounding * arrived.abs().amax() * (scale != 1)
-    if bool(((arrived - scale * delivered).abs() <= tolerance).all()):
+    tolerance = tolerance + 4 * rounding * arrived.abs().amax() * (scale != 1)
+    if bool(((arrived - delivered).abs() <= tolerance).all()):
         return
     raise RuntimeError(
         f"DecoupledDescent: the gradient of {name} is not the one that the last backward passes "
@@ -99,6 +101,16 @@ def require_unedited(
         "head=True follows it. Call zero_grad() after every step, edit all gradients by one scale "
         "(clip by the norm of all of them), and keep terms in the weights out of the loss."
     )
+
+
+def _of_size_one(gradient: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+    """A gradient over about its largest entry, and that; sums over a scaled one may be infinite."""
+    gradient = at_least_single(gradient)
+    size = gradient.abs().amax()
+    if ranks is not None:
+        size = ranks.sum(size) / ranks.size
+    size = size.clamp_min(torch.finfo(gradient.dtype).tiny)
+    return gradient / size, size
 
 
 def _delivered(
@@ -156,14 +168,19 @@ def _on_processes(ranks: Ranks) -> str:
 
 
 def _rounding(tensor: Tensor) -> float:
-    if tensor.dtype == torch.float32 and tensor.device.type == "cuda" and _tensor_float_32():
-        return 2.0**-10
+    """Relative error of one product in the matrix products behind a gradient."""
+    coarse = {"tf32": 2.0**-10, "bf16": 2.0**-8}
+    if tensor.dtype == torch.float32 and (choice := _products(tensor.device.type)) in coarse:
+        return coarse[choice]
     return torch.finfo(tensor.dtype).eps
 
 
-def _tensor_float_32() -> bool:
+def _products(device: str) -> str:
+    """In what precision the user lets a device multiply float32 matrices."""
+    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     # The older getter raises once the newer setting, which torch 2.9 brought, has been used.
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if precision is None:
-        return torch.get_float32_matmul_precision() != "highest"
-    return precision == "tf32"
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is not None:
+        return precision
+    older = {"highest": "ieee", "high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}
+    return older[torch.get_float32_matmul_precision()]

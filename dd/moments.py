@@ -81,10 +81,6 @@ class Moments:
         both = ranks.sum(torch.stack([values.mT @ values, values.mT @ products]))
         return cls(rows, counts, left, right, both[0] / rows, both[1])
 
-    def scaled(self, scale: Tensor | float) -> "Moments":
-        """Moments with b multiplied by a scale."""
-        return replace(self, right=scale * self.right, cross=scale * self.cross)
-
     def merged(self, earlier: "Moments", keep: float) -> "Moments":
         """Pool means and Σ a aᵀ with those of earlier steps, weighted by ``keep`` times their rows.
 

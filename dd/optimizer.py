@@ -13,7 +13,7 @@ from dd.attachment import Attachment
 from dd.capture import Pushes
 from dd.curvature import check_name
 from dd.divergence import DivergenceWatch, SharpnessWatch
-from dd.functional import at_least_single, damped_weight_gradient
+from dd.functional import damped_weight_gradient
 from dd.loaders import tracked
 from dd.noise import NoiseModel
 from dd.ranks import Ranks
@@ -386,7 +386,8 @@ class DecoupledDescent(torch.optim.SGD):
         Raises:
             ValueError: if a learning rate is negative or not finite.
             RuntimeError: if attached and no training forward and backward came before, the weight
-                gradient is not the one they delivered, or the curvature could not be had.
+                gradient is not the one they delivered, the curvature could not be had, or a CUDA
+                graph is captured.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
 
         Warns:
@@ -405,6 +406,7 @@ class DecoupledDescent(torch.optim.SGD):
             self._require_no_shadow()
             self._step_groups([])
             return loss
+        _refuse_capture("step()")
         with _full_precision(self._attachment.layer.weight):
             self._step_groups(self._updates(self._attachment))
             self._attachment.remember_weight()
@@ -412,6 +414,10 @@ class DecoupledDescent(torch.optim.SGD):
             if watch is not None:
                 watch.tell()
         return loss
+
+    def _has_gradients(self) -> bool:
+        gradients = (p.grad for group in self.param_groups for p in group["params"])
+        return any(g is not None and bool(g.count_nonzero()) for g in gradients)
 
     def _has_no_gradient(self) -> bool:
         return all(p.grad is None for group in self.param_groups for p in group["params"])
@@ -443,6 +449,7 @@ class DecoupledDescent(torch.optim.SGD):
         if layer is not attachment.layer:
             _refuse_replica(layer)
             return None
+        _refuse_capture("a training forward")
         attachment.require_weight_in_place()
         state = self.state[attachment.layer.weight]
         if state.get("shadow") is None and "momentum_buffer" in state:
@@ -452,8 +459,8 @@ class DecoupledDescent(torch.optim.SGD):
                 "optimizer."
             )
         leads_to_step = torch.is_grad_enabled()
-        if leads_to_step and attachment.layer.weight.grad is None:
-            # Gradients cleared by other means than zero_grad(), as after a skipped step.
+        if leads_to_step and attachment.has_delivered and not self._has_gradients():
+            # Cleared by other means than zero_grad(), as after a skipped step.
             attachment.drop_abandoned()
         with _full_precision(output):
             placement = attachment.place(inputs, state, binds=leads_to_step)
@@ -652,7 +659,7 @@ class DecoupledDescent(torch.optim.SGD):
         assert count is not None
         assert weight.grad is not None
         state = self.state[weight]
-        gradient = at_least_single(pushes.by_sample)
+        gradient = pushes.by_sample
         if scale != 1.0:
             gradient = scale * gradient
         if not bool(curvature.isfinite().all()):
@@ -771,8 +778,7 @@ class DecoupledDescent(torch.optim.SGD):
 
     def _check_idle(self, attachment: Attachment) -> None:
         # Distributed checkpointing creates optimizer state by a step on zero gradients.
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        if any(g is not None and bool(g.count_nonzero()) for g in gradients):
+        if self._has_gradients():
             raise RuntimeError(
                 "DecoupledDescent: step() without a training forward. The gradients come from "
                 f"somewhere else than layer {attachment.name!r} in train mode: call model.train() "
@@ -832,6 +838,17 @@ def _probe_seed(seed: int, step: int, forward: int, ranks: Ranks) -> int:
 
 def _is_own(key: str) -> bool:
     return "shadow" in key
+
+
+def _refuse_capture(what: str) -> None:
+    # Asking a device that was never used would start it.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"DecoupledDescent: {what} while a CUDA graph is captured. A graph replays the same "
+            "kernels, but the correction looks at every batch and every gradient on the CPU. Run "
+            "training forwards and step() outside of torch.cuda.graph; capture nothing, or what "
+            "lies between the decoupled layer and the loss"
+        )
 
 
 def _refuse_replica(layer: nn.Module) -> None:
