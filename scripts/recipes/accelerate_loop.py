@@ -1,10 +1,7 @@
 """Decoupled descent in a loop with accelerate: the training error estimates the test error.
 
-python scripts/recipes/accelerate_loop.py          # decoupled descent
-python scripts/recipes/accelerate_loop.py --sgd    # plain SGD
-
-Over several processes each needs samples of its own, with noise.of(rows), and a loader that is left
-out of prepare(): accelerate deals the samples out anew in every epoch, away from their shadows.
+accelerate launch scripts/recipes/accelerate_loop.py          # decoupled descent
+accelerate launch scripts/recipes/accelerate_loop.py --sgd    # plain SGD
 """
 
 import argparse
