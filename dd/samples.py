@@ -237,8 +237,8 @@ class Samples:
             return self._told(found, noise, binds=binds)
         raise RuntimeError(
             f"DecoupledDescent: {unknown} of {len(found)} samples in the training batch are not "
-            f"among the {len(known)} seen before. Feed the training samples as they are, "
-            "unaugmented. For mini-batches construct with noise=dd.NoiseModel.fit(inputs), the "
+            f"among the {len(known)} seen before{_by_whom(known, noise)}. Feed the training samples "
+            "as they are, unaugmented. For mini-batches construct with noise=dd.NoiseModel.fit(inputs), the "
             "inputs of all training samples as the decoupled layer receives them, or use "
             "optimizer.track(loader). Call model.eval() before evaluating on other data."
         )
@@ -357,6 +357,12 @@ def _fitted(found: Tensor, noise: NoiseModel | None) -> Fingerprints | None:
         return None
     fitted = Fingerprints(noise.fingerprints.to(found.device))
     return fitted if bool(fitted.find(found)[1].all()) else None
+
+
+def _by_whom(known: Fingerprints, noise: NoiseModel | None) -> str:
+    if noise is not None and noise.fingerprints is not None and len(known) == _fitted_on(noise):
+        return ""
+    return ", which the first training forward made the whole training set"
 
 
 def _identity(inputs: Tensor) -> tuple[Any, ...] | None:
