@@ -237,10 +237,11 @@ class Samples:
             return self._told(found, noise, binds=binds)
         raise RuntimeError(
             f"DecoupledDescent: {unknown} of {len(found)} samples in the training batch are not "
-            f"among the {len(known)} seen before{_by_whom(known, noise)}. Feed the training samples "
-            "as they are, unaugmented. For mini-batches construct with noise=dd.NoiseModel.fit(inputs), the "
-            "inputs of all training samples as the decoupled layer receives them, or use "
-            "optimizer.track(loader). Call model.eval() before evaluating on other data."
+            f"among the {len(known)} seen before{_by_whom(known, noise)}. Feed the training "
+            "samples as they are, unaugmented. For mini-batches construct with "
+            "noise=dd.NoiseModel.fit(inputs), the inputs of all training samples as the decoupled "
+            "layer receives them, or use optimizer.track(loader). Call model.eval() before "
+            "evaluating on other data."
         )
 
     def _told(self, found: Tensor, noise: NoiseModel | None, *, binds: bool) -> Placement:
