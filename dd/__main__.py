@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 try:
@@ -14,6 +15,7 @@ try:
     from dd.assembly import refuse_idle_overrides
     from dd.console import print_report
     from dd.experiment import Experiment
+    from dd.resume import named_folder, resumed
 except ModuleNotFoundError as error:
     sys.exit(
         f"python -m dd needs the package {error.name!r}: pip install "
@@ -33,7 +35,18 @@ failed: list[str] = []
     config_name="config",
 )
 def main(config: DictConfig) -> None:
-    """Run one configuration, and say in one sentence why where it cannot be done."""
+    """Run one configuration."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+
+    def experiment() -> Experiment:
+        refuse_idle_overrides(config, HydraConfig.get().overrides.task)
+        return Experiment(config, folder)
+
+    _run(experiment, folder)
+
+
+def _run(make: Callable[[], Experiment], folder: Path) -> None:
+    """Run an experiment, and say in one sentence why where it cannot be done."""
     # Each run's noise model stands in its report.
     logging.getLogger("dd").setLevel(logging.WARNING)
     # torch's own forward-mode formulas still go through a deprecated compiler.
@@ -42,10 +55,8 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle.*")
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     expected = () if full_error else (OSError, RuntimeError, ValueError, KeyboardInterrupt)
-    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        refuse_idle_overrides(config, HydraConfig.get().overrides.task)
-        experiment = Experiment(config, folder)
+        experiment = make()
         experiment.run()
     except expected as error:
         _report(_sentence(error, folder))
@@ -59,8 +70,15 @@ def main(config: DictConfig) -> None:
 
 def _sentence(error: BaseException, folder: Path) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; what was recorded is in {folder}"
+        kept = (folder / "checkpoint.pt").exists()
+        remedy = f"; python -m dd resume={folder} goes on from its checkpoint" if kept else ""
+        return f"interrupted; what was recorded is in {folder}{remedy}"
     return f"error: {error} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _go_on(folder: Path, arguments: Sequence[str]) -> None:
+    # Past Hydra, which would ask for an experiment and make an output folder for it.
+    _run(lambda: resumed(folder, arguments), folder)
 
 
 def _report(sentence: str) -> None:
@@ -72,5 +90,9 @@ if __name__ == "__main__":
     # Help is shown for a whole configuration, and only an experiment makes it one.
     if {"-h", "--help"} & set(sys.argv) and not any(a.startswith("experiment=") for a in sys.argv):
         sys.argv.append("experiment=xor")
-    main()
+    unfinished = named_folder(sys.argv[1:])
+    if unfinished is None:
+        main()
+    else:
+        _go_on(unfinished, sys.argv[1:])
     sys.exit(1 if failed else 0)

@@ -25,6 +25,7 @@ __all__ = [
     "make_split",
     "optimizer_settings",
     "refuse_idle_overrides",
+    "settled",
     "validate",
     "with_seed",
 ]
@@ -40,11 +41,13 @@ def validate(config: DictConfig) -> None:
 
     Raises:
         ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins``,
-            ``data.batch_size`` or a number of an optimizer cannot be.
+            ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
+    if config.get("resume") is not None:
+        raise ValueError("resume= belongs on the command line, beside no other settings")
     check_seed(config.seed)
     check_count("trials", config.trials)
     check_batch_size(config.data.get("batch_size"))
@@ -103,6 +106,23 @@ def with_seed(config: DictConfig, seed: int) -> DictConfig:
     copy = config.copy()
     copy.seed = seed
     return copy
+
+
+def settled(config: DictConfig) -> DictConfig:
+    """Return a copy with all references resolved but those that follow the seed of a trial."""
+    twin = with_seed(config, config.seed + 1)
+    raw, now, then = (
+        OmegaConf.to_container(each, resolve=resolve)
+        for each, resolve in ((config, False), (config, True), (twin, True))
+    )
+    return OmegaConf.create(_merged(raw, now, then))
+
+
+def _merged(raw: Any, now: Any, then: Any) -> Any:
+    """Values that differ between two seeds as they were written, all others resolved."""
+    if isinstance(raw, dict):
+        return {key: _merged(value, now[key], then[key]) for key, value in raw.items()}
+    return now if now == then else raw
 
 
 def make_split(config: DictConfig) -> Split:

@@ -89,6 +89,16 @@ class DivergenceWatch(_Watch):
         self._now: Tensor | None = None
         self._then: tuple[Tensor, Tensor] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen so far, between two steps."""
+        state = {"done": self._done, "feedback": self._feedback, "least": self._least}
+        return {**state, "then": self._then, "samples": self._samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._done, self._feedback = state["done"], state["feedback"]
+        self._least, self._then = state["least"], state["then"]
+
     def observe(self, preactivation: Tensor) -> None:
         """Keep R, shape (n, k), of a training forward."""
         if not self._done:
@@ -151,6 +161,14 @@ class SharpnessWatch(_Watch):
     def __init__(self) -> None:
         self._direction: Tensor | None = None
         self._past = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen so far."""
+        return {"direction": self._direction, "past": self._past}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._direction, self._past = state["direction"], state["past"]
 
     def look(self, curvature: Tensor, groups: list[dict[str, Any]]) -> None:
         """Take one step into account.

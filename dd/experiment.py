@@ -1,13 +1,11 @@
 """One run of an experiment: from its configuration to its folder of results."""
 
 import copy
-import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from dd.assembly import (
     make_optimizer,
     make_split,
     optimizer_settings,
+    settled,
     validate,
     with_seed,
 )
@@ -29,40 +28,39 @@ from dd.checkpoint import Checkpoint
 from dd.console import ProgressDisplay
 from dd.data import Split
 from dd.device import choose_device
+from dd.folder_lock import alone_in
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
+from dd.recorder import Recorder
+from dd.results import Results
 from dd.stability import EdgeWatch
-from dd.tracking import History, Record, aggregate, replacing, summarise, write_json
+from dd.tracking import History, remove_scratch, replacing, write_json
 from dd.training import Schedule, TrainingStopped, train
 from dd.wandb_logging import WandbRun, check_mode
 
 __all__ = ["Experiment"]
 
 
-@dataclass
-class _Recorder:
-    """Sends the records and states of one optimizer and trial where they belong."""
+@dataclass(eq=False)
+class _Job:
+    """One optimizer and trial, built and not yet trained."""
 
     name: str
     trial: int
-    history: History
-    tracker: WandbRun
-    display: ProgressDisplay | None
-    task: Any
+    config: DictConfig
+    model: nn.Sequential
+    optimizer: torch.optim.Optimizer
+    split: Split
+    batches: Batches
     checkpoint: Checkpoint
-    edge: EdgeWatch
+    # What the checkpoint says of it, where it is gone on with.
+    kept: Mapping[str, Any] | None
 
-    def record(self, step: int, figures: dict[str, float]) -> None:
-        self.edge.look(step)
-        entry = Record(self.name, self.trial, step, **figures)
-        self.history.append(entry)
-        self.tracker.log(entry)
-        if self.display is not None:
-            self.display.update(self.task, entry)
-
-    def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.checkpoint.keep(self.name, step, model, optimizer)
-        self.history.write_csv(self.checkpoint.path.with_name("history.csv"))
+    @property
+    def label(self) -> str:
+        """Its name to the user."""
+        trials = self.config.trials
+        return self.name if trials == 1 else f"{self.name} {self.trial + 1}/{trials}"
 
 
 @dataclass
@@ -72,10 +70,9 @@ class Experiment:
     Attributes:
         config: a composed configuration of ``configs/``.
         folder: the run folder; it must not hold another run.
-        history: every record.
-        failures: one sentence for each optimizer and trial that turned non-finite.
-        notes: what else the user should know of an optimizer and trial.
-        noise: a line on the noise model of each decoupled optimizer, of the first trial.
+        kept: content of the checkpoint from which the run of this folder goes on, or None for a run
+            that begins.
+        results: what was found so far.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -83,10 +80,8 @@ class Experiment:
 
     config: DictConfig
     folder: Path
-    history: History = field(default_factory=History)
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    noise: dict[str, str] = field(default_factory=dict)
+    kept: Mapping[str, Any] | None = None
+    results: Results = field(init=False)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -96,12 +91,32 @@ class Experiment:
         )
         check_mode(tracking.wandb.mode)
         self.device = choose_device(self.config.device)
-        self._update_seconds: dict[tuple[str, int], list[float]] = {}
+        self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
+
+    @property
+    def history(self) -> History:
+        """Every record."""
+        return self.results.history
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence for each optimizer and trial that turned non-finite."""
+        return self.results.failures
+
+    @property
+    def notes(self) -> list[str]:
+        """What else the user should know of an optimizer and trial."""
+        return self.results.notes
+
+    @property
+    def noise(self) -> dict[str, str]:
+        """A line on the noise model of each decoupled optimizer, of the first trial."""
+        return self.results.noise
 
     @property
     def summary(self) -> dict[str, dict[str, Any]]:
         """The figures of each optimizer, as in ``summary.json``."""
-        return {name: self._summarise(name) for name in self.history.optimizers}
+        return self.results.summary()
 
     @property
     def figure(self) -> Path:
@@ -114,100 +129,112 @@ class Experiment:
         Raises:
             FileExistsError: if the folder holds another run.
             FileNotFoundError: if the data set is missing.
-            RuntimeError: if the data set is damaged, or the tracking cannot start.
-            ValueError: if a part of the configuration is out of range.
+            OSError: if the folder cannot be written.
+            RuntimeError: if the data set is damaged, the tracking cannot start, or the folder's
+                run is still going on.
+            ValueError: if a part of the configuration is out of range, or the checkpoint is not of
+                this configuration.
         """
-        self._claim_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.folder):
+            if self.kept is None:
+                self._claim_folder()
+            else:
+                remove_scratch(self.folder)
+            self._run()
+
+    def _run(self) -> None:
         display = ProgressDisplay() if self.config.tracking.progress else None
+        first = 0 if self.kept is None else self.kept["trial"]
         try:
             with display or nullcontext():
-                for trial in range(self.config.trials):
-                    self._run_trial(trial, display)
-        finally:
-            self._write_results()
+                for trial in range(first, self.config.trials):
+                    # All are built before one is trained, so that a wrong setting costs no
+                    # training.
+                    for job in list(self._jobs(trial)):
+                        self._run_job(job, display)
+        except BaseException:
+            # On a full disk this fails too, and the first error says more.
+            with suppress(OSError):
+                self._write_results(finished=False)
+            raise
+        self._write_results(finished=True)
 
-    def _run_trial(self, trial: int, display: ProgressDisplay | None) -> None:
+    def _jobs(self, trial: int) -> Iterator[_Job]:
+        """The optimizers of a trial that are not yet through."""
         config = with_seed(self.config, self.config.seed + trial)
         split = make_split(config).to(self.device)
         batches = make_batches(config, split)
         initial = make_model(config, split)
-        checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial)
-        pairs: dict[str, tuple[nn.Sequential, torch.optim.Optimizer]] = {}
-        # All are built before one is trained, so that a wrong setting costs no training.
-        for name in config.optimizers:
+        kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
+        states = {} if kept is None else kept["optimizers"]
+        checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, states)
+        names = list(config.optimizers)
+        for name in names if kept is None else names[names.index(kept["optimizer"]) :]:
             model = copy.deepcopy(initial).to(self.device)
-            pairs[name] = model, make_optimizer(config, name, model, split)
-        for name, (model, optimizer) in pairs.items():
-            label = name if config.trials == 1 else f"{name} {trial + 1}/{config.trials}"
-            edge = EdgeWatch(model, optimizer, split.train_inputs, split.train_targets)
-            recorder = _Recorder(
-                name=name,
-                trial=trial,
-                history=self.history,
-                tracker=self._tracker(config, name, trial),
-                display=display,
-                task=display.start(name, label, self.schedule.steps) if display else None,
-                checkpoint=checkpoint,
-                edge=edge,
-            )
+            optimizer = make_optimizer(config, name, model, split)
+            state = states.get(name)
+            if state is not None:
+                _load(state, model, optimizer)
+            yield _Job(name, trial, config, model, optimizer, split, batches, checkpoint, state)
+
+    def _run_job(self, job: _Job, display: ProgressDisplay | None) -> None:
+        with noted() as sentences:
+            recorder = self._recorder(job, display, sentences)
             try:
-                with noted() as sentences:
-                    self._train(model, optimizer, split, recorder, batches)
+                self._train(job, recorder)
             except TrainingStopped as error:
-                self.failures.append(f"{label}: {error}")
-            self._note(name, optimizer, sentences)
-            if edge.crossing is not None:
-                self.notes.append(f"{label}: {edge.crossing}")
-
-    def _note(self, name: str, optimizer: torch.optim.Optimizer, sentences: Sequence[str]) -> None:
+                self.failures.append(f"{job.label}: {error}")
         # What is said of the sizes is the same in every trial.
-        notes = [f"{name}: {sentence}" for sentence in sentences]
-        self.notes.extend(note for note in notes if note not in self.notes)
-        if isinstance(optimizer, DecoupledDescent):
-            self.noise.setdefault(name, str(optimizer.noise))
+        self.results.note([f"{job.name}: {sentence}" for sentence in sentences])
+        if isinstance(job.optimizer, DecoupledDescent):
+            self.noise.setdefault(job.name, str(job.optimizer.noise))
+        if recorder.edge.crossing is not None:
+            self.results.note([f"{job.label}: {recorder.edge.crossing}"])
 
-    def _train(
-        self,
-        model: nn.Sequential,
-        optimizer: torch.optim.Optimizer,
-        split: Split,
-        recorder: _Recorder,
-        batches: Batches,
-    ) -> None:
+    def _recorder(
+        self, job: _Job, display: ProgressDisplay | None, sentences: list[str]
+    ) -> Recorder:
+        split, model, optimizer = job.split, job.model, job.optimizer
+        recorder = Recorder(
+            name=job.name,
+            trial=job.trial,
+            results=self.results,
+            tracker=self._tracker(job),
+            checkpoint=job.checkpoint,
+            edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
+            sentences=sentences,
+            display=display,
+            task=display.start(job.name, job.label, self.schedule.steps) if display else None,
+        )
+        if job.kept is not None:
+            recorder.restore(job.kept["progress"], optimizer)
+        return recorder
+
+    def _train(self, job: _Job, recorder: Recorder) -> None:
+        kept = -1 if job.kept is None else job.kept["step"]
         with recorder.tracker:
-            seconds = train(model, optimizer, split, self.schedule, recorder, batches)
-            self._update_seconds[recorder.name, recorder.trial] = seconds
-            recorder.tracker.summarise(self._figures(recorder.name, recorder.trial))
+            train(job.model, job.optimizer, job.split, self.schedule, recorder, job.batches, kept)
+            self.results.complete(job.name, job.trial, recorder.seconds)
+            recorder.tracker.summarise(self.results.figures(job.name, job.trial))
 
-    def _figures(self, name: str, trial: int) -> dict[str, float]:
-        seconds = self._update_seconds.get((name, trial))
-        rate = math.nan if seconds is None else 1 / median(seconds)
-        total = math.nan if seconds is None else sum(seconds)
-        figures = summarise(self.history.select(name, trial))
-        return figures | {"seconds": total, "steps_per_second": rate}
-
-    def _summarise(self, name: str) -> dict[str, Any]:
-        trials = self.history.trials(name)
-        completed = sum((name, trial) in self._update_seconds for trial in trials)
-        figures = aggregate([self._figures(name, trial) for trial in trials])
-        return figures | {"completed_trials": completed}
-
-    def _tracker(self, config: DictConfig, name: str, trial: int) -> WandbRun:
+    def _tracker(self, job: _Job) -> WandbRun:
+        config = job.config
         settings: Any = OmegaConf.to_container(config, resolve=True)
-        settings["optimizer"] = optimizer_settings(config, name)
+        settings["optimizer"] = optimizer_settings(config, job.name)
         del settings["available"]
         return WandbRun(
             mode=config.tracking.wandb.mode,
             directory=self.folder,
             project=config.tracking.wandb.project,
-            optimizer=name,
+            optimizer=job.name,
             config=settings,
-            trial=trial,
+            trial=job.trial,
             trials=config.trials,
+            run_id=None if job.kept is None else job.kept["progress"]["wandb"],
         )
 
     def _claim_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / "config.yaml"
         try:
             target.touch(exist_ok=False)
@@ -216,9 +243,9 @@ class Experiment:
                 f"{self.folder} holds another run; choose another folder with hydra.run.dir=..."
             ) from None
         with replacing(target) as scratch:
-            scratch.write_text(OmegaConf.to_yaml(self.config, resolve=True), encoding="utf-8")
+            scratch.write_text(OmegaConf.to_yaml(settled(self.config)), encoding="utf-8")
 
-    def _write_results(self) -> None:
+    def _write_results(self, *, finished: bool) -> None:
         if not self.history.records:
             # Nothing began, so the folder is free for the mended command.
             (self.folder / "config.yaml").unlink()
@@ -227,7 +254,8 @@ class Experiment:
         from dd.figures import train_vs_test
 
         self.history.write_csv(self.folder / "history.csv")
-        write_json(self.folder / "summary.json", {**self.summary, **self._provenance()})
+        provenance = {"finished": finished, **self._provenance()}
+        write_json(self.folder / "summary.json", {**self.summary, **provenance})
         train_vs_test(self.history, self.figure, self.config.name)
 
     def _provenance(self) -> dict[str, Any]:
@@ -242,6 +270,22 @@ class Experiment:
             "noise": self.noise,
             "notes": self.notes,
         }
+
+
+def _load(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what a checkpoint holds.
+
+    Raises:
+        ValueError: if it is of another configuration.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            "the checkpoint does not fit the config.yaml beside it, which must not be edited "
+            f"({' '.join(str(error).split())})"
+        ) from error
 
 
 def _describe(device: torch.device) -> str:

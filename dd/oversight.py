@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -29,6 +30,16 @@ class Oversight:
         self._forwards = 0
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was said so far, between two training forwards."""
+        has = {"has_looked": self._has_looked, "has_found": self._has_found}
+        return {"forwards": self._forwards, **has}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._forwards = state["forwards"]
+        self._has_looked, self._has_found = state["has_looked"], state["has_found"]
 
     def look(self, attachment: "Attachment", placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.

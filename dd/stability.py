@@ -1,5 +1,8 @@
 """Whether gradient descent's step is within the stability edge of the layers after the first."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,9 @@ class HeadSharpness:
     Args:
         head: the layers after the decoupled one.
         iterations: products a call.
+
+    Attributes:
+        direction: the last direction found, a tensor for each parameter.
     """
 
     def __init__(self, head: nn.Module, iterations: int = 8) -> None:
@@ -24,9 +30,7 @@ class HeadSharpness:
         self._iterations = iterations
         # Not all ones: softmax does not see a number added to every score.
         generator = torch.Generator().manual_seed(0)
-        self._direction = [
-            torch.randn(p.shape, generator=generator).to(p) for p in self._parameters
-        ]
+        self.direction = [torch.randn(p.shape, generator=generator).to(p) for p in self._parameters]
 
     def __call__(self, preactivation: Tensor, targets: Tensor) -> float:
         """Return the largest curvature of the mean cross-entropy.
@@ -40,14 +44,12 @@ class HeadSharpness:
             gradient = torch.autograd.grad(loss, self._parameters, create_graph=True)
         curvature = 0.0
         for _ in range(self._iterations):
-            length = torch.sqrt(sum((v.square().sum() for v in self._direction), torch.zeros(())))
-            unit = [v / length for v in self._direction]
-            self._direction = list(
+            length = torch.sqrt(sum((v.square().sum() for v in self.direction), torch.zeros(())))
+            unit = [v / length for v in self.direction]
+            self.direction = list(
                 torch.autograd.grad(gradient, self._parameters, unit, retain_graph=True)
             )
-            curvature = float(
-                sum((u * v).sum() for u, v in zip(unit, self._direction, strict=True))
-            )
+            curvature = float(sum((u * v).sum() for u, v in zip(unit, self.direction, strict=True)))
         return curvature
 
 
@@ -77,6 +79,18 @@ class EdgeWatch:
         self._layer, self._sharpness = model[0], HeadSharpness(model[1:])
         self._group = optimizer.param_groups[0]
         self._inputs, self._targets = inputs, targets
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen so far."""
+        return {"crossing": self.crossing, "direction": self._sharpness.direction}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.crossing = state["crossing"]
+        old = self._sharpness.direction
+        self._sharpness.direction = [
+            new.to(like) for new, like in zip(state["direction"], old, strict=True)
+        ]
 
     def look(self, step: int) -> None:
         """Compare the learning rate with the edge, 2(1 + momentum) / curvature (heavy ball)."""

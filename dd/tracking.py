@@ -20,6 +20,7 @@ __all__ = [
     "History",
     "Record",
     "aggregate",
+    "remove_scratch",
     "replacing",
     "selected_step",
     "summarise",
@@ -203,9 +204,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield scratch
+        _settle(scratch)
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what :func:`replacing` left in a folder where its process was killed."""
+    for stray in folder.glob(".*.tmp"):
+        stray.unlink()
+
+
+def _settle(path: Path) -> None:
+    """Have a file's content on the disk, so that no power failure leaves a name without it."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _lowest(records: Sequence[Record], *columns: str) -> Record:

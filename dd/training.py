@@ -29,6 +29,9 @@ class Observer(Protocol):
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep a good state."""
 
+    def spend(self, seconds: float) -> None:
+        """Take the time of one update, measuring not counted in."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -67,7 +70,8 @@ def train(
     schedule: Schedule,
     observer: Observer,
     batches: Batches,
-) -> list[float]:
+    kept: int = -1,
+) -> None:
     """Train by softmax cross-entropy.
 
     Args:
@@ -77,27 +81,24 @@ def train(
         schedule: how long, and how often to look.
         observer: is shown the figures and the states.
         batches: the samples of every update.
-
-    Returns:
-        Seconds spent on each update, measuring not counted in.
+        kept: step of the state that model and optimizer are in, if it was recorded and kept
+            already; -1 for a run that begins.
 
     Raises:
         TrainingStopped: if the loss or a gradient is not finite.
     """
-    seconds = []
-    for step in range(schedule.steps + 1):
-        if schedule.records(step):
+    for step in range(max(kept, 0), schedule.steps + 1):
+        if step > kept and schedule.records(step):
             figures = measure(model, split)
             observer.record(step, figures)
             _require_finite(figures["train_loss"], step, optimizer)
-        if schedule.keeps(step):
+        if step > kept and schedule.keeps(step):
             observer.keep(step, model, optimizer)
         if step == schedule.steps:
             break
         started = time.perf_counter()
         _update(model, optimizer, split, batches.at(step), step)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+        observer.spend(time.perf_counter() - started)
 
 
 def _update(

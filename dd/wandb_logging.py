@@ -44,6 +44,11 @@ class WandbRun:
         config: everything that was configured.
         trial: which repetition, from 0.
         trials: how many there are; with more than one the trial is part of the run's name.
+        run_id: of the run that this one goes on with, if any. Online it is continued; offline a
+            second folder of the same run is written, for ``wandb sync``.
+
+    Attributes:
+        id: of the run on the server, or None before it has one.
 
     Raises:
         ValueError: if the mode is none of the three.
@@ -59,6 +64,7 @@ class WandbRun:
         config: Mapping[str, Any],
         trial: int = 0,
         trials: int = 1,
+        run_id: str | None = None,
     ) -> None:
         """Check the mode; the run itself starts with the block.
 
@@ -72,6 +78,7 @@ class WandbRun:
         self.optimizer = optimizer
         self.name = optimizer if trials == 1 else f"{optimizer}-{trial}"
         self.config = dict(config)
+        self.id = run_id
         self._run: Any = None
 
     def __enter__(self) -> "WandbRun":
@@ -82,6 +89,7 @@ class WandbRun:
         """
         if self.mode != "disabled":
             self._run = self._start()
+            self.id = str(self._run.id)
         return self
 
     def __exit__(
@@ -118,6 +126,8 @@ class WandbRun:
                 name=self.name,
                 job_type=self.optimizer,
                 config=self.config,
+                id=self.id,
+                resume=None if self.id is None else "allow",
                 reinit="create_new",
                 settings=wandb.Settings(**_known(PRIVATE_SETTINGS, wandb.Settings)),
             )

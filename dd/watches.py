@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dd.attachment import Attachment
 from dd.divergence import DivergenceWatch, SharpnessWatch
+from dd.noise import NoiseModel
 from dd.samples import Placement
 
 __all__ = ["Watches"]
@@ -18,6 +19,28 @@ class Watches:
     def __init__(self) -> None:
         self._feedback: DivergenceWatch | None = None
         self._edge: SharpnessWatch | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen so far, between two steps."""
+        watches = {"feedback": self._feedback, "edge": self._edge}
+        return {key: watch.state_dict() for key, watch in watches.items() if watch is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any], noise: NoiseModel | None) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Args:
+            state: of watches over the same training run.
+            noise: its noise model.
+        """
+        if "feedback" in state and noise is not None:
+            seen = state["feedback"]
+            self._feedback = DivergenceWatch(
+                noise.eigenvalues, noise.multiplicities, seen["samples"]
+            )
+            self._feedback.load_state_dict(seen)
+        if "edge" in state:
+            self._edge = SharpnessWatch()
+            self._edge.load_state_dict(state["edge"])
 
     def observe(self, attachment: Attachment, placement: Placement, preactivation: Tensor) -> None:
         """Keep R, shape (n, k), of a training forward."""

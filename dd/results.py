@@ -1,0 +1,88 @@
+"""What a run has found so far."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from statistics import median
+from typing import Any
+
+from dd.tracking import History, Record, aggregate, summarise
+
+__all__ = ["Results"]
+
+
+@dataclass
+class Results:
+    """The findings of all optimizers and trials.
+
+    Attributes:
+        history: every record.
+        failures: one sentence for each optimizer and trial that turned non-finite.
+        notes: what else the user should know of an optimizer and trial.
+        noise: a line on the noise model of each decoupled optimizer, of the first trial.
+        times: of each optimizer and trial that was completed, the seconds of all its updates and
+            its updates a second.
+    """
+
+    history: History = field(default_factory=History)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    noise: dict[str, str] = field(default_factory=dict)
+    times: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+
+    def complete(self, name: str, trial: int, seconds: Sequence[float]) -> None:
+        """Take down that an optimizer and trial is completed.
+
+        Args:
+            name: of the optimizer.
+            trial: which repetition.
+            seconds: of each update.
+        """
+        self.times[name, trial] = sum(seconds), 1 / median(seconds)
+
+    def note(self, notes: Sequence[str]) -> None:
+        """Add sentences that were not said before."""
+        for note in notes:
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def figures(self, name: str, trial: int) -> dict[str, float]:
+        """Return the figures of one optimizer and trial; times are NaN where it was not completed.
+
+        Raises:
+            KeyError: if it has no records.
+        """
+        seconds, rate = self.times.get((name, trial), (math.nan, math.nan))
+        figures = summarise(self.history.select(name, trial))
+        return figures | {"seconds": seconds, "steps_per_second": rate}
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of each optimizer, as in ``summary.json``."""
+        return {name: self._summarise(name) for name in self.history.optimizers}
+
+    def _summarise(self, name: str) -> dict[str, Any]:
+        trials = self.history.trials(name)
+        completed = sum((name, trial) in self.times for trial in trials)
+        figures = aggregate([self.figures(name, trial) for trial in trials])
+        return figures | {"completed_trials": completed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it in plain types."""
+        return {
+            "history": [astuple(record) for record in self.history.records],
+            "failures": list(self.failures),
+            "notes": list(self.notes),
+            "noise": dict(self.noise),
+            "times": [(*key, *times) for key, times in self.times.items()],
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Results":
+        """Return what :meth:`state_dict` described."""
+        return cls(
+            History([Record(*row) for row in state["history"]]),
+            list(state["failures"]),
+            list(state["notes"]),
+            dict(state["noise"]),
+            {(name, trial): (total, rate) for name, trial, total, rate in state["times"]},
+        )
