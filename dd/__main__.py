@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ try:
     from dd.assembly import refuse_idle_overrides
     from dd.console import print_report
     from dd.experiment import Experiment
+    from dd.launch import Processes
     from dd.resume import named_folder, resumed
 except ModuleNotFoundError as error:
     sys.exit(
@@ -24,6 +26,8 @@ except ModuleNotFoundError as error:
 
 INSTALLED = Path(__file__).parent / "configs"
 SOURCE = Path(__file__).parents[1] / "configs"
+
+QUIET = ["tracking.progress=false", "tracking.wandb.mode=disabled"]
 
 # Sentences on jobs that could not be done. A job that exits would end a whole multirun.
 failed: list[str] = []
@@ -61,6 +65,8 @@ def _run(make: Callable[[], Experiment], folder: Path) -> None:
     except expected as error:
         _report(_sentence(error, folder))
         return
+    if not Processes().leads:
+        return
     print_report(
         experiment.summary, str(experiment.figure), experiment.notes, noise=experiment.noise
     )
@@ -76,9 +82,24 @@ def _sentence(error: BaseException, folder: Path) -> str:
     return f"error: {error} (HYDRA_FULL_ERROR=1 shows where)"
 
 
-def _go_on(folder: Path, arguments: Sequence[str]) -> None:
+def _go_on(folder: Path, arguments: Sequence[str], into: Path | None) -> None:
+    def experiment() -> Experiment:
+        found = resumed(folder, arguments)
+        found.folder = into or folder
+        return found
+
     # Past Hydra, which would ask for an experiment and make an output folder for it.
-    _run(lambda: resumed(folder, arguments), folder)
+    _run(experiment, folder)
+
+
+def _start(arguments: Sequence[str], into: Path | None) -> None:
+    if into is not None:
+        sys.argv += [*QUIET, f"hydra.run.dir={into}"]
+    unfinished = named_folder(arguments)
+    if unfinished is None:
+        main()
+    else:
+        _go_on(unfinished, [*arguments, *(QUIET if into else [])], into)
 
 
 def _report(sentence: str) -> None:
@@ -90,9 +111,11 @@ if __name__ == "__main__":
     # Help is shown for a whole configuration, and only an experiment makes it one.
     if {"-h", "--help"} & set(sys.argv) and not any(a.startswith("experiment=") for a in sys.argv):
         sys.argv.append("experiment=xor")
-    unfinished = named_folder(sys.argv[1:])
-    if unfinished is None:
-        main()
+    given = sys.argv[1:]
+    if Processes().leads:
+        _start(given, None)
     else:
-        _go_on(unfinished, sys.argv[1:])
+        # The other processes of a run compute what the first one does, and write nothing to keep.
+        with tempfile.TemporaryDirectory() as scratch:
+            _start(given, Path(scratch))
     sys.exit(1 if failed else 0)

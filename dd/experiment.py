@@ -29,6 +29,7 @@ from dd.console import ProgressDisplay
 from dd.data import Split
 from dd.device import choose_device
 from dd.folder_lock import alone_in
+from dd.launch import Processes, process_group
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
 from dd.recorder import Recorder
@@ -90,7 +91,8 @@ class Experiment:
             self.config.steps, tracking.record_every, tracking.checkpoint_every
         )
         check_mode(tracking.wandb.mode)
-        self.device = choose_device(self.config.device)
+        self.processes = Processes()
+        self.device = choose_device(self.processes.device(self.config.device))
         self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
 
     @property
@@ -141,7 +143,8 @@ class Experiment:
                 self._claim_folder()
             else:
                 remove_scratch(self.folder)
-            self._run()
+            with process_group(self.processes, self.device):
+                self._run()
 
     def _run(self) -> None:
         display = ProgressDisplay() if self.config.tracking.progress else None
@@ -214,7 +217,16 @@ class Experiment:
     def _train(self, job: _Job, recorder: Recorder) -> None:
         kept = -1 if job.kept is None else job.kept["step"]
         with recorder.tracker:
-            train(job.model, job.optimizer, job.split, self.schedule, recorder, job.batches, kept)
+            train(
+                job.model,
+                job.optimizer,
+                job.split,
+                self.schedule,
+                recorder,
+                job.batches,
+                kept,
+                self.processes,
+            )
             self.results.complete(job.name, job.trial, recorder.seconds)
             recorder.tracker.summarise(self.results.figures(job.name, job.trial))
 
@@ -264,6 +276,7 @@ class Experiment:
             "seed": self.config.seed,
             "trials": self.config.trials,
             "device": _describe(self.device),
+            "processes": self.processes.size,
             "torch": torch.__version__,
             "dd_version": dd.__version__,
             "failures": self.failures,

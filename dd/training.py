@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dd.batches import Batches
 from dd.checks import check_count
 from dd.data.split import Split
+from dd.launch import Processes
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "measure", "train"]
 
@@ -71,6 +72,7 @@ def train(
     observer: Observer,
     batches: Batches,
     kept: int = -1,
+    processes: Processes | None = None,
 ) -> None:
     """Train by softmax cross-entropy.
 
@@ -83,10 +85,13 @@ def train(
         batches: the samples of every update.
         kept: step of the state that model and optimizer are in, if it was recorded and kept
             already; -1 for a run that begins.
+        processes: that share the samples of every update; by default this one alone.
 
     Raises:
         TrainingStopped: if the loss or a gradient is not finite.
     """
+    processes = processes or Processes()
+    parallel = processes.wrapped(model)
     for step in range(max(kept, 0), schedule.steps + 1):
         if step > kept and schedule.records(step):
             figures = measure(model, split)
@@ -97,7 +102,8 @@ def train(
         if step == schedule.steps:
             break
         started = time.perf_counter()
-        _update(model, optimizer, split, batches.at(step), step)
+        rows, weight = processes.part(batches.at(step), len(split.train_inputs))
+        _update(parallel, optimizer, split, rows, weight, step)
         observer.spend(time.perf_counter() - started)
 
 
@@ -106,6 +112,7 @@ def _update(
     optimizer: torch.optim.Optimizer,
     split: Split,
     rows: Tensor | None,
+    weight: float,
     step: int,
 ) -> None:
     inputs, targets = split.train_inputs, split.train_targets
@@ -114,6 +121,8 @@ def _update(
         inputs, targets = inputs[rows], targets[rows]
     optimizer.zero_grad()
     loss = F.cross_entropy(model(inputs), targets)
+    if weight != 1.0:
+        loss = weight * loss
     _require_finite(float(loss.detach()), step, optimizer)
     loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
     try:
