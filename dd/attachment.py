@@ -1,5 +1,6 @@
 """One decoupled layer: hooked, corrected, read."""
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dd.capture import Capture, Pushes, joined
 from dd.curvature import build
+from dd.fingerprint import Fingerprints
 from dd.functional import at_least_single, corrected_preactivation
 from dd.gradient_check import edit_scale, require_same_weight
 from dd.head import SharedParameters
@@ -99,8 +101,6 @@ class Attachment:
         shadows: keeps the shadows of absent samples.
         ranks: the processes that share the training samples.
         oversight: warns where the theory is strained or the component ids are wrong.
-        expected: the weight along the first direction of the fingerprints after the last step,
-            shape (k,), or None.
         shared: the parameters that all samples share, where they are corrected too.
         now: the samples of the latest training forward.
         rows_seen: rows that training forwards have brought, for whoever counts them.
@@ -130,7 +130,6 @@ class Attachment:
         self.samples = Samples()
         self.shadows = Shadows()
         self.oversight = Oversight()
-        self.expected: Tensor | None = None
         self.now: Placement | None = None
         self.rows_seen = 0
         self._process_group = process_group
@@ -253,7 +252,8 @@ class Attachment:
         self.drop()
         self.samples.forget()
         self.shadows.forget()
-        self.expected = self.now = None
+        self.now = None
+        self._number_alike = None
         self.noise = self.given_noise
         if self.shared is not None:
             self.shared.forget()
@@ -332,7 +332,7 @@ class Attachment:
         """
         if placement is None or state.get("shadow") is None:
             return output
-        self._require_same_weights()
+        self._require_same_weights(state.get("shadow_weight"))
         count = self.samples.count
         with torch.no_grad():
             if count is not None and self.noise is not None:
@@ -340,11 +340,11 @@ class Attachment:
             shadow = self.shadows.of(state, placement)
         return corrected_preactivation(output, shadow)
 
-    def _require_same_weights(self) -> None:
-        if self.expected is None or self.samples.directions is None:
+    def _require_same_weights(self, expected: Tensor | None) -> None:
+        if expected is None or self.samples.directions is None:
             return
         direction = self.samples.directions[0]
-        require_same_weight(self.layer.weight.detach(), direction, self.expected)
+        require_same_weight(self.layer.weight.detach(), direction, expected)
         if self.shared is not None:
             self.shared.check_weight()
 
@@ -409,21 +409,44 @@ class Attachment:
 
         Then a sample may come to any rank, and every rank keeps all shadows. Where each rank knows
         its own samples alone, it keeps theirs.
+
+        Raises:
+            RuntimeError: if ranks that do not number alike know the same samples.
         """
-        if self.ranks.size == 1 or not self._ranks_number_alike():
+        if self.ranks.size == 1:
             return pushes
         assert self.samples.known is not None
-        return pushes.gathered(self.ranks, len(self.samples.known))
+        if self._ranks_number_alike():
+            return pushes.gathered(self.ranks, len(self.samples.known))
+        self._require_own_samples(self.samples.known)
+        return pushes
+
+    def _require_own_samples(self, known: Fingerprints) -> None:
+        fresh = known.take_fresh()
+        if self.ranks.largest(len(fresh), fresh.device) == 0:
+            return
+        ranks = fresh.new_full((len(fresh), 1), float(self.ranks.rank))
+        everyone = self.ranks.gather(torch.cat([ranks, fresh], 1))
+        others = everyone[everyone[:, 0] != self.ranks.rank, 1:]
+        shared = int(known.find(others)[1].sum()) if len(others) else 0
+        if self.ranks.largest(shared, fresh.device):
+            raise RuntimeError(
+                "DecoupledDescent: samples of one process came to another, away from their "
+                "shadows. Construct with the same noise=dd.NoiseModel.fit(inputs) of all training "
+                "samples on every process, after which any may get any sample; or give each "
+                "process its own samples, and noise.of(rows)."
+            )
 
     def _ranks_number_alike(self) -> bool:
-        """Whether all ranks know the same samples; settled at the first step."""
+        """Whether all ranks know the same samples in one order; settled at the first step."""
         if self._number_alike is None:
             assert self.samples.known is not None
-            known = self.samples.known.values
-            sums = known.double().nan_to_num().sum(0)
+            known = self.samples.known.values.double()
+            weights = torch.arange(1, len(known) + 1, device=known.device).double()
             # Unseen samples are no numbers, so that ranks with other ones seen do not agree.
-            seen = (~known.isnan()).double().sum(0)
-            self._number_alike = self.ranks.agree(torch.cat([sums, seen]))
+            seen = (~known.isnan()).double()
+            sums = torch.stack([weights @ known.nan_to_num(), weights @ seen])
+            self._number_alike = self.ranks.agree(sums)
         return self._number_alike
 
     def edit_scale(self, pushes: Pushes) -> float:
@@ -448,6 +471,9 @@ class Attachment:
 
         Returns:
             H, shape (k, k).
+
+        Raises:
+            FloatingPointError: if the second derivative is not finite.
         """
         estimator, width = self.estimator, pushes.gradient.shape[1]
         product, index = pushes.product(), pushes.placement.index
@@ -455,20 +481,33 @@ class Attachment:
             # Sums over a scaled loss may be infinite.
             product = scale * at_least_single(product)
         moments = estimator.moments(pushes.observed, product, index, self.ranks)
-        keep = self._keep(moments, len(pushes.gradient), width)
-        if keep == 0.0:
+        if not moments.is_finite:
+            raise FloatingPointError(
+                f"DecoupledDescent: the curvature at layer {self.name!r} is not finite, though the "
+                "gradient is; nothing was updated. Likely causes: half precision that overflows, "
+                "or a loss whose second derivative is infinite at some sample."
+            )
+        if estimator.pooled_rows == 0:
             return estimator.solve(moments)
-        earlier = state.get("shadow_moments")
+        # Steps of other loss scales and gradient scales are pooled in the unit of their gradients.
+        unit = self._gradient_size(pushes, scale)
+        keep, scaled = self._keep(moments, len(pushes.gradient), width), moments.scaled(1 / unit)
+        earlier = _unpacked(state.get("shadow_moments"), estimator.num_components, width)
+        if keep == 0.0:
+            state["shadow_moments"] = scaled.packed()
+            return estimator.solve(moments)
         if earlier is not None:
-            count = estimator.num_components
-            moments = estimator.pooled(moments, Moments.unpacked(earlier, count, width), keep)
-        state["shadow_moments"] = moments.packed()
-        return estimator.solve_pooled(moments)
+            scaled = estimator.pooled(scaled, earlier, keep)
+        state["shadow_moments"] = scaled.packed()
+        return estimator.solve_pooled(scaled.scaled(unit))
+
+    def _gradient_size(self, pushes: Pushes, scale: float) -> Tensor:
+        """Σ_i ‖g_i‖ over all ranks, shape ()."""
+        size = self.ranks.sum((scale * at_least_single(pushes.gradient)).norm(dim=1).sum())
+        return size.clamp_min(torch.finfo(size.dtype).tiny)
 
     def _keep(self, moments: Moments, rows: float, width: int) -> float:
         """Weight of the moments of the steps before: none where a step holds enough samples."""
-        if self.estimator.pooled_rows == 0:
-            return 0.0
         total = self.samples.total(self.given_noise)
         if self.ranks.size > 1:
             # Every rank must come to the same curvature.
@@ -485,12 +524,12 @@ class Attachment:
             values = self.noise.eigenvalues
             state["shadow_noise"] = torch.stack([values, self.noise.multiplicities.to(values)])
 
-    def remember_weight(self) -> None:
-        """Remember the weights that a step leaves."""
+    def remember_weight(self, state: dict[str, Any]) -> None:
+        """Remember the weights that a step leaves, in the state of the decoupled one."""
         if self.samples.directions is not None:
             weight = at_least_single(self.layer.weight.detach())
-            self.expected = weight @ self.samples.directions[0].to(weight)
-            self._hook.left = self.expected
+            along = weight @ self.samples.directions[0].to(weight)
+            state["shadow_weight"] = self._hook.left = along
         if self.shared is not None:
             self.shared.remember_weight()
 
@@ -531,9 +570,10 @@ class Attachment:
         Raises:
             ValueError: if the batch does not hold all.
         """
-        if placement.rows is None or placement.index is None:
+        whole = not math.isinf(self.samples.total(None))
+        if whole and (placement.rows is None or placement.index is None):
             return inputs
-        if len(placement.rows) == self.samples.count:
+        if whole and placement.rows is not None and len(placement.rows) == self.samples.count:
             ordered = torch.empty_like(inputs[: len(placement.rows)])
             ordered[placement.index] = inputs
             return ordered
@@ -552,6 +592,10 @@ class Attachment:
             if parameter.requires_grad:
                 names.append(name)
         return ", ".join(names[:4]) or "or requires a gradient itself"
+
+
+def _unpacked(numbers: Tensor | None, count: int, width: int) -> Moments | None:
+    return None if numbers is None else Moments.unpacked(numbers, count, width)
 
 
 def _share_samples(one: Placement, other: Placement) -> bool:

@@ -7,10 +7,12 @@ __all__ = ["Fingerprints", "directions", "fingerprint"]
 
 PROJECTIONS = 3
 
-# A random projection tells two samples apart by about its standard deviation over samples, while
-# summing in another order moves it by a few float32 roundings of its size.
-_SPREAD_TOLERANCE = 1e-3
+# Summing in another order moves a projection by a few float32 roundings of its size. A sample that
+# is looked up among all may differ by no more: where one input is far larger than the others, those
+# tell samples apart by little.
 _ROUNDING_TOLERANCE = 1e-5
+# A sample compared with itself may also have been computed anew in half precision.
+_SPREAD_TOLERANCE = 1e-3
 
 # Pairs of a sample and a candidate that are compared at a time.
 _AT_A_TIME = 2**22
@@ -50,9 +52,10 @@ class Fingerprints:
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self._known = 0
-        self._tolerance = values.new_zeros(PROJECTIONS)
+        self._rounding = self._tolerance = values.new_zeros(PROJECTIONS)
         self._order: tuple[Tensor, Tensor] | None = None
         self._measure()
+        self._fresh = [values[~values[:, 0].isnan()]]
 
     def __len__(self) -> int:
         """Number of samples, seen or not."""
@@ -76,11 +79,18 @@ class Fingerprints:
             found: their fingerprints, shape (m, 3).
         """
         self.values[index] = found
+        self._fresh.append(found)
         self._order = None
         before, self._known = self._known, self._known + len(index)
         # Tolerances follow the samples' scale, which few doublings tell.
         if before == 0 or self._known.bit_length() > before.bit_length() or self.complete:
             self._measure()
+
+    def take_fresh(self) -> Tensor:
+        """Fingerprints that came since the last call, shape (f, 3)."""
+        fresh = torch.cat(self._fresh)
+        self._fresh = [fresh[:0]]
+        return fresh
 
     def differ(self, index: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
         """Compare samples with what is known of them.
@@ -115,7 +125,7 @@ class Fingerprints:
         if len(order) == 0:
             nowhere = torch.zeros(len(found), dtype=torch.long, device=found.device)
             return nowhere, nowhere.bool()
-        tolerance = self._tolerance.to(first)
+        tolerance = self._rounding.to(first)
         found = found.to(first)
         key = found[:, 0].contiguous()
         low = torch.searchsorted(first, key - tolerance[0])
@@ -149,7 +159,7 @@ class Fingerprints:
         known = self.values[~self.values[:, 0].isnan()]
         self._known = len(known)
         if len(known) > 0:
-            rounding = _ROUNDING_TOLERANCE * known.square().mean(0).sqrt()
+            size = known.square().mean(0).sqrt().clamp_min(torch.finfo(known.dtype).tiny)
+            self._rounding = _ROUNDING_TOLERANCE * size
             spread = known.std(0, correction=0)
-            tiny = torch.finfo(known.dtype).tiny
-            self._tolerance = (_SPREAD_TOLERANCE * spread + rounding).clamp_min(tiny)
+            self._tolerance = _SPREAD_TOLERANCE * spread + self._rounding

@@ -81,6 +81,15 @@ class Moments:
         both = ranks.sum(torch.stack([values.mT @ values, values.mT @ products]))
         return cls(rows, counts, left, right, both[0] / rows, both[1])
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are."""
+        return bool(self.packed().isfinite().all())
+
+    def scaled(self, scale: Tensor | float) -> "Moments":
+        """Moments with b multiplied by a scale."""
+        return replace(self, right=scale * self.right, cross=scale * self.cross)
+
     def merged(self, earlier: "Moments", keep: float) -> "Moments":
         """Pool means and Σ a aᵀ with those of earlier steps, weighted by ``keep`` times their rows.
 
@@ -124,8 +133,13 @@ class Moments:
         return torch.cat([part.reshape(-1) for part in parts])
 
     @classmethod
-    def unpacked(cls, numbers: Tensor, count: int, width: int) -> "Moments":
-        """Moments of earlier steps, for ``count`` components of ``width`` units."""
+    def unpacked(cls, numbers: Tensor, count: int, width: int) -> "Moments | None":
+        """Moments of earlier steps, for ``count`` components of ``width`` units.
+
+        None if they are of other sizes, as after another estimator.
+        """
+        if len(numbers) != 1 + count + count * width + 2 * width * width:
+            return None
         square = width * width
         rows, counts, left, gram, cross = numbers.split([1, count, count * width, square, square])
         left = left.reshape(count, width)

@@ -199,7 +199,8 @@ class NoiseModel:
             ValueError: if the indices are not integers in range.
         """
         rows = torch.as_tensor(rows)
-        count = self.num_samples or self.fitted_on
+        known = self.fingerprints
+        count = self.num_samples or self.fitted_on if known is None else len(known)
         if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
             raise ValueError(
                 f"NoiseModel: expected integer indices of shape (m,), got {tuple(rows.shape)} of "
@@ -207,6 +208,7 @@ class NoiseModel:
             )
         if len(rows) == 0 or int(rows.min()) < 0 or (count and int(rows.max()) >= count):
             raise ValueError(f"NoiseModel: expected indices of {count} samples, counted from 0")
+        rows = rows.long()
 
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows.to(values.device)]

@@ -104,6 +104,11 @@ class DecoupledDescent(torch.optim.SGD):
         if not 0.0 <= damping <= 1.0:
             raise ValueError(f"DecoupledDescent: damping must lie in [0, 1], got {damping}")
         check_name(curvature)
+        if process_group is True:
+            raise ValueError(
+                "DecoupledDescent: process_group must be a torch.distributed process group, None "
+                "for the default one, or False to train alone"
+            )
         module = params if isinstance(params, nn.Module) else None
         if module is None and (layer is not None or noise is not None):
             raise ValueError(
@@ -246,8 +251,14 @@ class DecoupledDescent(torch.optim.SGD):
             ValueError: if unattached, or the indices are not integers in range.
         """
         samples = self._required("batch()").samples
+        try:
+            index = torch.as_tensor(indices)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"DecoupledDescent: batch() takes the integer indices of samples; {error}"
+            ) from error
         samples.withdraw()
-        samples.announce(torch.as_tensor(indices))
+        samples.announce(index)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Tensor:
@@ -269,7 +280,7 @@ class DecoupledDescent(torch.optim.SGD):
         """
         attachment = self._required("evaluate()")
         total, rows = torch.zeros(()), 0.0
-        with attachment.corrected_in_eval_mode():
+        with attachment.corrected_in_eval_mode(), attachment.samples.apart():
             for batch in batches:
                 attachment.rows_seen = 0
                 value = loss(batch)
@@ -280,7 +291,6 @@ class DecoupledDescent(torch.optim.SGD):
                     )
                 total = total + attachment.rows_seen * value.detach()
                 rows += attachment.rows_seen
-        attachment.samples.withdraw()
         if rows == 0:
             raise ValueError("DecoupledDescent: evaluate() got no batches")
         ranks = attachment.ranks
@@ -408,7 +418,7 @@ class DecoupledDescent(torch.optim.SGD):
         step = ShadowStep(self._attachment, self._store(), self._watches, self._damping)
         with full_precision(self._attachment.weight):
             self._step_groups(step.updates())
-            self._attachment.remember_weight()
+            self._attachment.remember_weight(self.state[self._attachment.weight])
         self._watches.tell()
         return loss
 

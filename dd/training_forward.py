@@ -46,7 +46,9 @@ class TrainingForward:
         refuse_capture("a training forward")
         attachment.require_weight_in_place()
         state = self._store.of(attachment.weight)
-        if state.get("shadow") is None and "momentum_buffer" in state:
+        momentum = state.get("momentum_buffer")
+        has_moved = momentum is not None and bool(momentum.count_nonzero())
+        if state.get("shadow") is None and has_moved:
             raise RuntimeError(
                 f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
                 "correction. Attach before the first step, or load the state of an attached "
