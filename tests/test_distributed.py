@@ -135,6 +135,36 @@ def unwrapped_afterwards(rank):
     return [p.detach() for p in model.parameters()], optimizer.shadow
 
 
+def other_order(rank):
+    """All samples are known to both processes, in different orders."""
+    inputs, labels = make_problem()
+    parallel = DistributedDataParallel(make_model())
+    noise = dd.NoiseModel.isotropic(inputs, labels)
+    noise = noise.of(torch.arange(N).flip(0)) if rank else noise
+    optimizer = dd.DecoupledDescent(parallel, lr=0.3, noise=noise)
+    try:
+        train(parallel, optimizer, inputs, labels, [shard(rank)])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def wandering_untold(rank):
+    """Each process knows its samples by index alone, and then gets another's."""
+    inputs, labels = make_problem()
+    parallel = DistributedDataParallel(make_model())
+    fitted = dd.NoiseModel.isotropic(inputs)
+    noise = dd.NoiseModel(fitted.eigenvalues, fitted.multiplicities)
+    optimizer = dd.DecoupledDescent(parallel, lr=0.3, noise=noise)
+    try:
+        for rows in (shard(rank), shard(1 - rank)):
+            optimizer.batch(rows)
+            train(parallel, optimizer, inputs, labels, [rows])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def alone(rank):
     """Processes that train apart, in one process group."""
     inputs, labels = make_problem()
@@ -184,6 +214,8 @@ TASKS = {
     "wandering, head": (wandering, {"head": True}),
     "different noise": (different_noise,),
     "alone": (alone,),
+    "other order": (other_order,),
+    "wandering untold": (wandering_untold,),
     "fitted together": (fitted_together,),
     "fully sharded": (fully_sharded,),
 }
@@ -257,6 +289,8 @@ def test_noise_is_fitted_on_the_samples_of_all_processes(results):
     [
         ("different noise", "different noise models"),
         ("alone", "processes average it"),
+        ("other order", "samples of one process came to another"),
+        ("wandering untold", "samples of one process came to another"),
     ],
 )
 def test_what_cannot_work_is_said_on_every_process(results, task, match):
