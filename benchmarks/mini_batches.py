@@ -3,8 +3,8 @@
 n = 2000 digits, k = 16 tanh units; SGD and decoupled descent (DD) see the same batches, shuffled
 anew in every pass. Means over seeds of |train − test| error and loss, averaged over 31 looks at all
 samples, and the signed error gap. Two samples of one source would differ by the floor,
-0.8 √(p(1 − p)(1/n + 1/n_test)) at error p. Exits with 1 where the mean error gap of DD with its head
-corrected is above 1.5 times that.
+0.8 √(p(1 − p)(1/n + 1/n_test)) at error p. Exits with 1 where the mean error gap of DD with its
+head corrected is above 1.5 times that.
 
     DD_DATA=<folder of MNIST/raw> python benchmarks/mini_batches.py [--seeds 5] [--json out.json]
 """
