@@ -48,7 +48,7 @@ def test_fewer_rows_than_processes(processes):
 SETTINGS = [
     "experiment=xor",
     "steps=20",
-    "data.num_train=201",
+    "data.num_train=211",
     "data.num_test=200",
     "data.dimension=60",
     "components=known",
