@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment", "ForwardHook"]
 
+_UNTRACEABLE = (
+    "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
+    "without fullgraph=True, or only what lies between the decoupled layer and the loss"
+)
+
 
 class ForwardHook:
     """Passes a layer's forward to the optimizer that owns it, and to no copy of either.
@@ -66,13 +71,23 @@ class ForwardHook:
         """Pickle as an inert hook."""
         return ForwardHook, ()
 
-    # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
-    # the whole compiler with this module.
-    @_disable_dynamo
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Return the corrected output, or None to leave it as it is."""
+        # The compiler follows this far: nothing interrupts the graph of a copy, or in eval mode.
+        if self._optimizer is None or not layer.training:
+            return None
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_UNTRACEABLE)
+        return self._correct(layer, args, kwargs, output)
+
+    # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
+    # the whole compiler with this module.
+    @_disable_dynamo
+    def _correct(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         optimizer = self.optimizer
         if optimizer is None:
             return None
@@ -180,8 +195,8 @@ class Attachment:
         if self.layer.weight is not self.weight:
             raise RuntimeError(
                 f"DecoupledDescent: layer {self.name!r} has another weight than when the optimizer "
-                "was attached (fully_shard, to_empty, a parametrisation or an assignment replaced it); "
-                "construct the optimizer afterwards"
+                "was attached (fully_shard, to_empty, a parametrisation or an assignment replaced "
+                "it); construct the optimizer afterwards"
             )
 
     def _adopt(self) -> list[Tensor]:
