@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment", "ForwardHook"]
 
+_UNTRACEABLE = (
+    "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
+    "without fullgraph=True, or only what lies between the decoupled layer and the loss"
+)
+
 
 class ForwardHook:
     """Passes a layer's forward to the optimizer that owns it, and to no copy of either.
@@ -68,13 +73,23 @@ class ForwardHook:
         """Pickle as an inert hook."""
         return ForwardHook, ()
 
-    # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
-    # the whole compiler with this module.
-    @_disable_dynamo
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Return the corrected output, or None to leave it as it is."""
+        # The compiler follows this far: nothing interrupts the graph of a copy, or in eval mode.
+        if self._optimizer is None or not layer.training:
+            return None
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_UNTRACEABLE)
+        return self._correct(layer, args, kwargs, output)
+
+    # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
+    # the whole compiler with this module.
+    @_disable_dynamo
+    def _correct(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         optimizer = self.optimizer
         if optimizer is None:
             return None

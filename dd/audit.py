@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_map_only
 
@@ -30,6 +31,7 @@ SHARE = 0.4
 STANDARD_ERRORS = 5.0
 
 _COMPILER = os.path.join("_dynamo", "eval_frame.py")
+_PAUSE = os.path.join("torch", "_compile.py")
 
 
 class ComponentWarning(UserWarning):
@@ -76,6 +78,20 @@ class AuditedTensor(MarkedTensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func``, and the audits before a backward pass."""
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs)
+        return cls._run(func, types, args, kwargs)
+
+    # A backward pass called from a compiled function must not compile the audits.
+    @classmethod
+    @_disable_dynamo
+    def _run(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+    ) -> Any:
         if func in SEES_GRADIENTS or _recomputes():
             Audit.abandon_all()
         if any(not issubclass(cls, kind) for kind in types):
@@ -203,7 +219,7 @@ def _is_called_compiled() -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         caller = frame.f_back
-        pause = caller is not None and caller.f_code.co_filename.endswith("_compile.py")
+        pause = caller is not None and caller.f_code.co_filename.endswith(_PAUSE)
         if frame.f_code.co_filename.endswith(_COMPILER) and not pause:
             return True
         frame = caller

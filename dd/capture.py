@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -15,6 +16,7 @@ from dd.curvature import Backward, Curvature
 from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.functional import at_least_single
 from dd.head import Scores
+from dd.marked import UncompiledTensor
 from dd.ranks import Ranks
 from dd.samples import Placement
 
@@ -55,6 +57,8 @@ class Capture:
 
     def outgoing(self, preactivation: Tensor) -> Tensor:
         """Return what the following layers receive: R, with the probe as tangent where needed."""
+        if self._estimator.second_order:
+            return preactivation.as_subclass(UncompiledTensor)
         if self._level is None:
             return preactivation
         # An in-place operation downstream changes the tangent too; the probe must survive it.
@@ -242,6 +246,8 @@ def _listen(tensor: Tensor, receive: Callable[[Tensor], Tensor | None]) -> None:
     # The graph must not own the capture, which owns an edge of the graph.
     listener = weakref.WeakMethod(receive)
 
+    # A backward pass called from a compiled function must not compile this.
+    @_disable_dynamo
     def deliver(gradient: Tensor) -> Tensor | None:
         receive = listener()
         return None if receive is None else receive(gradient)

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dd.curvature import LOST_TANGENT, REMEDY
-from dd.marked import MarkedTensor
+from dd.marked import UncompiledTensor
 
 __all__ = ["DualLevel", "carry_tangent", "split_tangent"]
 
@@ -53,7 +54,7 @@ class DualLevel:
             self.close()
 
 
-class ProbedTensor(MarkedTensor):
+class ProbedTensor(UncompiledTensor):
     """A tensor that carries a curvature probe and explains where the probe cannot pass.
 
     It is an ordinary tensor to every operation; only the error of an operation without
@@ -61,6 +62,7 @@ class ProbedTensor(MarkedTensor):
     """
 
     @classmethod
+    @_disable_dynamo
     def __torch_function__(
         cls,
         func: Callable[..., Any],

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
@@ -241,6 +242,7 @@ class DecoupledDescent(torch.optim.SGD):
         """
         return tracked(loader, self._required("track()").samples)
 
+    @_disable_dynamo
     def batch(self, indices: Any) -> None:
         """Tell which samples the next training forward holds.
 
@@ -260,6 +262,7 @@ class DecoupledDescent(torch.optim.SGD):
         samples.withdraw()
         samples.announce(index)
 
+    @_disable_dynamo
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Tensor:
         """Mean of the corrected loss over batches, an estimate of the test loss; changes nothing.
@@ -296,6 +299,7 @@ class DecoupledDescent(torch.optim.SGD):
         ranks = attachment.ranks
         return ranks.sum(total) / ranks.sum(torch.as_tensor(rows, device=total.device))
 
+    @_disable_dynamo
     def drop_forward(self) -> None:
         """Forget training forwards that will get no step, after a skipped or interrupted one."""
         if self._attachment is not None:
@@ -304,6 +308,7 @@ class DecoupledDescent(torch.optim.SGD):
             if self._store().read(self._attachment.weight, "shadow") is None:
                 self._attachment.forget()
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forwards whose backward has run but whose step was skipped.
 
@@ -314,11 +319,13 @@ class DecoupledDescent(torch.optim.SGD):
             self._attachment.drop_abandoned()
         super().zero_grad(set_to_none)
 
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the shadows of all samples up to date."""
         self._flush()
         return super().state_dict()
 
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, shadows included, and forget pending training forwards.
 
@@ -381,6 +388,8 @@ class DecoupledDescent(torch.optim.SGD):
             module, layer, noise = bond
             self.attach(module, layer=layer, noise=noise)
 
+    # A compiled step would keep some of the first one's shadows for good.
+    @_disable_dynamo
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update parameters and shadows.

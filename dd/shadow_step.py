@@ -153,7 +153,8 @@ class ShadowStep:
                 "DecoupledDescent: step() without a training forward. The gradients come from "
                 f"somewhere else than layer {self._attachment.name!r} in train mode: call "
                 "model.train() before the forward, name the layer that the forward uses with "
-                "layer=, or call optimizer.detach() to go on as plain SGD."
+                "layer=, call torch._dynamo.reset() if the model was compiled and run before it "
+                "was attached, or call optimizer.detach() to go on as plain SGD."
             )
 
     def _check_finite(self) -> None:
