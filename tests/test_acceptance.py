@@ -67,8 +67,16 @@ def test_features_are_at_the_sampling_floor(tmp_path, samples):
     assert decoupled["best_test_error"] <= gd["best_test_error"] + 0.005
 
 
+LOOPS = {
+    "full batch": [],
+    "momentum": ["data.batch_size=100", "lr=0.03", "optimizer.momentum=0.9"],
+    "batches of 20": ["data.batch_size=20", "lr=0.1", "steps=600", "tracking.record_every=20"],
+}
+
+
 @needs_digits
-def test_noisy_mnist_with_a_small_head_is_at_the_sampling_floor(tmp_path):
+@pytest.mark.parametrize("loop", LOOPS)
+def test_noisy_mnist_with_a_small_head_is_at_the_sampling_floor(tmp_path, loop):
     """Where the identity is exact, the gap is that of two samples of one error rate p.
 
     Its standard deviation is sqrt(p(1 - p)(1/n + 1/n_test)), 0.0114 at p = 0.24; the mean of 8
@@ -77,7 +85,7 @@ def test_noisy_mnist_with_a_small_head_is_at_the_sampling_floor(tmp_path):
     """
     trials = 8
     overrides = [f"trials={trials}", "model.width=16", "model.activation=tanh", "optimizers=[dd]"]
-    overrides += ["correct_head=false", "noise_bins=1"]
+    overrides += ["correct_head=false", "noise_bins=1", *LOOPS[loop]]
     run = Experiment(
         configure(*QUIET, *overrides, f"data.root={DIGITS}", experiment="noisy_mnist"), tmp_path
     )
