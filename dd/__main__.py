@@ -112,6 +112,8 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv) and not any(a.startswith("experiment=") for a in sys.argv):
         sys.argv.append("experiment=xor")
     given = sys.argv[1:]
+    if Processes().size > 1 and {"-m", "--multirun"} & set(given):
+        sys.exit("error: a multirun under torchrun is several runs in one; start one at a time")
     if Processes().leads:
         _start(given, None)
     else:

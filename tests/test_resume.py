@@ -218,7 +218,13 @@ def test_the_folder_keeps_references_to_the_seed_and_resolves_all_others():
 LONG = ["steps=200", "tracking.checkpoint_every=10"]
 KINDS = {
     "full": LONG,
-    "mini": [*LONG, "data.batch_size=32", "optimizer.momentum=0.8", "available.gd.momentum=0.5"],
+    "mini": [
+        *LONG,
+        "lr=0.1",
+        "data.batch_size=32",
+        "optimizer.momentum=0.8",
+        "available.gd.momentum=0.5",
+    ],
 }
 
 
@@ -456,7 +462,7 @@ def test_the_folder_is_found_on_the_command_line():
 
 def test_the_command_says_in_one_sentence_why_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "failed", [])
-    command._go_on(tmp_path, [f"resume={tmp_path}"])
+    command._go_on(tmp_path, [f"resume={tmp_path}"], None)
     (sentence,) = command.failed
     assert "it is no run folder" in sentence
     assert capsys.readouterr().err == sentence + "\n"
