@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import dd
+from dd import oversight
 from tests.test_optimizer import C, D, K, N, create_graph_warns, make_problem
 from tests.test_precision import SINGLE, require_close
 
@@ -133,11 +134,12 @@ def loss_with_model(model, problem, curvature, **how):
     return lambda inputs: inputs, optimizer, compiled
 
 
+SLOW = pytest.mark.slow
 WHOLE = [
     compiled_before,
-    original_given,
+    pytest.param(original_given, marks=SLOW),
     compiled_after,
-    in_place_before,
+    pytest.param(in_place_before, marks=SLOW),
     in_place_after,
     layer_alone,
     loss_with_model,
@@ -152,19 +154,19 @@ def compare(way, problem, curvature, **how):
     require_close((model, optimizer), eager(problem, curvature), TOLERANCE)
 
 
-@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=SLOW)])
 @pytest.mark.parametrize("way", [*WHOLE, *BEHIND])
 def test_compiled_training_is_the_eager_one(way, curvature, problem):
     compare(way, problem, curvature, backend="aot_eager")
 
 
-@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=SLOW)])
 @pytest.mark.parametrize("way", [compiled_before, *BEHIND])
 def test_without_autograd_in_the_backend(way, curvature, problem):
     compare(way, problem, curvature, backend="eager")
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("curvature", ["stein", "probe", "probe_create_graph"])
 @pytest.mark.parametrize("way", [*WHOLE, *BEHIND])
 def test_default_backend(way, curvature, problem):
@@ -172,9 +174,7 @@ def test_default_backend(way, curvature, problem):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(
-    "curvature", ["probe_create_graph", pytest.param("exact", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("curvature", ["probe_create_graph", pytest.param("exact", marks=SLOW)])
 @pytest.mark.parametrize("way", [compiled_after, *BEHIND])
 def test_second_derivatives_are_not_lost_in_compiled_code(way, curvature, frozen, problem):
     """Compiled code saves values without a graph: its second derivative would be taken for zero."""
@@ -314,7 +314,7 @@ def backward_and_told(model, optimizer, compile_):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["full batch", "mini-batches"])
-@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=SLOW)])
 @pytest.mark.parametrize("make", [whole_step, whole_closure, step_alone, backward_and_told])
 def test_compiled_training_steps(make, curvature, whole, problem):
     inputs, targets, _, plan = problem
@@ -342,6 +342,19 @@ def test_a_training_step_is_not_one_graph(make, problem):
     assert optimizer.shadow is None
 
 
+@pytest.mark.parametrize("make", [whole_step, whole_closure])
+def test_what_runs_inside_compiled_code_is_not_audited(make, problem, monkeypatch):
+    audits = []
+    monkeypatch.setattr(oversight, "Audit", lambda *arguments: audits.append(arguments))
+    inputs, targets, _, _ = problem
+    for compile_ in (lambda f: torch.compile(f, backend="eager"), lambda f: f):
+        model = make_model()
+        step = make(model, attached(model, problem), compile_)
+        assert not audits
+        step(inputs, targets)
+    assert len(audits) == 1
+
+
 def test_unattached_it_is_sgd_in_a_compiled_step():
     inputs, targets = make_problem(dtype=torch.float32)
     models = []
@@ -362,7 +375,7 @@ def test_unattached_it_is_sgd_in_a_compiled_step():
 # --- Compiled and run before attaching -------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("curvature", ["stein", pytest.param("probe", marks=SLOW)])
 def test_code_compiled_without_the_correction_leads_to_no_step(curvature, problem):
     inputs, targets, _, plan = problem
     model = make_model()

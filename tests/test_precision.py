@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from tests.test_optimizer import C, D, N, create_graph_warns, make_model, make_problem
+from dd.capture import Pushes
+from dd.samples import Placement
+from tests.test_optimizer import C, D, K, N, create_graph_warns, make_model, make_problem
 from tests.test_state import CASES, STEPS, require_identical, states_of
 
 SINGLE, DOUBLE = 2.0**-24, 2.0**-53
@@ -168,7 +170,7 @@ def test_a_skipped_step_loses_nothing_bit_for_bit(kind, clear, fused):
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("curvature", ["probe", "stein"])
-@pytest.mark.parametrize("scale", [2.0**-60, 2.0**16, 2.0**120])
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**16, 2.0**127])
 def test_a_scaled_loss_is_the_plain_one(scale, curvature, head):
     """Even where the sums of what was scaled would be infinite, or nothing at all.
 
@@ -319,6 +321,16 @@ def test_micro_batches_scaled_unscaled_and_clipped():
         (coefficient * F.cross_entropy(model(inputs[batch]), targets[batch])).backward()
         optimizer.step()
     require_close(accumulated, twin, 100 * len(WHOLE) * N * SINGLE)
+
+
+def test_copies_of_a_sample_add_up_beyond_half_precision():
+    """Eight copies whose gradients are each half of the largest float16."""
+    index = torch.tensor([3] * 8 + [1])
+    placement = Placement.of(torch.zeros(9, 3), index, num_samples=N)
+    gradient = torch.full((9, K), 2.0**15, dtype=torch.float16)
+    pushes = Pushes(placement, gradient, gradient, [], None, None)
+    expected = torch.tensor([[2.0**15], [2.0**18]]).expand(2, K)
+    assert torch.equal(pushes.by_sample, expected)
 
 
 # --- Coarse products of float32 matrices -----------------------------------------------------
