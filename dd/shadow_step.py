@@ -6,7 +6,7 @@ from torch import Tensor
 from dd.attachment import Attachment
 from dd.capture import Pushes
 from dd.functional import damped_weight_gradient
-from dd.shadows import ShadowUpdate, keeping
+from dd.shadows import Push, ShadowUpdate, keeping
 from dd.store import Store
 from dd.watches import Watches
 
@@ -101,17 +101,10 @@ class ShadowStep:
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
-        return attachment.shadows.update(
-            state,
-            pushes.placement,
-            gradient,
-            curvature,
-            noise,
-            self._damping,
-            weight,
-            momentum=group["momentum"] != 0,
-            parameter_gradient=self._damped(curvature, noise.eigenvalues),
-        )
+        damped = self._damped(curvature, noise.eigenvalues)
+        push = Push(weight, gradient, curvature, noise, self._damping, damped)
+        momentum = group["momentum"] != 0
+        return attachment.shadows.update(state, pushes.placement, push, momentum=momentum)
 
     def _damped(self, curvature: Tensor, eigenvalues: Tensor) -> Tensor | None:
         weight = self._attachment.weight

@@ -1,7 +1,7 @@
 """Where the decoupled layer's shadows are kept, read and moved."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dd.functional import shadow_gradient
 from dd.noise import NoiseModel
 from dd.samples import Placement
 
-__all__ = ["ShadowUpdate", "Shadows", "keeping"]
+__all__ = ["Push", "ShadowUpdate", "Shadows", "keeping"]
 
 KEY, BUFFER_KEY = "shadow", "shadow_momentum_buffer"
 
@@ -36,6 +36,42 @@ class ShadowUpdate:
     buffer: Tensor | None
     finish: Callable[[Tensor | None], None]
     parameter_gradient: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Push:
+    """What moves the shadows in one step.
+
+    Attributes:
+        weight: the decoupled weight.
+        gradient: G, one row a distinct sample, shape (u, k).
+        curvature: H, shape (k, k).
+        noise: λ, τ and the relative masses.
+        damping: ρ.
+        parameter_gradient: as in :class:`ShadowUpdate`.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    curvature: Tensor
+    noise: NoiseModel
+    damping: float
+    parameter_gradient: Tensor | None = None
+
+    def shadow_gradient(
+        self, shadow: Tensor, gradient: Tensor, relative_mass: Tensor | None
+    ) -> Tensor:
+        """∇Q of some shadows (B, u, k) with gradients (u, k) and masses (u,)."""
+        noise = self.noise
+        return shadow_gradient(
+            shadow,
+            gradient,
+            self.curvature,
+            noise.eigenvalues,
+            noise.mass,
+            self.damping,
+            relative_mass,
+        )
 
 
 class Shadows:
@@ -119,80 +155,35 @@ class Shadows:
             self._log.grow(num_samples)
 
     def update(
-        self,
-        state: dict[str, Any],
-        placement: Placement,
-        gradient: Tensor,
-        curvature: Tensor,
-        noise: NoiseModel,
-        damping: float,
-        weight: Tensor,
-        *,
-        momentum: bool,
-        parameter_gradient: Tensor | None = None,
+        self, state: dict[str, Any], placement: Placement, push: Push, *, momentum: bool
     ) -> ShadowUpdate:
         """How the shadows move with a step.
 
         Args:
             state: of the decoupled weight, with its shadows made.
             placement: the samples of the step.
-            gradient: G, one row a distinct sample, shape (u, k).
-            curvature: H, shape (k, k).
-            noise: λ, τ and the relative masses.
-            damping: ρ.
-            weight: the decoupled weight.
-            momentum: whether its group has momentum.
-            parameter_gradient: as in :class:`ShadowUpdate`.
+            push: what moves them.
+            momentum: whether the group of the decoupled weight has momentum.
         """
         if placement.rows is None or placement.rows_on_cpu is None:
-            update = self._update_all(state, gradient, curvature, noise, damping, weight)
-        else:
-            if self._log is None:
-                self._log = DecayLog(state[KEY].shape[1])
-            if self._with_momentum != momentum:
-                self.flush(state)
-                self._with_momentum = momentum
-            # Rows of other processes have not been in a forward here.
-            self._bring(state, placement)
-            rows, on_cpu = placement.rows, placement.rows_on_cpu
-            update = self._update_rows(
-                state, rows, on_cpu, gradient, curvature, noise, damping, weight
-            )
-        return replace(update, parameter_gradient=parameter_gradient)
+            return self._update_all(state, push)
+        if self._log is None:
+            self._log = DecayLog(state[KEY].shape[1])
+        if self._with_momentum != momentum:
+            self.flush(state)
+            self._with_momentum = momentum
+        # Rows of other processes have not been in a forward here.
+        self._bring(state, placement)
+        return self._update_rows(state, placement.rows, placement.rows_on_cpu, push)
 
-    def _update_all(
-        self,
-        state: dict[str, Any],
-        gradient: Tensor,
-        curvature: Tensor,
-        noise: NoiseModel,
-        damping: float,
-        weight: Tensor,
-    ) -> ShadowUpdate:
+    def _update_all(self, state: dict[str, Any], push: Push) -> ShadowUpdate:
         self.flush(state)
-        moved = shadow_gradient(
-            state[KEY],
-            gradient,
-            curvature,
-            noise.eigenvalues,
-            noise.mass,
-            damping,
-            noise.relative_mass,
-        )
-        return ShadowUpdate(
-            weight, state[KEY], moved, state.get(BUFFER_KEY), keeping(state, BUFFER_KEY)
-        )
+        moved = push.shadow_gradient(state[KEY], push.gradient, push.noise.relative_mass)
+        buffer, keep = state.get(BUFFER_KEY), keeping(state, BUFFER_KEY)
+        return ShadowUpdate(push.weight, state[KEY], moved, buffer, keep, push.parameter_gradient)
 
     def _update_rows(
-        self,
-        state: dict[str, Any],
-        rows: Tensor,
-        rows_on_cpu: Tensor,
-        gradient: Tensor,
-        curvature: Tensor,
-        noise: NoiseModel,
-        damping: float,
-        weight: Tensor,
+        self, state: dict[str, Any], rows: Tensor, rows_on_cpu: Tensor, push: Push
     ) -> ShadowUpdate:
         shadow, before = state[KEY], state.get(BUFFER_KEY)
         bins, _, width = shadow.shape
@@ -200,19 +191,11 @@ class Shadows:
         start, pace = _basis(bins, width, shadow, momentum=self._with_momentum)
         some = torch.cat([shadow[:, rows], start], 1)
         buffer = None if before is None else torch.cat([before[:, rows], pace], 1)
-        still = gradient.new_zeros(start.shape[1], width)
-        mass = None
-        if noise.relative_mass is not None:
-            mass = torch.cat([noise.relative_mass[rows], noise.relative_mass.new_ones(len(still))])
-        moved = shadow_gradient(
-            some,
-            torch.cat([gradient, still]),
-            curvature,
-            noise.eigenvalues,
-            noise.mass,
-            damping,
-            mass,
-        )
+        still = push.gradient.new_zeros(start.shape[1], width)
+        mass = push.noise.relative_mass
+        if mass is not None:
+            mass = torch.cat([mass[rows], mass.new_ones(len(still))])
+        moved = push.shadow_gradient(some, torch.cat([push.gradient, still]), mass)
 
         def finish(pace: Tensor | None) -> None:
             count = len(rows)
@@ -228,7 +211,7 @@ class Shadows:
             if self._log.append(basis, rows_on_cpu, width):
                 self.flush(state)
 
-        return ShadowUpdate(weight, some, moved, buffer, finish)
+        return ShadowUpdate(push.weight, some, moved, buffer, finish, push.parameter_gradient)
 
 
 def _basis(bins: int, width: int, like: Tensor, *, momentum: bool) -> tuple[Tensor, Tensor]:
