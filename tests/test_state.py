@@ -265,6 +265,31 @@ def test_a_copy_made_between_backward_and_step_has_no_pending_forward():
     assert case.run(twin, rest) == case.run(pair, rest)
 
 
+def test_a_running_average_of_the_model_is_plain():
+    case = CASES["mini-batches, Stein"]
+    model, optimizer = pair = case.build()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for step in range(4):
+        case.run(pair, [step])
+        average.update_parameters(model)
+    inputs, _ = make_problem()
+    plain = make_model(seed=1)
+    plain.load_state_dict(average.module.state_dict())
+    assert torch.equal(average(inputs), plain(inputs))
+    assert not optimizer._attachment.pending
+
+
+def test_a_copy_of_the_optimizer_alone_belongs_to_a_copy_of_the_model():
+    case = CASES["mini-batches, Stein"]
+    model, optimizer = pair = case.build()
+    case.run(pair, range(2))
+    alone = copy.deepcopy(optimizer)
+    states = copy.deepcopy(states_of(pair))
+    alone.step()
+    require_identical(states_of(pair), states)
+    assert alone.layer is not model[0]
+
+
 def test_generations_of_copies_carry_one_hook_each():
     case = CASES["full batch, probe"]
     pair = case.build()
