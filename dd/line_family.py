@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from dd.attachment import Attachment
 from dd.functional import at_least_single
@@ -95,6 +96,8 @@ class Trial:
         self._shrinking = point[:width].unbind()
         self._others: Sequence[Tensor | float] = (1.0, *point[width:].unbind())
 
+    # Compiled or not, a model must not take up what stands in for its layer for a while.
+    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         """Return R' + bias, shape (n, k), a function of the point and of the bias alone.
 

@@ -39,7 +39,7 @@ class Point:
     @property
     def vector(self) -> Tensor:
         """Coordinates (a, s, t), shape (1 + 2J,), float64 on the CPU."""
-        return torch.cat([torch.tensor([self.a]).double(), self.s, self.t])
+        return torch.cat([torch.tensor([self.a], dtype=torch.float64), self.s, self.t])
 
     @property
     def is_finite(self) -> bool:
@@ -102,8 +102,10 @@ class LineSearch:
         """Return the best point seen, as :class:`Policy` describes."""
         size, moved = family.sizes[:2].tolist()
         unit = size / moved if moved > 0 else 1.0
-        search = _Search(family, torch.tensor([1.0, unit, memory.get("t_unit", unit)]).double())
-        start = torch.tensor([0.0, memory.get("s", 0.0), memory.get("t", 0.0)]).double()
+        search = _Search(
+            family, torch.tensor([1.0, unit, memory.get("t_unit", unit)], dtype=torch.float64)
+        )
+        start = torch.tensor([0.0, memory.get("s", 0.0), memory.get("t", 0.0)], dtype=torch.float64)
         x = (start / search.units).requires_grad_()
         optimizer = torch.optim.LBFGS(
             [x],

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dd.attachment import Attachment
 from dd.functional import at_least_single
@@ -44,6 +45,8 @@ class FirstForward:
         self.dtype: torch.dtype | None = None
         self.age = 0
 
+    # Compiled or not, a model must not take up what stands in for its layer for a while.
+    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         """Return XW + bias, shape (n, k)."""
         layer = self._attachment.layer
