@@ -107,8 +107,8 @@ class Trial:
         layer = self._attachment.layer
         if not layer.training:
             return self._ordinary(input)
-        self._require_all(input)
         with full_precision(input):
+            self._require_all(input)
             output = _combined(self._shrinking, self._responses.shrinking)
             if self._responses.bias_shadow:
                 output = output + _combined(self._others, self._responses.bias_shadow)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
 from dd import product_cache
+from dd.audit import Audit
 from dd.line_search import LineSearch, Point
 from dd.product_cache import mark_of
 from tests.reference import (
@@ -484,6 +485,43 @@ def test_an_exception_leaves_everything_as_it_was(point):
     assert run(*pairs[0], inputs, labels, 3) == expected
 
 
+def test_wrong_components_are_noticed_behind_a_product_that_is_kept(monkeypatch):
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels), Drawn())
+    audited, measure = [], Audit._measure
+    monkeypatch.setattr(
+        Audit, "_measure", lambda self, loss: audited.append(measure(self, loss)) or audited[-1]
+    )
+    run(model, optimizer, inputs, labels, 5)
+    # Forwards 1, 2 and 5.
+    assert len(audited) == 3
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_autocast(head):
+    """The closure's own precision; half of it moves the loss by some units of 2^-8."""
+    inputs, labels = make_problem(torch.float32)
+    results = []
+    for enabled in (True, False):
+        model = make_model(dtype=torch.float32)
+        noise = make_noise(inputs, labels, separate=head)
+        look = []
+        policy = Forced(range(3), look=lambda f, look=look: look.append(f.evaluate(drawn(7, 1))))
+        optimizer = attached(model, noise, policy, head=head)
+
+        def closure(model=model, optimizer=optimizer, enabled=enabled):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            return loss
+
+        losses = [float(optimizer.step(closure).detach()) for _ in range(3)]
+        results.append([*losses, *(loss for loss, _ in look)])
+    assert results[0] == pytest.approx(results[1], rel=8 * 2**-8)
+
+
 # --- State -----------------------------------------------------------------------------------
 
 
@@ -560,6 +598,17 @@ def test_schedules_have_no_effect_and_see_the_step_taken():
 # --- Compiled models -------------------------------------------------------------------------
 
 
+class Framed(nn.Sequential):
+    """What follows the decoupled layer has a frame of its own, which is compiled."""
+
+    def head(self, preactivation):
+        return self[2](self[1](preactivation) * 2)
+
+    def forward(self, inputs):
+        preactivation = self[0](inputs)
+        return self.head(preactivation)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize(
     ("way", "curvature"),
@@ -571,7 +620,7 @@ def test_compiled_models_do_as_eager_ones(way, curvature):
     results = []
     for compiles in (False, True):
         torch._dynamo.reset()
-        model = forward = make_model()
+        model = forward = Framed(*make_model())
         optimizer = attached(model, noise, Drawn(), curvature=curvature)
         if compiles and way == "model":
             forward = torch.compile(model, backend="aot_eager")
