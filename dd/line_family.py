@@ -19,10 +19,11 @@ from dd.attachment import Attachment
 from dd.functional import at_least_single
 from dd.head import SharedParameters, row_products
 from dd.line_search import Point
+from dd.product_cache import PRODUCT
 from dd.replay import Rewind, forward_replaced
 from dd.training_forward import full_precision
 
-__all__ = ["LineFamily", "Part", "Responses"]
+__all__ = ["LineFamily", "Part", "Responses", "Trial", "responses_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +117,18 @@ class Trial:
             return output.to(self._dtype)
 
     def _require_all(self, inputs: Tensor) -> None:
-        samples = self._attachment.samples
-        if samples.place(inputs, self._attachment.given_noise, binds=False).index is not None:
-            raise RuntimeError(
-                "DecoupledDescent: a later call of the closure trained on other samples than the "
-                'first; with lr="auto" every call computes the loss of all training samples'
-            )
+        samples, noise = self._attachment.samples, self._attachment.given_noise
+        cause = None
+        try:
+            if samples.place(inputs, noise, binds=False).index is None:
+                return
+        except RuntimeError as error:
+            cause = error
+        raise RuntimeError(
+            "DecoupledDescent: a later call of the closure trained on other samples than the "
+            'first; with lr="auto" every call computes the loss of all training samples, as they '
+            "were first seen. Give lr a number for mini-batches."
+        ) from cause
 
     def at_layer(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Leave the output of the decoupled layer as it is: it is corrected."""
@@ -241,8 +248,8 @@ def responses_of(
         signal: coordinates along the component means, shape (n, m), where it is.
     """
     found = {(id(part.owner), part.key): [part.tensor, *part.directions] for part in parts}
-    layer = next(part.owner for part in parts if part.key == "shadow_product")
-    products, shadows = found[id(layer), "shadow_product"], found[id(layer), "shadow"]
+    layer = next(part.owner for part in parts if part.key == PRODUCT)
+    products, shadows = found[id(layer), PRODUCT], found[id(layer), "shadow"]
     # Sums over bins in the order of the forward: a point where nothing moves has its very R.
     shrinking = [
         product + shadow.sum(0).to(product.dtype)

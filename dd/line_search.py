@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class _Search:
         self.units, self._family = units, family
         self.best, self._lowest = Point.still(family.directions), family.loss
 
-    def evaluate(self, x: Any) -> float:
+    def evaluate(self, x: Tensor) -> float:
         """Return the loss, and leave its derivative in ``x.grad``."""
         log_a, s, t = (x.detach() * self.units).tolist()
         still = Point.still(self._family.directions)

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_auto", "require_closure", "require_plain_rule", "without_rates"]
+__all__ = [
+    "is_auto",
+    "require_closure",
+    "require_dense",
+    "require_loss",
+    "require_plain_rule",
+    "without_rates",
+]
 
 CLOSURE = """
     def closure():

@@ -12,8 +12,7 @@ from dd.functional import at_least_single
 from dd.line_family import LineFamily, Part, responses_of
 from dd.line_search import Point, Policy
 from dd.line_settings import require_dense, require_loss, require_plain_rule
-from dd.product_cache import KEY as PRODUCT
-from dd.product_cache import FirstForward, keep_product
+from dd.product_cache import PRODUCT, FirstForward, keep_product
 from dd.replay import Rewind, forward_replaced
 from dd.shadow_step import ShadowStep
 from dd.store import Store

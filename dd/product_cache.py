@@ -10,9 +10,9 @@ from torch._compile import _disable_dynamo
 from dd.attachment import Attachment
 from dd.functional import at_least_single
 
-__all__ = ["FirstForward", "keep_product", "mark_of"]
+__all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of"]
 
-KEY, MARK, AGE = "shadow_product", "shadow_product_mark", "shadow_product_age"
+PRODUCT, MARK, AGE = "shadow_product", "shadow_product_mark", "shadow_product_age"
 
 # Steps after which rounding has had time enough to add up.
 _REFRESH_AFTER = 100
@@ -68,7 +68,7 @@ class FirstForward:
 
     def _kept(self, inputs: Tensor) -> Tensor | None:
         attachment, state = self._attachment, self._state
-        product: Tensor | None = state.get(KEY)
+        product: Tensor | None = state.get(PRODUCT)
         if product is None or state[AGE] >= _REFRESH_AFTER:
             return None
         # An output in half precision is the user's choice, and so is another weight an error.
@@ -112,9 +112,9 @@ def keep_product(state: dict[str, Any], weight: Tensor, product: Tensor, age: in
     """
     if weight.element_size() not in _INTEGERS:
         # Weights in half precision are rounded at every step, and XW with them.
-        state.pop(KEY, None)
+        state.pop(PRODUCT, None)
         return
-    state[KEY], state[MARK], state[AGE] = product, mark_of(weight), age
+    state[PRODUCT], state[MARK], state[AGE] = product, mark_of(weight), age
 
 
 def mark_of(weight: Tensor) -> Tensor:

@@ -283,6 +283,25 @@ def test_placeholder_policy_lowers_the_loss(head):
     assert all(later <= before + 1e-5 for before, later in itertools.pairwise(losses))
 
 
+def test_a_tracked_loader_of_one_batch():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, None, Drawn())
+    dataset = torch.utils.data.TensorDataset(inputs, labels)
+    loader = optimizer.track(torch.utils.data.DataLoader(dataset, batch_size=N))
+
+    def closure():
+        optimizer.zero_grad()
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(4)]
+    twin = make_model()
+    assert losses == pytest.approx(run(twin, attached(twin, None, Drawn()), inputs, labels, 4))
+
+
 def test_noise_that_the_first_step_fits():
     inputs, labels = make_problem()
     model = make_model()
@@ -368,6 +387,7 @@ def test_dropout_masks_are_one_for_all_calls_of_a_step():
 
     def look(family):
         found.append([family.loss, *(family.evaluate(Point.still(1))[0] for _ in range(2))])
+        torch.rand(3)
 
     optimizer = attached(
         model, make_noise(inputs, labels), Forced([gradient_step(0.1)] * 3, look=look)
@@ -718,6 +738,10 @@ def misuse(kind, model, optimizer, inputs, labels):
         rows = batches.get(kind, slice(None))
         if kind == "another batch" and later:
             rows = slice(half)
+        if kind == "other inputs" and later:
+            loss = F.cross_entropy(model(inputs + 1), labels)
+            loss.backward()
+            return loss
         if kind == "eval later":
             model.train(not later)
         loss = loss_of(rows)
@@ -740,6 +764,7 @@ def misuse(kind, model, optimizer, inputs, labels):
         ("accumulation", RuntimeError, "runs the model once.*found 2 training forwards"),
         ("no backward", RuntimeError, r"step\(\) before loss.backward\(\)"),
         ("another batch", RuntimeError, "later call of the closure trained on other samples"),
+        ("other inputs", RuntimeError, "later call of the closure trained on other samples"),
         ("eval later", RuntimeError, "later call of the closure did not do as the first"),
         ("clipped", RuntimeError, r"multiplied its gradients by 0.5, as clipping"),
         ("nothing", TypeError, r"must return the loss.*got NoneType"),
