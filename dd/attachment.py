@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from dd.line_family import Trial
     from dd.optimizer import DecoupledDescent
 
-__all__ = ["Attachment", "ForwardHook"]
+__all__ = ["UNTRACEABLE", "Attachment", "ForwardHook"]
 
-_UNTRACEABLE = (
+UNTRACEABLE = (
     "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
     "without fullgraph=True, or only what lies between the decoupled layer and the loss"
 )
@@ -82,7 +82,7 @@ class ForwardHook:
         if self._optimizer is None or not layer.training:
             return None
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=_UNTRACEABLE)
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
         return self._correct(layer, args, kwargs, output)
 
     # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from dd.attachment import Attachment
+from dd.attachment import UNTRACEABLE, Attachment
 from dd.functional import at_least_single
 from dd.head import SharedParameters, row_products
 from dd.line_search import Point
@@ -97,14 +97,19 @@ class Trial:
         self._shrinking = point[:width].unbind()
         self._others: Sequence[Tensor | float] = (1.0, *point[width:].unbind())
 
-    # Compiled or not, a model must not take up what stands in for its layer for a while.
-    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         """Return R' + bias, shape (n, k), a function of the point and of the bias alone.
 
         Raises:
             RuntimeError: if the inputs are not all samples in their order.
         """
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
+        return self._forward(input)
+
+    # Compiled code must not take up what stands in for a layer for a while.
+    @_disable_dynamo
+    def _forward(self, input: Tensor) -> Tensor:
         layer = self._attachment.layer
         if not layer.training:
             return self._ordinary(input)

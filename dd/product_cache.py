@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from dd.attachment import Attachment
+from dd.attachment import UNTRACEABLE, Attachment
 from dd.functional import at_least_single
 
 __all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of"]
@@ -45,10 +45,15 @@ class FirstForward:
         self.dtype: torch.dtype | None = None
         self.age = 0
 
-    # Compiled or not, a model must not take up what stands in for its layer for a while.
-    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         """Return XW + bias, shape (n, k)."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
+        return self._forward(input)
+
+    # Compiled code must not take up what stands in for a layer for a while.
+    @_disable_dynamo
+    def _forward(self, input: Tensor) -> Tensor:
         layer = self._attachment.layer
         if not layer.training or not torch.is_grad_enabled():
             return self._ordinary(input)

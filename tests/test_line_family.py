@@ -658,6 +658,16 @@ def test_compiled_models_do_as_eager_ones(way, curvature):
     assert results[1] == pytest.approx(results[0], rel=1e-9, abs=1e-12)
 
 
+def test_the_layer_is_no_part_of_one_graph():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"DecoupledDescent looks.*fullgraph"):
+        run(compiled, optimizer, inputs, labels, 1)
+    torch._dynamo.reset()
+
+
 # --- Errors ----------------------------------------------------------------------------------
 
 
