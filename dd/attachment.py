@@ -27,11 +27,12 @@ from dd.shadows import Shadows
 from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
+    from dd.line_family import Trial
     from dd.optimizer import DecoupledDescent
 
-__all__ = ["Attachment", "ForwardHook"]
+__all__ = ["UNTRACEABLE", "Attachment", "ForwardHook"]
 
-_UNTRACEABLE = (
+UNTRACEABLE = (
     "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
     "without fullgraph=True, or only what lies between the decoupled layer and the loss"
 )
@@ -81,7 +82,7 @@ class ForwardHook:
         if self._optimizer is None or not layer.training:
             return None
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=_UNTRACEABLE)
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
         return self._correct(layer, args, kwargs, output)
 
     # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
@@ -118,6 +119,7 @@ class Attachment:
         oversight: warns where the theory is strained or the component ids are wrong.
         shared: the parameters that all samples share, where they are corrected too.
         now: the samples of the latest training forward.
+        trial: what stands in for the training forward while a step is searched for.
         rows_seen: rows that training forwards have brought, for whoever counts them.
 
     Raises:
@@ -147,6 +149,7 @@ class Attachment:
         self.oversight = Oversight()
         self.now: Placement | None = None
         self.rows_seen = 0
+        self.trial: Trial | None = None
         self._process_group = process_group
         self._number_alike: bool | None = None
         self._ranks: Ranks | None = None
@@ -305,6 +308,15 @@ class Attachment:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    @contextmanager
+    def trying(self, trial: "Trial") -> Iterator[None]:
+        """Let training forwards be those of a trial."""
+        self.trial = trial
+        try:
+            yield
+        finally:
+            self.trial = None
 
     def place(self, inputs: Tensor, state: dict[str, Any], *, binds: bool) -> Placement | None:
         """Find the samples of a training batch; None before the first one with gradients.

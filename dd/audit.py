@@ -147,7 +147,9 @@ class Audit:
     @staticmethod
     def run_all(loss: Tensor, *, ordinary: bool) -> None:
         """Run the pending audits of a loss that is about to be differentiated."""
-        nodes = _nodes(loss)
+        captures = [audit._capture() for audit in Audit._pending]
+        # What lies behind R is not differentiated twice.
+        nodes = _nodes(loss, {capture.node for capture in captures if capture is not None})
         # Behind a custom node stands Python or a compiled region, which might count its calls.
         if not ordinary or any(isinstance(node, BackwardCFunction) for node in nodes):
             Audit.abandon_all()
@@ -226,13 +228,14 @@ def _is_called_compiled() -> bool:
     return False
 
 
-def _nodes(loss: Tensor) -> set[Any]:
-    """Every node of the graph behind a loss."""
+def _nodes(loss: Tensor, ends: set[Any]) -> set[Any]:
+    """Every node of the graph behind a loss, up to some ends."""
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions)
+            if node not in ends:
+                waiting.extend(parent for parent, _ in node.next_functions)
     return seen

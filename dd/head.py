@@ -28,7 +28,7 @@ from dd.samples import Placement
 if TYPE_CHECKING:
     from dd.capture import Pushes
 
-__all__ = ["Scores", "SharedParameters"]
+__all__ = ["Scores", "SharedParameters", "row_products"]
 
 # H_ψ has this many rows at most: 1.6 GB in single precision.
 _MOST_PARAMETERS = 20_000
@@ -360,12 +360,25 @@ class SharedParameters:
         if shadow is None:
             return output
         some = shadow if index is None else shadow[index]
-        shift = torch.einsum("noi,ni->no", some, rows[:, : shadow.shape[2]])
+        shift = row_products(some, rows)
         if self._has_bias(linear):
             bias = read(linear.bias, "shadow")
             assert bias is not None
             shift = shift + (bias if index is None else bias[index])
         return output + shift.to(output.dtype)
+
+
+def row_products(shadow: Tensor, rows: Tensor) -> Tensor:
+    """What each sample's displacement of a weight, shape (n, o, i), makes of its row.
+
+    Args:
+        shadow: shape (n, o, i).
+        rows: shape (n, i), or more columns, of which the first count.
+
+    Returns:
+        Shape (n, o).
+    """
+    return torch.einsum("noi,ni->no", shadow, rows[:, : shadow.shape[2]])
 
 
 def _sample_weights(scores: Tensor, gradient: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment
 from dd.curvature import check_name
+from dd.line_family import Trial
+from dd.line_search import LineSearch, Policy
+from dd.line_settings import is_auto, require_closure, require_plain_rule, without_rates
+from dd.line_step import LineStep
 from dd.loaders import tracked
 from dd.noise import NoiseModel
 from dd.shadow_step import ShadowStep
@@ -23,7 +27,7 @@ from dd.watches import Watches
 __all__ = ["DecoupledDescent"]
 
 _RATE_ROUNDING = 1e-12
-_SETTINGS = ("_curvature", "_damping", "_head", "_seed")
+_SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed")
 
 
 class DecoupledDescent(torch.optim.SGD):
@@ -40,7 +44,11 @@ class DecoupledDescent(torch.optim.SGD):
 
     Args:
         params: a module, or whatever ``torch.optim.SGD`` takes.
-        lr: learning rate, finite and not negative.
+        lr: learning rate, finite and not negative; or ``"auto"``: every step goes where the
+            training loss, an estimate of the test loss, is low. Then call ``step(closure)`` with a
+            closure over all training samples, as for ``torch.optim.LBFGS``; the loss of any such
+            step is known without a pass over the inputs. The groups' ``"lr"`` reports the step
+            that was taken; a schedule that changes it has no effect.
         momentum: momentum factor.
         dampening: dampening of the momentum.
         weight_decay: coupled L2 penalty.
@@ -79,7 +87,7 @@ class DecoupledDescent(torch.optim.SGD):
     def __init__(
         self,
         params: nn.Module | ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | str = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float | Tensor = 0.0,
@@ -101,6 +109,9 @@ class DecoupledDescent(torch.optim.SGD):
         # Not on the class: a wrapper that inherits from it would see those instead of its own.
         self._attachment: Attachment | None = None
         self._watches = Watches()
+        self._policy: Policy | None = LineSearch() if is_auto(lr) else None
+        if isinstance(lr, str):
+            lr = 0.0
         _check_rate(lr)
         if not 0.0 <= damping <= 1.0:
             raise ValueError(f"DecoupledDescent: damping must lie in [0, 1], got {damping}")
@@ -116,6 +127,20 @@ class DecoupledDescent(torch.optim.SGD):
                 "DecoupledDescent: layer= and noise= need a module; pass the module in place of "
                 "its parameters, or give them to attach(module, layer=..., noise=...)"
             )
+        if self._policy is not None:
+            require_plain_rule(
+                {
+                    "momentum": momentum,
+                    "dampening": dampening,
+                    "weight_decay": weight_decay,
+                    "nesterov": nesterov,
+                    "decoupled_weight_decay": decoupled_weight_decay,
+                    "maximize": maximize,
+                    "differentiable": differentiable,
+                    "damping": damping,
+                }
+            )
+            params = without_rates(params)
         super().__init__(
             params.parameters() if isinstance(params, nn.Module) else params,
             lr=lr,
@@ -379,7 +404,7 @@ class DecoupledDescent(torch.optim.SGD):
         state = dict(state)
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
-            self._attachment, self._watches = None, Watches()
+            self._attachment, self._watches, self._policy = None, Watches(), None
             vars(self).update(settings)
         super().__setstate__(state)
         for group in self.param_groups:
@@ -395,13 +420,16 @@ class DecoupledDescent(torch.optim.SGD):
         """Update parameters and shadows.
 
         Args:
-            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+            closure: clears the gradients, computes the loss, calls backward and returns the loss;
+                required, and called several times, with ``lr="auto"``.
 
         Returns:
-            What ``closure`` returned, or None.
+            What ``closure`` returned, at its first call, or None.
 
         Raises:
-            ValueError: if a learning rate is negative or not finite.
+            ValueError: if a learning rate is negative or not finite, or ``lr="auto"`` lacks a
+                closure or has settings that it does not go with.
+            TypeError: if a closure does not return the loss that ``lr="auto"`` needs.
             RuntimeError: if attached and no training forward and backward came before, the weight
                 gradient is not the one they delivered, the curvature could not be had, or a CUDA
                 graph is captured.
@@ -410,6 +438,8 @@ class DecoupledDescent(torch.optim.SGD):
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
         """
+        if self._policy is not None:
+            return self._step_searched(closure, self._policy)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -430,6 +460,17 @@ class DecoupledDescent(torch.optim.SGD):
             self._attachment.remember_weight(self.state[self._attachment.weight])
         self._watches.tell()
         return loss
+
+    def _step_searched(self, closure: Callable[[], Any] | None, policy: Policy) -> Any:
+        require_closure(closure)
+        attachment = self._required('step() with lr="auto"')
+        refuse_capture("step()")
+        assert closure is not None
+        try:
+            return LineStep(attachment, self._store(), policy)(closure)
+        except BaseException:
+            self.drop_forward()
+            raise
 
     def _has_no_gradient(self) -> bool:
         return all(p.grad is None for group in self.param_groups for p in group["params"])
@@ -462,9 +503,11 @@ class DecoupledDescent(torch.optim.SGD):
         forward = self._forward()
         return None if forward is None else forward.at_head(head, inputs, output)
 
-    def _forward(self) -> TrainingForward | None:
+    def _forward(self) -> TrainingForward | Trial | None:
         if self._attachment is None:
             return None
+        if self._attachment.trial is not None:
+            return self._attachment.trial
         return TrainingForward(self._attachment, self._store(), self._watches, self._seed)
 
     def _store(self) -> Store:
@@ -534,7 +577,12 @@ class DecoupledDescent(torch.optim.SGD):
         )
 
 
-def _check_rate(lr: float | Tensor) -> None:
+def _check_rate(lr: float | Tensor | str) -> None:
+    if isinstance(lr, str):
+        raise ValueError(
+            f'Invalid learning rate: {lr!r} in a parameter group; DecoupledDescent takes lr="auto" '
+            "for all parameters alone, as its own argument"
+        )
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     # A rate on a device is not read back: that would stall every step.

@@ -21,7 +21,13 @@ class ShadowStep:
         store: the optimizer's state.
         watches: see the steps on all samples.
         damping: ρ.
+
+    Attributes:
+        edit: by which scale the gradients were edited since the backward pass, as found by
+            :meth:`updates`.
     """
+
+    edit = 1.0
 
     def __init__(
         self, attachment: Attachment, store: Store, watches: Watches, damping: float
@@ -49,7 +55,7 @@ class ShadowStep:
             )
         self._check_finite()
         pushes = attachment.pushes()
-        edit = attachment.edit_scale(pushes)
+        edit = self.edit = attachment.edit_scale(pushes)
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
         curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))

@@ -421,3 +421,171 @@ def mini_batch_descent(
             paces = [None] * len(tensors)
         result.append((tensors[0], tensors[-1], loss))
     return result
+
+
+class LineState(NamedTuple):
+    """A state of training, or a direction that it may move in.
+
+    Attributes:
+        weight: W, shape (d, k).
+        shadow: Q of every bin, shape (B, n, k).
+        head: θ.
+        shared: displacements ψ_i of the shared parameters (Ω, A), Ω with the layer's bias as its
+            last column, shape (n, p); p = 0 where the head is left alone.
+    """
+
+    weight: Tensor
+    shadow: Tensor
+    head: Head
+    shared: Tensor
+
+
+def line_moved(
+    state: LineState,
+    directions: Sequence[LineState],
+    a: float,
+    s: Sequence[float],
+    t: Sequence[float],
+    along: int,
+) -> tuple[LineState, LineState]:
+    """Where a point (a, s, t) of the linear family leads, and the displacement without shrinkage.
+
+    Args:
+        state: the present state.
+        directions: one for each number of s and of t.
+        a: what is left of what belongs to W.
+        s: steps of W, Q and Ω.
+        t: steps of θ, A and the bias column of Ω.
+        along: number of directions of the component means, m.
+    """
+    k, width = state.weight.shape[1], state.shared.shape[1]
+    belongs_to_weight = torch.zeros(width).double()
+    if width:
+        belongs_to_weight[: k * (along + 1)] = torch.tensor(([1.0] * along + [0.0]) * k).double()
+    weight, shadow, shared = (torch.zeros_like(state[i]) for i in (0, 1, 3))
+    head = [torch.zeros_like(part) for part in state.head]
+    for direction, of_weight, of_head in zip(directions, s, t, strict=True):
+        weight += of_weight * direction.weight
+        shadow += of_weight * direction.shadow
+        step = of_weight * belongs_to_weight + of_head * (1 - belongs_to_weight)
+        shared += step * direction.shared
+        for total, part in zip(head, direction.head, strict=True):
+            total += of_head * part
+    kept = a * belongs_to_weight + (1 - belongs_to_weight)
+    moved = LineState(
+        a * state.weight + weight,
+        a * state.shadow + shadow,
+        Head(*(part + step for part, step in zip(state.head, head, strict=True))),
+        kept * state.shared + shared,
+    )
+    return moved, LineState(weight, shadow, Head(*head), shared)
+
+
+def line_sample(
+    x: Tensor, i: int, state: LineState, activation: Activation, means: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """R_i, the features of the head, what is added to the scores, and the coordinates u_i."""
+    r = state.weight.T @ x
+    for shadow in state.shadow:
+        r = r + shadow[i]
+    k, classes = len(r), len(state.head.bias)
+    u = torch.cat([means.T @ x, torch.ones(1).double()])
+    shift = torch.zeros(classes).double()
+    if state.shared.shape[1]:
+        omega = state.shared[i, : k * len(u)].reshape(k, len(u))
+        r = r + omega @ u
+    features = torch.cat([activation(r + state.head.hidden_bias), torch.ones(1).double()])
+    if state.shared.shape[1]:
+        shift = state.shared[i, k * len(u) :].reshape(classes, k + 1) @ features
+    return r, features, shift, u
+
+
+def line_loss(
+    inputs: Tensor, labels: Tensor, state: LineState, activation: Activation, means: Tensor
+) -> float:
+    """Mean loss at a state, from full products.
+
+    Args:
+        inputs: X, shape (n, d), float64.
+        labels: class of each sample, shape (n,).
+        state: anywhere.
+        activation: applied to each hidden unit.
+        means: orthonormal basis of the span of the component means, shape (d, m).
+    """
+    total = 0.0
+    for i, (x, label) in enumerate(zip(inputs, labels.tolist(), strict=True)):
+        r, _, shift, _ = line_sample(x, i, state, activation, means)
+        total += float(sample_loss(r, state.head, label, activation, shift))
+    return total / len(inputs)
+
+
+def line_descent(
+    inputs: Tensor,
+    labels: Tensor,
+    state: LineState,
+    activation: Activation,
+    eigenvalues: Sequence[float],
+    multiplicities: Sequence[int],
+    means: Tensor,
+    curvature: Tensor | None = None,
+) -> LineState:
+    """What a gradient step of rate 1 moves along, equations (3) and (4).
+
+    Args:
+        inputs: X, shape (n, d), float64.
+        labels: class of each sample, shape (n,).
+        state: the present state.
+        activation: applied to each hidden unit; twice differentiable.
+        eigenvalues: λ of each bin.
+        multiplicities: ν of each bin.
+        means: orthonormal basis of the span of the component means, shape (d, m).
+        curvature: H, shape (k, k); the exact one by default.
+    """
+    n, (d, k), classes = len(inputs), state.weight.shape, len(state.head.bias)
+    weight, shadow = torch.zeros(d, k).double(), torch.zeros_like(state.shadow)
+    head = [torch.zeros_like(part) for part in state.head]
+    hessian, pushes = torch.zeros(k, k).double(), torch.zeros_like(state.shared)
+    of_shared = torch.zeros(pushes.shape[1], pushes.shape[1]).double()
+    for i, (x, label) in enumerate(zip(inputs, labels.tolist(), strict=True)):
+        r, features, shift, u = line_sample(x, i, state, activation, means)
+        arguments = (r, state.head, label, activation, shift)
+        g, of_head = torch.func.grad(sample_loss, argnums=(0, 1))(*arguments)
+        hessian += torch.func.hessian(sample_loss)(*arguments) / n
+        weight -= torch.outer(x, g) / n
+        for total, part in zip(head, of_head, strict=True):
+            total -= part / n
+        for b, (value, count) in enumerate(zip(eigenvalues, multiplicities, strict=True)):
+            shadow[b, i] += count * value / n * g
+        if pushes.shape[1]:
+            p = torch.softmax(scores_of(r, state.head, activation) + shift, 0)
+            e = p - torch.eye(classes).double()[label]
+            through = torch.func.jacrev(scores_of)(r, state.head, activation).contiguous()
+            identity = torch.eye(classes).double()
+            jacobian = [torch.kron(through, u[None]), torch.kron(identity, features[None])]
+            jacobian = torch.cat(jacobian, 1)
+            of_shared += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / n
+            push = [torch.outer(g, u).flatten(), torch.outer(e, features).flatten()]
+            pushes[i] = torch.cat(push) / n
+    hessian = hessian if curvature is None else curvature
+    for b, value in enumerate(eigenvalues):
+        for i in range(n):
+            shadow[b, i] -= value * state.shadow[b, i] @ hessian
+    for i in range(n):
+        pushes[i] -= of_shared @ state.shared[i]
+    return LineState(weight, shadow, Head(*head), pushes)
+
+
+def stein_of(preactivations: Tensor, gradients: Tensor, labels: Tensor, ridge: float) -> Tensor:
+    """Stein's curvature by loops over components and samples; the ridge is relative to tr K / k."""
+    n, k = preactivations.shape
+    covariance, cross = torch.zeros(k, k).double(), torch.zeros(k, k).double()
+    for component in labels.unique().tolist():
+        members = [i for i in range(n) if int(labels[i]) == component]
+        mean = sum(preactivations[i] for i in members) / len(members)
+        for i in members:
+            centred = preactivations[i] - mean
+            covariance += torch.outer(centred, centred) / n
+            cross += torch.outer(centred, gradients[i])
+    ridged = covariance + ridge * covariance.trace() / k * torch.eye(k).double()
+    found = torch.linalg.solve(ridged, cross)
+    return (found + found.T) / 2

@@ -1,0 +1,194 @@
+"""One step of ``lr="auto"``: where it may lead, where the policy sends it, and the move."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.attachment import Attachment
+from dd.capture import Capture
+from dd.functional import at_least_single
+from dd.line_family import LineFamily, Part, responses_of
+from dd.line_search import Point, Policy
+from dd.line_settings import require_dense, require_loss, require_plain_rule
+from dd.product_cache import PRODUCT, FirstForward, keep_product
+from dd.replay import Rewind, forward_replaced
+from dd.shadow_step import ShadowStep
+from dd.store import Store
+from dd.training_forward import full_precision
+from dd.watches import Watches
+
+__all__ = ["LineStep"]
+
+MEMORY = "shadow_memory"
+
+
+class LineStep:
+    """One step of an attached optimizer whose length a policy chooses.
+
+    Args:
+        attachment: without pending training forwards.
+        store: the optimizer's state.
+        policy: chooses the point.
+    """
+
+    def __init__(self, attachment: Attachment, store: Store, policy: Policy) -> None:
+        self._attachment, self._store, self._policy = attachment, store, policy
+        parameters = [p for group in store.groups for p in group["params"]]
+        self._moving = [p for p in parameters if p.requires_grad]
+        self._state = store.of(attachment.weight)
+        self._first = FirstForward(attachment, self._state)
+        self._rewind = Rewind(attachment.module, parameters, attachment.weight.device)
+
+    def __call__(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure, choose a point and move there; or leave everything as it was.
+
+        Returns:
+            What the first call of the closure returned.
+
+        Raises:
+            ValueError: if the settings ask for more than plain gradient steps.
+            TypeError: if the closure does not return its loss.
+            RuntimeError: if the closure does not do one forward and backward of all samples.
+            FloatingPointError: if the loss or a gradient is not finite.
+        """
+        self._require_possible()
+        with forward_replaced(self._attachment.layer, self._first.forward), torch.enable_grad():
+            loss = closure()
+        require_loss(loss)
+        signal = self._only_forward().signal
+        require_dense(self._moving)
+        before = {parameter: dict(state) for parameter, state in self._store.state.items()}
+        try:
+            parts = self._parts()
+            point, memory = self._chosen(closure, parts, signal, float(loss.detach()))
+        except BaseException:
+            self._store.state.clear()
+            self._store.state.update(before)
+            raise
+        self._state[MEMORY] = memory
+        self._move(parts, point)
+        return loss
+
+    def _require_possible(self) -> None:
+        """Check what can be known before the closure is called.
+
+        Raises:
+            ValueError: if a setting or the processes do not go with a line search.
+        """
+        for group in self._store.groups:
+            require_plain_rule(group)
+        if self._attachment.ranks.size > 1:
+            raise ValueError(
+                'DecoupledDescent: lr="auto" searches on one process, but '
+                f"{self._attachment.ranks.size} share the samples; give lr a number, or train "
+                "every process alone (process_group=False)"
+            )
+
+    def _only_forward(self) -> Capture:
+        """The training forward of the first call.
+
+        Raises:
+            RuntimeError: if there is none, there are several, or it does not hold all samples.
+        """
+        attachment, pending = self._attachment, self._attachment.pending
+        if len(pending) != 1 or self._first.product is None:
+            raise RuntimeError(
+                'DecoupledDescent: with lr="auto" one call of the closure runs the model once in '
+                "train mode, on all training samples, and calls loss.backward() once; found "
+                f"{len(pending)} training forwards of layer {attachment.name!r}. For accumulated "
+                "gradients give lr a number."
+            )
+        if pending[0].placement.index is not None:
+            rows = len(pending[0].placement.fingerprints)
+            raise RuntimeError(
+                'DecoupledDescent: lr="auto" chooses the step on the loss of all '
+                f"{attachment.samples.count} samples, in the order in which they were first seen; "
+                f"the closure's batch holds {rows} of them, or another order. Give lr a number "
+                "for mini-batches."
+            )
+        return pending[0]
+
+    @torch.no_grad()
+    def _parts(self) -> list[Part]:
+        """Everything that moves, and where to.
+
+        Raises:
+            RuntimeError: if gradients were edited.
+        """
+        attachment = self._attachment
+        with full_precision(attachment.weight):
+            # The watches judge learning rates that were given.
+            step = ShadowStep(attachment, self._store, Watches(), 1.0)
+            updates = step.updates()
+            if step.edit != 1.0:
+                raise RuntimeError(
+                    f"DecoupledDescent: the closure multiplied its gradients by {step.edit:.4g}, "
+                    'as clipping does; lr="auto" chooses the length of the step itself, from '
+                    "gradients as loss.backward() leaves them"
+                )
+            parts = [self._part(p, None, p, _descent(p)) for p in self._moving]
+            for (owner, key), update in zip(attachment.shadowed, updates, strict=True):
+                parts.append(self._part(owner, key, update.tensor, -update.gradient))
+            return [*parts, self._product_part()]
+
+    def _product_part(self) -> Part:
+        weight, first = self._attachment.weight, self._first
+        assert first.inputs is not None
+        assert first.product is not None
+        descent = at_least_single(_descent(weight))
+        along = torch.nn.functional.linear(first.inputs.to(descent.dtype), descent)
+        return self._part(weight, PRODUCT, first.product, along)
+
+    def _part(self, owner: Tensor, key: str | None, tensor: Tensor, descent: Tensor) -> Part:
+        directions, weight = [descent], self._attachment.weight
+        if self._policy.keeps_displacement and _last(PRODUCT) in self._state:
+            last = self._store.read(owner, _last(key))
+            directions.append(torch.zeros_like(tensor) if last is None else last)
+        return Part(owner, key, tensor, directions, shrinks=owner is weight)
+
+    @torch.no_grad()
+    def _chosen(
+        self, closure: Callable[[], Any], parts: list[Part], signal: Tensor | None, loss: float
+    ) -> tuple[Point, dict[str, float]]:
+        attachment, dtype = self._attachment, self._first.dtype
+        assert dtype is not None
+        with full_precision(attachment.weight):
+            responses = responses_of(parts, attachment.shared, signal)
+        self._rewind.take()
+        family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype)
+        memory = dict(self._state.get(MEMORY, {}))
+        try:
+            point = self._policy.choose(family, memory)
+        finally:
+            family.restore()
+        if not point.is_finite or len(point.s) != len(point.t) or len(point.s) != family.directions:
+            raise ValueError(
+                f"DecoupledDescent: the policy {type(self._policy).__name__} must return a finite "
+                f"point of {family.directions} directions, got {point.vector.tolist()}"
+            )
+        return point, memory
+
+    @torch.no_grad()
+    def _move(self, parts: list[Part], point: Point) -> None:
+        attachment, first = self._attachment, self._first
+        with full_precision(attachment.weight):
+            for part in parts:
+                displacement = part.move(point)
+                if self._policy.keeps_displacement:
+                    self._store.write(part.owner, _last(part.key), displacement)
+            assert first.product is not None
+            keep_product(self._state, attachment.weight, first.product, first.age + 1)
+            attachment.remember_weight(self._state)
+        for group in self._store.groups:
+            group["lr"] = float(point.s[0])
+
+
+def _descent(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    return torch.zeros_like(parameter) if gradient is None else -gradient.detach()
+
+
+def _last(key: str | None) -> str:
+    return f"shadow_displacement_of_{key or 'parameter'}"

@@ -1,0 +1,91 @@
+"""Calling a closure again and again as if it had been called once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Rewind", "forward_replaced"]
+
+
+@contextmanager
+def forward_replaced(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a layer, its hooks included, run another forward for a while."""
+    own, replacement = vars(layer), "forward"
+    before = own.get(replacement)
+    own[replacement] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[replacement]
+        else:
+            own[replacement] = before
+
+
+class Rewind:
+    """What every call of a closure finds alike: random numbers, buffers, empty gradients.
+
+    To be made before the first call.
+
+    Args:
+        module: whose buffers are kept.
+        parameters: whose gradients are kept.
+        device: whose random numbers are kept, beside the CPU's.
+    """
+
+    def __init__(
+        self, module: nn.Module, parameters: Sequence[Tensor], device: torch.device
+    ) -> None:
+        self._device, self._buffers = device, list(module.buffers())
+        seen = {id(p): p for p in [*module.parameters(), *parameters]}
+        self._parameters = list(seen.values())
+        self._random_before = _random_state(device)
+        self._random_after = self._random_before
+        self._kept: list[Tensor] = []
+        self._gradients: list[Tensor | None] = []
+
+    def take(self) -> None:
+        """Take down what the first call left."""
+        self._random_after = _random_state(self._device)
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._gradients = [p.grad for p in self._parameters]
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around each further call."""
+        self._put_gradients([None] * len(self._parameters))
+        _set_random_state(self._random_before, self._device)
+        try:
+            yield
+        finally:
+            for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                buffer.copy_(kept)
+
+    def finish(self) -> None:
+        """Leave random numbers and gradients as the first call left them."""
+        _set_random_state(self._random_after, self._device)
+        self._put_gradients(self._gradients)
+
+    def _put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state())
+    return states
+
+
+def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    elif device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1])

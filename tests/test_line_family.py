@@ -1,0 +1,842 @@
+"""``lr="auto"``: the family of a step, its cost, and what it does not go with."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dd
+from dd import product_cache
+from dd.audit import Audit
+from dd.line_search import LineSearch, Point
+from dd.product_cache import mark_of
+from tests.reference import (
+    Head,
+    LineState,
+    line_descent,
+    line_loss,
+    line_moved,
+    line_sample,
+    sample_loss,
+    stein_of,
+)
+
+N, D, K, C = 45, 24, 4, 3
+
+create_graph_warns = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+
+
+def make_problem(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(N) % C
+    scales = torch.linspace(0.3, 1.7, D).double()
+    means = torch.randn(C, D, generator=g, dtype=torch.float64)
+    inputs = means[labels] + scales * torch.randn(N, D, generator=g, dtype=torch.float64)
+    return inputs.to(dtype), labels
+
+
+def make_model(between=(), dtype=torch.float64, seed=0, bias=True):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(D, K, bias=bias), *between, nn.Tanh(), nn.Linear(K, C, bias=bias)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def make_noise(inputs, labels, bins=1, separate=False):
+    return dd.NoiseModel.fit(inputs, labels, bins=bins, per_sample=False, separate_means=separate)
+
+
+class Forced:
+    """Goes through given points, one a step; looks at the family with a function of its own."""
+
+    def __init__(self, points, *, keeps=False, look=None):
+        self.points, self.keeps_displacement, self.look = list(points), keeps, look
+
+    def choose(self, family, memory):
+        memory["steps"] = memory.get("steps", 0.0) + 1
+        if self.look is not None:
+            self.look(family)
+        point = self.points.pop(0)
+        return point if isinstance(point, Point) else drawn(point, family.directions)
+
+
+class Drawn:
+    """Goes to a point drawn from the number of the step."""
+
+    keeps_displacement = True
+
+    def choose(self, family, memory):
+        memory["step"] = memory.get("step", 0.0) + 1
+        point = drawn(int(memory["step"]), family.directions)
+        memory["loss"], derivative = family.evaluate(point)
+        memory["derivative"] = float(derivative.norm())
+        return point
+
+
+def drawn(seed, directions):
+    g = torch.Generator().manual_seed(seed)
+    s, t = 0.4 * torch.rand(2, directions, generator=g, dtype=torch.float64)
+    return Point(0.8 + 0.2 * float(torch.rand((), generator=g)), s, t)
+
+
+def gradient_step(rate):
+    rate = torch.tensor([rate], dtype=torch.float64)
+    return Point(1.0, rate, rate)
+
+
+def attached(model, noise, policy=None, **settings):
+    optimizer = dd.DecoupledDescent(model, lr="auto", noise=noise, **settings)
+    if policy is not None:
+        optimizer._policy = policy
+    return optimizer
+
+
+def closure_of(model, optimizer, inputs, labels):
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward(create_graph=optimizer.needs_graph)
+        return loss
+
+    return closure
+
+
+def run(model, optimizer, inputs, labels, steps):
+    closure = closure_of(model, optimizer, inputs, labels)
+    return [float(optimizer.step(closure).detach()) for _ in range(steps)]
+
+
+def everything(model, optimizer):
+    """Copies of all tensors of a model and its optimizer, by name."""
+    found = {name: value.clone() for name, value in model.state_dict().items()}
+    for number, (_, state) in enumerate(sorted(optimizer.state_dict()["state"].items())):
+        for key, value in state.items():
+            found[f"{number}.{key}"] = copy.deepcopy(value)
+    return found
+
+
+def require_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
+        else:
+            assert value == other[name], name
+
+
+# --- The slow twin ---------------------------------------------------------------------------
+
+
+class Twin:
+    """The explicit state beside a model of two layers, and its last displacement."""
+
+    def __init__(self, model, noise, inputs, labels, *, head):
+        self.inputs, self.labels = inputs, labels
+        self.values, self.counts = noise.eigenvalues.tolist(), noise.multiplicities.tolist()
+        directions = noise.mean_directions
+        self.means = inputs.new_zeros(D, 0) if directions is None else directions.double()
+        self.along = self.means.shape[1]
+        width = K * (self.along + 1) + C * (K + 1) if head else 0
+        theta = Head(*(p.detach().clone() for p in (model[0].bias, *model[2].parameters())))
+        self.state = LineState(
+            model[0].weight.detach().T.clone(),
+            inputs.new_zeros(len(self.values), N, K),
+            theta,
+            inputs.new_zeros(N, width),
+        )
+        self.last = None
+
+    def stein(self):
+        rows, gradients = [], []
+        for i, (x, label) in enumerate(zip(self.inputs, self.labels.tolist(), strict=True)):
+            r, _, shift, _ = line_sample(x, i, self.state, torch.tanh, self.means)
+            rows.append(r)
+            arguments = (r, self.state.head, label, torch.tanh, shift)
+            gradients.append(torch.func.grad(sample_loss)(*arguments) / N)
+        return stein_of(torch.stack(rows), torch.stack(gradients), self.labels, 1e-4)
+
+    def directions(self, curvature):
+        first = line_descent(
+            self.inputs,
+            self.labels,
+            self.state,
+            torch.tanh,
+            self.values,
+            self.counts,
+            self.means,
+            curvature,
+        )
+        return [first] if self.last is None else [first, self.last]
+
+    def at(self, directions, vector):
+        point = Point.of(vector)
+        s, t = point.s.tolist(), point.t.tolist()
+        return line_moved(self.state, directions, point.a, s, t, self.along)
+
+    def loss(self, directions, vector):
+        state, _ = self.at(directions, vector)
+        return line_loss(self.inputs, self.labels, state, torch.tanh, self.means)
+
+
+def require_family(family, twin, directions):
+    """Loss to rounding; derivative to that of central differences, h² + eps/h with h = 1e-5."""
+    assert family.directions == len(directions)
+    for point in (Point.still(family.directions), drawn(99, family.directions)):
+        vector = point.vector
+        loss, derivative = family.evaluate(point)
+        assert loss == pytest.approx(twin.loss(directions, vector), rel=1e-12)
+        for j in range(len(vector)):
+            up, down = vector.clone(), vector.clone()
+            up[j] += 1e-5
+            down[j] -= 1e-5
+            slope = (twin.loss(directions, up) - twin.loss(directions, down)) / 2e-5
+            assert float(derivative[j]) == pytest.approx(slope, rel=1e-7, abs=1e-9)
+
+
+def require_state(model, optimizer, twin):
+    """Model, shadows and the product that is kept against the explicit state."""
+
+    def close(one, other):
+        torch.testing.assert_close(one.detach(), other, rtol=1e-10, atol=1e-12)
+
+    weight, state = model[0].weight, twin.state
+    close(weight, state.weight.T)
+    close(optimizer.shadow, state.shadow)
+    close(optimizer.state[weight]["shadow_product"], twin.inputs @ state.weight)
+    for parameter, expected in zip(
+        (model[0].bias, *model[2].parameters()), state.head, strict=True
+    ):
+        close(parameter, expected)
+    if not state.shared.shape[1]:
+        return
+    omega = state.shared[:, : K * (twin.along + 1)].reshape(N, K, -1)
+    head = state.shared[:, K * (twin.along + 1) :].reshape(N, C, -1)
+    close(optimizer.state[weight]["signal_shadow"], omega[..., :-1])
+    close(optimizer.state[model[0].bias]["shadow"], omega[..., -1])
+    close(optimizer.state[model[2].weight]["shadow"], head[..., :-1])
+    close(optimizer.state[model[2].bias]["shadow"], head[..., -1])
+
+
+@create_graph_warns
+@pytest.mark.parametrize("curvature", ["stein", "probe", "exact"])
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+@pytest.mark.parametrize("bins", [1, 5])
+def test_family_and_accepted_states_are_the_slow_twins(bins, head, curvature, monkeypatch):
+    inputs, labels = make_problem()
+    noise = make_noise(inputs, labels, bins, separate=head)
+    model, steps = make_model([]), 3
+    policy = Forced(range(steps), keeps=True)
+    optimizer = attached(model, noise, policy, curvature=curvature, head=head)
+    twin = Twin(model, noise, inputs, labels, head=head)
+    seen, estimate = [], optimizer._attachment.curvature
+    monkeypatch.setattr(
+        optimizer._attachment, "curvature", lambda *args: seen.append(estimate(*args)) or seen[-1]
+    )
+    # Random by construction, the probe's estimate is taken as it is.
+    own = {"stein": twin.stein, "probe": lambda: seen[-1], "exact": lambda: None}[curvature]
+    used = []
+
+    def look(family):
+        directions = twin.directions(own())
+        require_family(family, twin, directions)
+        used.append(directions)
+
+    policy.look = look
+    closure = closure_of(model, optimizer, inputs, labels)
+    for step in range(steps):
+        expected = line_loss(inputs, labels, twin.state, torch.tanh, twin.means)
+        assert float(optimizer.step(closure).detach()) == pytest.approx(expected, rel=1e-12)
+        point = drawn(step, len(used[-1]))
+        twin.state, twin.last = twin.at(used[-1], point.vector)
+        require_state(model, optimizer, twin)
+        assert optimizer.param_groups[0]["lr"] == float(point.s[0])
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_gradient_step_is_that_of_the_numeric_rate(head, bias):
+    inputs, labels = make_problem()
+    noise = make_noise(inputs, labels, 4, separate=head)
+    model, twin = make_model(bias=bias), make_model(bias=bias)
+    policy = Forced([gradient_step(0.3)] * 8)
+    losses = run(model, attached(model, noise, policy, head=head), inputs, labels, 8)
+    optimizer = dd.DecoupledDescent(twin, lr=0.3, noise=noise, head=head)
+    assert losses == pytest.approx(run(twin, optimizer, inputs, labels, 8), rel=1e-11)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        policy.points or optimizer.shadow, optimizer.shadow, rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_placeholder_policy_lowers_the_loss(head):
+    inputs, labels = make_problem(torch.float32)
+    model = make_model(dtype=torch.float32)
+    optimizer = attached(model, make_noise(inputs, labels, separate=head), head=head)
+    losses = run(model, optimizer, inputs, labels, 5)
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(later <= before + 1e-5 for before, later in itertools.pairwise(losses))
+
+
+def test_a_tracked_loader_of_one_batch():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, None, Drawn())
+    dataset = torch.utils.data.TensorDataset(inputs, labels)
+    loader = optimizer.track(torch.utils.data.DataLoader(dataset, batch_size=N))
+
+    def closure():
+        optimizer.zero_grad()
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(4)]
+    twin = make_model()
+    assert losses == pytest.approx(run(twin, attached(twin, None, Drawn()), inputs, labels, 4))
+
+
+def test_noise_that_the_first_step_fits():
+    inputs, labels = make_problem()
+    model = make_model()
+    losses = run(model, attached(model, None), inputs, labels, 4)
+    assert losses[-1] < losses[0]
+
+
+# --- Cost ------------------------------------------------------------------------------------
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts the matrix products of X with a matrix of k columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in {"mm", "addmm", "bmm", "baddbmm"}:
+            shapes = {tuple(x.shape[-2:]) for x in args if isinstance(x, torch.Tensor)}
+            if shapes & {(N, D), (D, N)} and shapes & {(N, K), (K, N), (D, K), (K, D)}:
+                self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("curvature", ["stein", "probe"])
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_two_products_a_step(head, curvature, monkeypatch):
+    inputs, labels = make_problem()
+    model = make_model()
+    noise = make_noise(inputs, labels, separate=head)
+    optimizer = attached(model, noise, head=head, curvature=curvature)
+    closure, calls, counts = closure_of(model, optimizer, inputs, labels), [], []
+
+    def counted():
+        calls.append(1)
+        return closure()
+
+    monkeypatch.setattr(product_cache, "_REFRESH_AFTER", 5)
+    for _ in range(8):
+        calls.clear()
+        with ProductCounter() as counter:
+            optimizer.step(counted)
+        counts.append(counter.count)
+        assert len(calls) > 1
+    # The first step has no XW to start from, and every fifth computes it anew.
+    assert counts == [3, 2, 2, 2, 2, 3, 2, 2]
+
+
+@pytest.mark.parametrize("change", ["inputs", "data", "half"])
+def test_a_product_that_does_not_fit_is_computed(change):
+    inputs, labels = make_problem()
+    dtype = torch.bfloat16 if change == "half" else torch.float64
+    model, noise = make_model(dtype=dtype), make_noise(inputs, labels)
+    inputs = inputs.to(dtype)
+    optimizer = attached(model, noise, Forced([gradient_step(0.1)] * 4))
+    run(model, optimizer, inputs, labels, 2)
+    if change == "data":
+        # In the tolerance of the check that the weight is the optimizer's.
+        model[0].weight.data[0, 0] += 1e-9
+    with ProductCounter() as counter:
+        run(model, optimizer, inputs.clone() if change == "inputs" else inputs, labels, 1)
+    assert counter.count == (2 if change == "inputs" else 3)
+
+
+def test_a_mark_sees_every_change():
+    weight = torch.randn(5, 7)
+    changed = weight.clone()
+    assert torch.equal(mark_of(weight), mark_of(changed))
+    assert torch.equal(mark_of(weight.T.contiguous().T), mark_of(weight))
+    changed[3, 2] = torch.nextafter(changed[3, 2], torch.tensor(9.0))
+    assert not torch.equal(mark_of(weight), mark_of(changed))
+    assert not torch.equal(mark_of(weight), mark_of(weight.roll(1)))
+
+
+# --- What lies between, and what surrounds ------------------------------------------------------
+
+
+def test_dropout_masks_are_one_for_all_calls_of_a_step():
+    inputs, labels = make_problem()
+    model = make_model([nn.Dropout(0.5)])
+    found = []
+
+    def look(family):
+        found.append([family.loss, *(family.evaluate(Point.still(1))[0] for _ in range(2))])
+        torch.rand(3)
+
+    optimizer = attached(
+        model, make_noise(inputs, labels), Forced([gradient_step(0.1)] * 3, look=look)
+    )
+    torch.manual_seed(3)
+    run(model, optimizer, inputs, labels, 3)
+    after = torch.rand(1)
+    for first, *others in found:
+        assert others == pytest.approx([first] * 2, rel=1e-12)
+    twin = make_model([nn.Dropout(0.5)])
+    torch.manual_seed(3)
+    numeric = dd.DecoupledDescent(twin, lr=0.1, noise=make_noise(inputs, labels))
+    run(twin, numeric, inputs, labels, 3)
+    assert torch.equal(after, torch.rand(1))
+    torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_counts_the_first_call_alone():
+    inputs, labels = make_problem()
+    model, twin = make_model([nn.BatchNorm1d(K)]), make_model([nn.BatchNorm1d(K)])
+    points = [gradient_step(0.1)] * 3
+    policy = Forced(points, look=lambda family: family.evaluate(drawn(1, 1)))
+    run(model, attached(model, make_noise(inputs, labels), policy), inputs, labels, 3)
+    numeric = dd.DecoupledDescent(twin, lr=0.1, noise=make_noise(inputs, labels))
+    run(twin, numeric, inputs, labels, 3)
+    assert int(model[1].num_batches_tracked) == 3
+    for one, other in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_left_as_the_first_call_left_them(set_to_none):
+    inputs, labels = make_problem()
+    model = make_model()
+    gradients = []
+
+    def closure():
+        optimizer.zero_grad(set_to_none)
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        return loss
+
+    optimizer = attached(model, make_noise(inputs, labels))
+    for _ in range(2):
+        gradients.clear()
+        optimizer.step(closure)
+        for parameter, first in zip(model.parameters(), gradients[0], strict=True):
+            assert torch.equal(parameter.grad, first)
+        assert not optimizer._attachment.pending
+        assert optimizer._attachment.trial is None
+        assert "forward" not in vars(model[0])
+
+
+def test_a_loss_that_is_not_finite_counts_as_infinite():
+    inputs, labels = make_problem()
+    model = make_model()
+    model[1] = nn.Softplus()
+
+    def look(family):
+        far = Point(1e300, *torch.full((2, 1), 1e300, dtype=torch.float64))
+        for point in (far, Point(float("nan"), torch.zeros(1).double(), torch.zeros(1).double())):
+            loss, derivative = family.evaluate(point)
+            assert loss == float("inf")
+            assert not derivative.any()
+
+    policy = Forced([gradient_step(0.1)] * 2, look=look)
+    losses = run(model, attached(model, make_noise(inputs, labels), policy), inputs, labels, 2)
+    assert losses[1] < losses[0]
+
+
+def test_frozen_and_unused_parameters_stay():
+    inputs, labels = make_problem()
+    model = make_model()
+    model.unused = nn.Linear(2, 2).double()
+    model.unused.forward = lambda value: value
+    model[2].weight.requires_grad_(False)
+    before = [model[2].weight.clone(), model.unused.weight.clone()]
+    run(model, attached(model, make_noise(inputs, labels), Drawn()), inputs, labels, 3)
+    assert torch.equal(before[0], model[2].weight)
+    assert torch.equal(before[1], model.unused.weight)
+
+
+@pytest.mark.parametrize("point", ["first", "trial", "first step"])
+def test_an_exception_leaves_everything_as_it_was(point):
+    inputs, labels = make_problem()
+    model, twin = make_model([nn.BatchNorm1d(K)]), make_model([nn.BatchNorm1d(K)])
+    noise = make_noise(inputs, labels, separate=True)
+    done = 0 if point == "first step" else 2
+    pairs = [(m, attached(m, noise, Drawn(), head=True)) for m in (model, twin)]
+    for m, optimizer in pairs:
+        run(m, optimizer, inputs, labels, done)
+    optimizer = pairs[0][1]
+    closure, calls = closure_of(model, optimizer, inputs, labels), []
+
+    def failing():
+        calls.append(1)
+        loss = closure()
+        if len(calls) == (1 if point == "first" else 2):
+            raise KeyboardInterrupt
+        return loss
+
+    before = everything(model, optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing)
+    after = everything(model, optimizer)
+    # As a forward without a step does, the call has moved the running statistics.
+    for name in [name for name in before if name.startswith("1.") and name in model.state_dict()]:
+        if name not in dict(model.named_parameters()):
+            before.pop(name), after.pop(name)
+    require_equal(before, after)
+    assert not optimizer._attachment.pending
+    assert "forward" not in vars(model[0])
+    expected = run(*pairs[1], inputs, labels, 3)
+    assert run(*pairs[0], inputs, labels, 3) == expected
+
+
+def test_wrong_components_are_noticed_behind_a_product_that_is_kept(monkeypatch):
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels), Drawn())
+    audited, measure = [], Audit._measure
+    monkeypatch.setattr(
+        Audit, "_measure", lambda self, loss: audited.append(measure(self, loss)) or audited[-1]
+    )
+    run(model, optimizer, inputs, labels, 5)
+    # Forwards 1, 2 and 5.
+    assert len(audited) == 3
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_autocast(head):
+    """The closure's own precision; half of it moves the loss by some units of 2^-8."""
+    inputs, labels = make_problem(torch.float32)
+    results = []
+    for enabled in (True, False):
+        model = make_model(dtype=torch.float32)
+        noise = make_noise(inputs, labels, separate=head)
+        look = []
+        policy = Forced(range(3), look=lambda f, look=look: look.append(f.evaluate(drawn(7, 1))))
+        optimizer = attached(model, noise, policy, head=head)
+
+        def closure(model=model, optimizer=optimizer, enabled=enabled):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            return loss
+
+        losses = [float(optimizer.step(closure).detach()) for _ in range(3)]
+        results.append([*losses, *(loss for loss, _ in look)])
+    assert results[0] == pytest.approx(results[1], rel=8 * 2**-8)
+
+
+# --- State -----------------------------------------------------------------------------------
+
+
+def loaded(pair, build):
+    model, optimizer = build(1)
+    model.load_state_dict(copy.deepcopy(pair[0].state_dict()))
+    optimizer.load_state_dict(copy.deepcopy(pair[1].state_dict()))
+    return model, optimizer
+
+
+def loaded_in_other_order(pair, build):
+    model, optimizer = build(1)
+    optimizer.load_state_dict(pair[1].state_dict())
+    model.load_state_dict(pair[0].state_dict())
+    return model, optimizer
+
+
+WAYS = {
+    "state": loaded,
+    "state, model last": loaded_in_other_order,
+    "deepcopy": lambda pair, build: copy.deepcopy(pair),
+    "pickle": lambda pair, build: pickle.loads(pickle.dumps(pair)),  # noqa: S301
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("policy", [Drawn, LineSearch])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_way_to_go_on_is_the_uninterrupted_run_bit_for_bit(way, policy, dtype):
+    inputs, labels = make_problem(dtype)
+
+    def build(seed=0):
+        model = make_model(dtype=dtype, seed=seed)
+        noise = make_noise(inputs, labels, 3, separate=True)
+        return model, attached(model, noise, policy(), head=True)
+
+    uninterrupted, origin = build(), build()
+    for pair in (uninterrupted, origin):
+        run(*pair, inputs, labels, 2)
+    twin = WAYS[way](origin, build)
+    expected = run(*uninterrupted, inputs, labels, 3)
+    for pair in (twin, origin):
+        with ProductCounter() as counter:
+            assert run(*pair, inputs, labels, 3) == expected
+        assert counter.count == 6
+        require_equal(everything(*pair), everything(*uninterrupted))
+
+
+def test_a_checkpoint_is_plain_data_and_detaching_leaves_none_of_it(tmp_path):
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels), Drawn())
+    run(model, optimizer, inputs, labels, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    optimizer.load_state_dict(state)
+    run(model, optimizer, inputs, labels, 1)
+    optimizer.detach()
+    assert not any(optimizer.state.values())
+
+
+def test_schedules_have_no_effect_and_see_the_step_taken():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels), Forced([gradient_step(0.25)] * 3))
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    for _ in range(3):
+        run(model, optimizer, inputs, labels, 1)
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        scheduler.step()
+
+
+# --- Compiled models -------------------------------------------------------------------------
+
+
+class Framed(nn.Sequential):
+    """What follows the decoupled layer has a frame of its own, which is compiled."""
+
+    def head(self, preactivation):
+        return self[2](self[1](preactivation) * 2)
+
+    def forward(self, inputs):
+        preactivation = self[0](inputs)
+        return self.head(preactivation)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("way", "curvature"),
+    [("model", "stein"), ("in place", "probe"), ("layer", "stein"), ("closure", "probe")],
+)
+def test_compiled_models_do_as_eager_ones(way, curvature):
+    inputs, labels = make_problem()
+    noise = make_noise(inputs, labels)
+    results = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        model = forward = Framed(*make_model())
+        optimizer = attached(model, noise, Drawn(), curvature=curvature)
+        if compiles and way == "model":
+            forward = torch.compile(model, backend="aot_eager")
+        elif compiles and way == "in place":
+            model.compile(backend="aot_eager")
+        elif compiles and way == "layer":
+            model[0].compile(backend="aot_eager")
+        closure = closure_of(forward, optimizer, inputs, labels)
+        if compiles and way == "closure":
+            closure = torch.compile(closure, backend="aot_eager")
+        losses = [float(optimizer.step(closure).detach()) for _ in range(4)]
+        memory = optimizer.state[model[0].weight]["shadow_memory"].values()
+        results.append([*losses, *memory, *model[0].weight.detach().flatten().tolist()])
+    torch._dynamo.reset()
+    assert results[1] == pytest.approx(results[0], rel=1e-9, abs=1e-12)
+
+
+def test_the_layer_is_no_part_of_one_graph():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"DecoupledDescent looks.*fullgraph"):
+        run(compiled, optimizer, inputs, labels, 1)
+    torch._dynamo.reset()
+
+
+# --- Errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.1},
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 0.1},
+        {"decoupled_weight_decay": True},
+        {"maximize": True},
+        {"differentiable": True},
+        {"damping": 0.5},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_plain_gradient_steps(settings):
+    with pytest.raises(ValueError, match=r'lr="auto".*got (momentum|.*=(True|0\.[15]))|damping=1'):
+        dd.DecoupledDescent(make_model(), lr="auto", **settings)
+
+
+def test_settings_that_change_on_the_way():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels))
+    run(model, optimizer, inputs, labels, 1)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r'lr="auto" chooses.*got weight_decay=0.1'):
+        run(model, optimizer, inputs, labels, 1)
+
+
+def test_unknown_rates():
+    with pytest.raises(ValueError, match=r"lr must be a number or \"auto\", got 'best'"):
+        dd.DecoupledDescent(make_model(), lr="best")
+    model = make_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}]
+    with pytest.raises(ValueError, match=r"one step for all parameters.*lr=0.1.*freeze"):
+        dd.DecoupledDescent(groups, lr="auto")
+    groups[1]["lr"] = "auto"
+    optimizer = dd.DecoupledDescent(groups, lr="auto")
+    optimizer.attach(model)
+    inputs, labels = make_problem()
+    assert run(model, optimizer, inputs, labels, 2)[1] > 0
+    unattached = dd.DecoupledDescent(
+        [{"params": list(make_model().parameters()), "lr": "auto"}], lr=0.1
+    )
+    with pytest.raises(ValueError, match=r"Invalid learning rate: 'auto' in a parameter group"):
+        unattached.step()
+
+
+def test_without_closure_or_module():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"(?s)step\(closure\).*torch.optim.LBFGS.*return loss"):
+        dd.DecoupledDescent(model, lr="auto").step()
+    bare = dd.DecoupledDescent(make_model().parameters(), lr="auto")
+    with pytest.raises(ValueError, match=r"needs an attached optimizer.*attach\(module\)"):
+        bare.step(lambda: torch.zeros(()))
+
+
+def misuse(kind, model, optimizer, inputs, labels):
+    """A closure that does what ``lr="auto"`` cannot work with."""
+    half, calls = N // 2, []
+
+    def loss_of(rows=slice(None)):
+        return F.cross_entropy(model(inputs[rows]), labels[rows])
+
+    def closure():
+        calls.append(1)
+        later = len(calls) > 1
+        optimizer.zero_grad()
+        if kind == "accumulation":
+            for rows in (slice(half), slice(half, None)):
+                loss = loss_of(rows)
+                loss.backward()
+            return loss
+        batches = {"mini-batch": slice(half), "order": torch.arange(N).flip(0)}
+        rows = batches.get(kind, slice(None))
+        if kind == "another batch" and later:
+            rows = slice(half)
+        if kind == "other inputs" and later:
+            loss = F.cross_entropy(model(inputs + 1), labels)
+            loss.backward()
+            return loss
+        if kind == "eval later":
+            model.train(not later)
+        loss = loss_of(rows)
+        if kind != "no backward":
+            loss.backward()
+        if kind == "clipped":
+            for parameter in model.parameters():
+                parameter.grad.mul_(0.5)
+        results = {"nothing": None, "number": float(loss.detach()), "vector": loss.expand(2)}
+        return results.get(kind, loss)
+
+    return closure
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("mini-batch", RuntimeError, r"loss of all 45 samples.*batch holds 22.*number for mini"),
+        ("order", RuntimeError, "or another order"),
+        ("accumulation", RuntimeError, "runs the model once.*found 2 training forwards"),
+        ("no backward", RuntimeError, r"step\(\) before loss.backward\(\)"),
+        ("another batch", RuntimeError, "later call of the closure trained on other samples"),
+        ("other inputs", RuntimeError, "later call of the closure trained on other samples"),
+        ("eval later", RuntimeError, "later call of the closure did not do as the first"),
+        ("clipped", RuntimeError, r"multiplied its gradients by 0.5, as clipping"),
+        ("nothing", TypeError, r"must return the loss.*got NoneType"),
+        ("number", TypeError, r"must return the loss.*got float"),
+        ("vector", TypeError, r"must return the loss.*shape \(2,\)"),
+    ],
+)
+def test_closures_that_are_misused(kind, error, message):
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels), Drawn())
+    run(model, optimizer, inputs, labels, 1)
+    before = everything(model, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step(misuse(kind, model, optimizer, inputs, labels))
+    require_equal(before, everything(model, optimizer))
+    model.train()
+    run(model, optimizer, inputs, labels, 1)
+
+
+def test_losses_that_are_not_finite():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss * float("nan")
+
+    with pytest.raises(FloatingPointError, match="the loss is nan before the step"):
+        optimizer.step(closure)
+
+
+def test_sparse_gradients():
+    inputs, labels = make_problem()
+    model = make_model()
+    model.table = nn.Embedding(5, C, sparse=True).double()
+    optimizer = attached(model, make_noise(inputs, labels))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model[:3](inputs) + model.table(labels), labels)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="takes dense gradients"):
+        optimizer.step(closure)
+
+
+def test_many_processes(monkeypatch):
+    model = make_model()
+    optimizer = attached(model, None)
+    monkeypatch.setattr(optimizer._attachment.ranks, "size", 2)
+    with pytest.raises(ValueError, match="searches on one process, but 2 share"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+def test_a_policy_that_returns_nonsense():
+    inputs, labels = make_problem()
+    model = make_model()
+    optimizer = attached(model, make_noise(inputs, labels), Forced([gradient_step(float("nan"))]))
+    with pytest.raises(ValueError, match="policy Forced must return a finite point"):
+        run(model, optimizer, inputs, labels, 1)
