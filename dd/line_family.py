@@ -1,14 +1,16 @@
 """The linear family of states around the present one, and the loss at any of them.
 
-    W' = aW + Σ_j s_j D_j,      Q_b' = aQ_b + Σ_j s_j ΔQ_bj,      θ' = θ + Σ_j t_j u_j,
-    R' = aR + Σ_j s_j S_j,      S_j = XD_j + Σ_b ΔQ_bj.
+    W' = WA + DB,     Q_b' = Q_b A + ΔQ_b B,     θ' = θ + t u,      A = aI + rP,  B = sI + qP⁺,
+    R' = aR + sS + r RP + q SP⁺,                 S = XD + Σ_b ΔQ_b.                              (5)
 
-D_0 = −∂L/∂W, ΔQ_b0 = −∇Q_b and u_0 = −∂L/∂θ are what a gradient step moves along; j = 1 is the
-displacement of the last step without its shrinkage. The layer's bias is a part of θ.
+D = −∂L/∂W, ΔQ_b = −∇Q_b and u = −∂L/∂θ are what a gradient step moves along, and the layer's bias
+is a part of θ. Maps from the right act on samples alike, so that they commute with leaving one out.
+P is the curvature H, which makes r the share of the layer's own drift that is taken back (section
+6), and P⁺ its inverse, which makes q a Newton step; both of unit norm.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,65 +19,13 @@ from torch._compile import _disable_dynamo
 
 from dd.attachment import UNTRACEABLE, Attachment
 from dd.functional import at_least_single
-from dd.head import SharedParameters, row_products
+from dd.head import row_products
+from dd.line_parts import Part, Responses
 from dd.line_search import Point
-from dd.product_cache import PRODUCT
 from dd.replay import Rewind, forward_replaced
 from dd.training_forward import full_precision
 
-__all__ = ["LineFamily", "Part", "Responses", "Trial", "responses_of"]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A tensor that moves with the family.
-
-    Attributes:
-        owner: the parameter in whose state it is kept.
-        key: under which, or None for the parameter itself.
-        tensor: is moved in place.
-        directions: one tensor of its shape a direction.
-        shrinks: whether it moves as W does, by a and s, and not as θ, by t.
-    """
-
-    owner: Tensor
-    key: str | None
-    tensor: Tensor
-    directions: Sequence[Tensor]
-    shrinks: bool
-
-    def displacement(self, point: Point) -> Tensor:
-        """Σ_j s_j D_j or Σ_j t_j u_j, of the tensor's shape."""
-        first, *others = (point.s if self.shrinks else point.t).tolist()
-        total = first * self.directions[0]
-        for step, direction in zip(others, self.directions[1:], strict=True):
-            total.add_(direction, alpha=step)
-        return total
-
-    def move(self, point: Point) -> Tensor:
-        """Move to a point; return the displacement without its shrinkage."""
-        displacement = self.displacement(point)
-        if self.shrinks and point.a != 1.0:
-            self.tensor.mul_(point.a)
-        self.tensor.add_(displacement)
-        return displacement
-
-
-@dataclass(frozen=True, eq=False)
-class Responses:
-    """What the network's two corrected layers receive at a point.
-
-    Attributes:
-        shrinking: R and S_0 to S_{J-1}, each (n, k), the layer's bias and its shadow left out.
-        bias_shadow: shadow of the layer's bias, and its directions, each (n, k); or none.
-        head: shadows of the head's weight, and their directions, each (n, C, f); or none.
-        head_bias: those of its bias, each (n, C); or none.
-    """
-
-    shrinking: Sequence[Tensor]
-    bias_shadow: Sequence[Tensor] = ()
-    head: Sequence[Tensor] = ()
-    head_bias: Sequence[Tensor] = ()
+__all__ = ["LineFamily", "Trial"]
 
 
 class Trial:
@@ -84,7 +34,7 @@ class Trial:
     Args:
         attachment: of the decoupled layer.
         responses: around the present state.
-        point: coordinates (a, s, t), shape (1 + 2J,), in the precision of R.
+        point: coordinates (a, s, r, q, t), shape (5,), in the precision of R.
         dtype: of the layer's output.
     """
 
@@ -93,9 +43,9 @@ class Trial:
     ) -> None:
         self._attachment, self._responses, self._dtype = attachment, responses, dtype
         self._ordinary: Callable[[Tensor], Tensor] = attachment.layer.forward
-        width = len(responses.shrinking)
-        self._shrinking = point[:width].unbind()
-        self._others: Sequence[Tensor | float] = (1.0, *point[width:].unbind())
+        *layer, head = point.unbind()
+        self._of_layer: Sequence[Tensor] = layer
+        self._of_head: Sequence[Tensor | float] = (1.0, head)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return R' + bias, shape (n, k), a function of the point and of the bias alone.
@@ -115,9 +65,9 @@ class Trial:
             return self._ordinary(input)
         with full_precision(input):
             self._require_all(input)
-            output = _combined(self._shrinking, self._responses.shrinking)
+            output = _combined(self._of_layer, self._responses.layer)
             if self._responses.bias_shadow:
-                output = output + _combined(self._others, self._responses.bias_shadow)
+                output = output + _combined(self._of_head, self._responses.bias_shadow)
             output = output if layer.bias is None else output + layer.bias
             return output.to(self._dtype)
 
@@ -149,7 +99,7 @@ class Trial:
             if self._responses.head_bias:
                 biases = self._responses.head_bias
                 shifts = [shift + bias for shift, bias in zip(shifts, biases, strict=True)]
-            return output + _combined(self._others, shifts).to(output.dtype)
+            return output + _combined(self._of_head, shifts).to(output.dtype)
 
 
 class LineFamily:
@@ -165,9 +115,9 @@ class LineFamily:
         dtype: of the decoupled layer's output.
 
     Attributes:
-        directions: J.
         loss: that of the present state.
-        sizes: root mean squares of R and of S_0 to S_{J-1}, shape (1 + J,).
+        gram: mean products of R, S, RP and SP⁺ with one another, shape (4, 4), float64.
+        head_sizes: Euclidean norms of θ and of u.
     """
 
     def __init__(
@@ -182,15 +132,16 @@ class LineFamily:
     ) -> None:
         self._attachment, self._responses = attachment, responses
         self._closure, self._rewind, self._dtype = closure, rewind, dtype
-        self._others = [part for part in parts if part.key is None and not part.shrinks]
+        self._others = [part for part in parts if part.key is None and part.units is None]
         self._starts = [part.tensor.clone() for part in self._others]
-        self.loss, self.directions = loss, len(responses.shrinking) - 1
-        squares = [response.double().square().mean() for response in responses.shrinking]
-        self.sizes = torch.stack(squares).sqrt().cpu()
+        self.loss = loss
+        rows = torch.stack([response.flatten() for response in responses.layer])
+        self.gram = (rows @ rows.mT / rows.shape[1]).double().cpu()
+        self.head_sizes = (_norm(self._starts), _norm([part.descent for part in self._others]))
 
     @torch.no_grad()
     def evaluate(self, point: Point) -> tuple[float, Tensor]:
-        """Loss at a point and its derivative in (a, s, t), shape (1 + 2J,), float64.
+        """Loss at a point and its derivative in (a, s, r, q, t), shape (5,), float64.
 
         Args:
             point: of the family.
@@ -198,22 +149,21 @@ class LineFamily:
         Raises:
             RuntimeError: if the loss does not depend on the decoupled layer.
         """
-        nowhere = torch.inf, torch.zeros(1 + 2 * self.directions, dtype=torch.float64)
+        nowhere = torch.inf, torch.zeros(5, dtype=torch.float64)
         if not point.is_finite:
             return nowhere
         for part, start in zip(self._others, self._starts, strict=True):
-            part.tensor.copy_(start + part.displacement(point))
+            part.tensor.copy_(start + point.head * part.descent)
         with self._rewind.call():
             loss, derivative = self._call(point)
-            along = self._along_others()
-        derivative[1 + self.directions :] += along
+            derivative[-1] += self._along_others()
         if not (torch.isfinite(loss) and derivative.isfinite().all()):
             return nowhere
         return float(loss), derivative
 
     def _call(self, point: Point) -> tuple[Tensor, Tensor]:
         attachment = self._attachment
-        variables = point.vector.to(self._responses.shrinking[0]).requires_grad_()
+        variables = point.vector.to(self._responses.layer[0]).requires_grad_()
         with torch.enable_grad():
             trial = Trial(attachment, self._responses, variables, self._dtype)
             with attachment.trying(trial), forward_replaced(attachment.layer, trial.forward):
@@ -225,14 +175,12 @@ class LineFamily:
             )
         return loss.detach().reshape(()), variables.grad.double().cpu()
 
-    def _along_others(self) -> Tensor:
-        """⟨∂L/∂θ', u_j⟩ for every direction, shape (J,)."""
-        total = torch.zeros(self.directions, dtype=torch.float64)
+    def _along_others(self) -> float:
+        """⟨∂L/∂θ', u⟩."""
+        total = 0.0
         for part in self._others:
-            gradient = part.tensor.grad
-            if gradient is not None:
-                products = [(gradient.detach() * u).sum().double() for u in part.directions]
-                total += torch.stack(products).cpu()
+            if part.tensor.grad is not None:
+                total += float((part.tensor.grad.detach() * part.descent).sum())
         return total
 
     def restore(self) -> None:
@@ -242,38 +190,8 @@ class LineFamily:
         self._rewind.finish()
 
 
-def responses_of(
-    parts: Sequence[Part], shared: SharedParameters | None, signal: Tensor | None
-) -> Responses:
-    """What a family does to the layers that are corrected.
-
-    Args:
-        parts: everything that moves.
-        shared: where the head is corrected.
-        signal: coordinates along the component means, shape (n, m), where it is.
-    """
-    found = {(id(part.owner), part.key): [part.tensor, *part.directions] for part in parts}
-    layer = next(part.owner for part in parts if part.key == PRODUCT)
-    products, shadows = found[id(layer), PRODUCT], found[id(layer), "shadow"]
-    # Sums over bins in the order of the forward: a point where nothing moves has its very R.
-    shrinking = [
-        product + shadow.sum(0).to(product.dtype)
-        for product, shadow in zip(products, shadows, strict=True)
-    ]
-    if shared is None:
-        return Responses(shrinking)
-    assert signal is not None
-    along = found[id(layer), "signal_shadow"]
-    shrinking = [
-        one + row_products(omega, signal).to(one.dtype)
-        for one, omega in zip(shrinking, along, strict=True)
-    ]
-    return Responses(
-        shrinking,
-        found.get((id(shared.layer.bias), "shadow"), ()),
-        found[id(shared.head.weight), "shadow"],
-        found.get((id(shared.head.bias), "shadow"), ()),
-    )
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def _combined(factors: Sequence[Tensor | float], terms: Sequence[Tensor]) -> Tensor:

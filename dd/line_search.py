@@ -1,81 +1,76 @@
-"""Which point of a linear family a step moves to: the policies behind ``lr="auto"``."""
+"""Which point of a linear family a step moves to: the policy behind ``lr="auto"``."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Family", "LineSearch", "Point", "Policy"]
+from dd.newton import minimise
+
+__all__ = ["STILL", "Family", "LineSearch", "Point", "Policy"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Point:
-    """A point of a linear family with J directions.
+    """A point of the linear family, equation (5).
 
     Attributes:
-        a: what is left of the decoupled weights.
-        s: step of the decoupled layer along each direction, shape (J,), float64 on the CPU.
-        t: step of every other parameter along each direction, likewise.
+        keep: a, what is left of the decoupled weights.
+        step: s, the step along the layer's gradient.
+        drift: r, along the curvature times the weights.
+        newton: q, along the inverse curvature times the gradient.
+        head: t, the step of every other parameter along its gradient.
     """
 
-    a: float
-    s: Tensor
-    t: Tensor
-
-    @classmethod
-    def still(cls, directions: int) -> "Point":
-        """The point where nothing moves."""
-        return cls(1.0, *torch.zeros(2, directions, dtype=torch.float64))
+    keep: float
+    step: float
+    drift: float
+    newton: float
+    head: float
 
     @classmethod
     def of(cls, vector: Tensor) -> "Point":
-        """The point with coordinates (a, s, t), shape (1 + 2J,)."""
-        vector = vector.detach().double().cpu()
-        s, t = vector[1:].chunk(2)
-        return cls(float(vector[0]), s, t)
+        """The point with coordinates (a, s, r, q, t), shape (5,)."""
+        return cls(*vector.tolist())
 
     @property
     def vector(self) -> Tensor:
-        """Coordinates (a, s, t), shape (1 + 2J,), float64 on the CPU."""
-        return torch.cat([torch.tensor([self.a], dtype=torch.float64), self.s, self.t])
+        """Coordinates (a, s, r, q, t), shape (5,), float64 on the CPU."""
+        return torch.tensor(astuple(self), dtype=torch.float64)
 
     @property
     def is_finite(self) -> bool:
         """Whether every coordinate is finite."""
-        return bool(self.vector.isfinite().all())
+        return all(math.isfinite(x) for x in astuple(self))
+
+
+STILL = Point(1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Family(Protocol):
     """The states that a step may lead to, a linear family around the present one.
 
     Attributes:
-        directions: J. Direction 0 is that of the gradient, 1 the last step's displacement.
         loss: that of the present state.
-        sizes: root mean squares of R and of what each direction makes of it, shape (1 + J,),
-            float64.
+        gram: mean products of R, S, RP and SP⁺ with one another, shape (4, 4), float64 on the CPU.
+        head_sizes: Euclidean norms of θ and of u.
     """
 
-    directions: int
     loss: float
-    sizes: Tensor
+    gram: Tensor
+    head_sizes: tuple[float, float]
 
     def evaluate(self, point: Point) -> tuple[float, Tensor]:
-        """Loss at a point and its derivative in (a, s, t), shape (1 + 2J,), float64.
+        """Loss at a point and its derivative in (a, s, r, q, t), shape (5,), float64.
 
         Where either is not finite the loss is infinite and the derivative zero.
         """
 
 
 class Policy(Protocol):
-    """Chooses where a step leads.
-
-    Attributes:
-        keeps_displacement: whether the last step's displacement is a direction of the next one.
-    """
-
-    keeps_displacement: bool
+    """Chooses where a step leads."""
 
     def choose(self, family: Family, memory: dict[str, float]) -> Point:
         """Return the point to move to.
@@ -86,59 +81,128 @@ class Policy(Protocol):
         """
 
 
+# A start that knows nothing of the signal is left by rotations (docs/theory.md, section 8): their
+# angle, the root mean square that pre-activations are given, where activations bend, and the most
+# of them.
+_ANGLE, _SIZE, _MOST_ROTATIONS = 0.9, 2.0, 50
+
+# The first step is nearly a quarter turn where that alone informs the weights: then the initial
+# ones would only add noise.
+_FIRST_ANGLE, _FIRST_SIZE = 1.55, 1.0
+
+# Weights know of the signal when their loss is below this share of the best constant prediction's:
+# then the lowest loss is no longer the one without any weights. Or when rotations lead below it at
+# all, and no lower for a while.
+_INFORMED, _PATIENCE = 0.9, 6
+
+# Steps that keep a fixed share of the weights, so that what was learnt from poor predictions is
+# forgotten.
+_RENEWALS, _KEPT = 12, 0.7
+
+# Shares of the head's unit among which a rotation chooses.
+_HEAD_STEPS = (0.0, 0.03, 0.1, 0.3, 1.0)
+
+
 class LineSearch:
-    """Lowest loss over a, s_0 and t_0, by a few steps of BFGS.
+    """Turns the weights until they know of the signal, renews them, and then goes down.
 
     Args:
-        evaluations: of the loss a step, about.
+        evaluations: of the loss in a step, at most.
     """
 
-    keeps_displacement = False
-
-    def __init__(self, evaluations: int = 12) -> None:
+    def __init__(self, evaluations: int = 14) -> None:
         self._evaluations = evaluations
 
     def choose(self, family: Family, memory: dict[str, float]) -> Point:
         """Return the best point seen, as :class:`Policy` describes."""
-        size, moved = family.sizes[:2].tolist()
-        unit = size / moved if moved > 0 else 1.0
-        search = _Search(
-            family, torch.tensor([1.0, unit, memory.get("t_unit", unit)], dtype=torch.float64)
-        )
-        start = torch.tensor([0.0, memory.get("s", 0.0), memory.get("t", 0.0)], dtype=torch.float64)
-        x = (start / search.units).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [x],
-            max_iter=self._evaluations,
-            max_eval=self._evaluations,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(lambda: search.evaluate(x))
-        memory["s"], memory["t"] = float(search.best.s[0]), float(search.best.t[0])
-        memory["t_unit"] = max(abs(memory["t"]), 1e-3 * unit)
-        return search.best
+        rotations, renewals = memory.get("rotations", 0.0), memory.get("renewals", 0.0)
+        if not memory.get("informed"):
+            constant = min(memory.get("constant", math.inf), _constant_loss(family))
+            memory["constant"] = constant
+            if not _is_informed(family.loss, constant, memory):
+                memory["rotations"] = rotations + 1
+                return _turned(family, constant, first=rotations == 0)
+            memory["informed"] = 1.0
+        # Weights that many rotations led to were renewed on the way; informed ones are the user's.
+        if rotations == 1 and renewals < _RENEWALS:
+            memory["renewals"] = renewals + 1
+            return self._renewed(family)
+        return self._lowest(family, STILL, [0, 1, 2, 3, 4])
+
+    def _renewed(self, family: Family) -> Point:
+        away = (1 - _KEPT) * _layer_units(family)[1].item()
+        return self._lowest(family, Point(_KEPT, away, 0.0, 0.0, 0.0), [1, 3, 4])
+
+    def _lowest(self, family: Family, start: Point, moving: list[int]) -> Point:
+        """The lowest point found from a start, along some of the coordinates."""
+        head = torch.tensor([_head_unit(family)], dtype=torch.float64)
+        units = torch.cat([_layer_units(family), head])
+        fixed = start.vector
+
+        def at(x: Tensor) -> Tensor:
+            return fixed.index_copy(0, torch.tensor(moving), x * units[moving])
+
+        def scaled(x: Tensor) -> tuple[float, Tensor]:
+            loss, derivative = family.evaluate(Point.of(at(x)))
+            return loss, (derivative * units)[moving]
+
+        # Going up the gradient would fit the noise of the samples that the correction leaves.
+        floors = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, 0.0], dtype=torch.float64)
+        origin = (fixed / units).nan_to_num(0.0, 0.0, 0.0)[moving]
+        found = minimise(scaled, origin, floors[moving], evaluations=self._evaluations)
+        return Point.of(at(found))
 
 
-class _Search:
-    """The loss in terms of (log a, s_0, t_0) over their units; remembers the lowest."""
+def _is_informed(loss: float, constant: float, memory: dict[str, float]) -> bool:
+    rotations = memory.get("rotations", 0.0)
+    if loss < memory.get("lowest", math.inf):
+        memory["lowest"], memory["lowest_at"] = loss, rotations
+    stalls = rotations - memory.get("lowest_at", 0.0) >= _PATIENCE
+    below = memory.get("lowest", loss) < constant
+    return loss < _INFORMED * constant or (stalls and below) or rotations >= _MOST_ROTATIONS
 
-    def __init__(self, family: Family, units: Tensor) -> None:
-        self.units, self._family = units, family
-        self.best, self._lowest = Point.still(family.directions), family.loss
 
-    def evaluate(self, x: Tensor) -> float:
-        """Return the loss, and leave its derivative in ``x.grad``."""
-        log_a, s, t = (x.detach() * self.units).tolist()
-        still = Point.still(self._family.directions)
-        try:
-            still.s[0], still.t[0], a = s, t, math.exp(log_a)
-        except OverflowError:
-            a = math.inf
-        point = Point(a, still.s, still.t)
-        loss, derivative = self._family.evaluate(point)
-        if loss < self._lowest:
-            self.best, self._lowest = point, loss
-        width = self._family.directions
-        chosen = torch.stack([derivative[0] * a, derivative[1], derivative[1 + width]])
-        x.grad = (chosen * self.units).nan_to_num(0.0)
-        return loss
+def _layer_units(family: Family) -> Tensor:
+    """Steps that change pre-activations by their own size, shape (4,); 0 where none does."""
+    sizes = family.gram.diagonal().sqrt()
+    units = (sizes[0] / sizes).nan_to_num(0.0, 0.0, 0.0)
+    units[0] = 1.0
+    return units
+
+
+def _constant_loss(family: Family) -> float:
+    """The lowest loss seen without any weights."""
+    return min(family.evaluate(Point(0.0, 0.0, 0.0, 0.0, t))[0] for t in _head_steps(family))
+
+
+def _turned(family: Family, constant: float, *, first: bool) -> Point:
+    if first:
+        loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE)
+        if loss < _INFORMED * constant:
+            return point
+    return _rotation(family, _ANGLE, _SIZE)[1]
+
+
+def _rotation(family: Family, angle: float, size: float) -> tuple[float, Point]:
+    """Turn R toward S by an angle, as if they were of equal size, and give it a size."""
+    present, along = family.gram[0, 0].sqrt().item(), family.gram[1, 1].sqrt().item()
+    if not (present > 0 and along > 0):
+        return family.loss, STILL
+    cosine = family.gram[0, 1].item() / (present * along)
+    ratio = math.tan(angle)
+    size = size / math.sqrt(1 + ratio**2 + 2 * ratio * cosine)
+    points = [Point(size / present, size * ratio / along, 0.0, 0.0, t) for t in _head_steps(family)]
+    return min(((family.evaluate(p)[0], p) for p in points), key=lambda found: found[0])
+
+
+def _head_steps(family: Family) -> list[float]:
+    unit = _head_unit(family)
+    return [share * unit for share in _HEAD_STEPS]
+
+
+def _head_unit(family: Family) -> float:
+    """A large step of the head: three tenths of the loss, at most its own length."""
+    size, slope = family.head_sizes
+    if slope == 0.0:
+        return 0.0
+    return min(0.3 * abs(family.loss) / slope**2, size / slope)

@@ -9,7 +9,8 @@ from torch import Tensor
 from dd.attachment import Attachment
 from dd.capture import Capture
 from dd.functional import at_least_single
-from dd.line_family import LineFamily, Part, responses_of
+from dd.line_family import LineFamily
+from dd.line_parts import Maps, Part, Responses, responses_of
 from dd.line_search import Point, Policy
 from dd.line_settings import require_dense, require_loss, require_plain_rule
 from dd.product_cache import PRODUCT, FirstForward, keep_product
@@ -61,14 +62,15 @@ class LineStep:
         require_dense(self._moving)
         before = {parameter: dict(state) for parameter, state in self._store.state.items()}
         try:
-            parts = self._parts()
-            point, memory = self._chosen(closure, parts, signal, float(loss.detach()))
+            parts, maps = self._parts()
+            responses = self._responses(parts, maps, signal)
+            point, memory = self._chosen(closure, parts, responses, float(loss.detach()))
         except BaseException:
             self._store.state.clear()
             self._store.state.update(before)
             raise
         self._state[MEMORY] = memory
-        self._move(parts, point)
+        self._move(parts, maps, point)
         return loss
 
     def _require_possible(self) -> None:
@@ -111,8 +113,8 @@ class LineStep:
         return pending[0]
 
     @torch.no_grad()
-    def _parts(self) -> list[Part]:
-        """Everything that moves, and where to.
+    def _parts(self) -> tuple[list[Part], Maps]:
+        """Everything that moves, where to, and the maps of the hidden units.
 
         Raises:
             RuntimeError: if gradients were edited.
@@ -131,7 +133,7 @@ class LineStep:
             parts = [self._part(p, None, p, _descent(p)) for p in self._moving]
             for (owner, key), update in zip(attachment.shadowed, updates, strict=True):
                 parts.append(self._part(owner, key, update.tensor, -update.gradient))
-            return [*parts, self._product_part()]
+            return [*parts, self._product_part()], Maps.of(step.layer_curvature)
 
     def _product_part(self) -> Part:
         weight, first = self._attachment.weight, self._first
@@ -142,20 +144,22 @@ class LineStep:
         return self._part(weight, PRODUCT, first.product, along)
 
     def _part(self, owner: Tensor, key: str | None, tensor: Tensor, descent: Tensor) -> Part:
-        directions, weight = [descent], self._attachment.weight
-        if self._policy.keeps_displacement and _last(PRODUCT) in self._state:
-            last = self._store.read(owner, _last(key))
-            directions.append(torch.zeros_like(tensor) if last is None else last)
-        return Part(owner, key, tensor, directions, shrinks=owner is weight)
+        units = None
+        if owner is self._attachment.weight:
+            units = -1 if key in ("shadow", PRODUCT) else -2
+        return Part(owner, key, tensor, descent, units)
+
+    @torch.no_grad()
+    def _responses(self, parts: list[Part], maps: Maps, signal: Tensor | None) -> Responses:
+        with full_precision(self._attachment.weight):
+            return responses_of(parts, maps, self._attachment.shared, signal)
 
     @torch.no_grad()
     def _chosen(
-        self, closure: Callable[[], Any], parts: list[Part], signal: Tensor | None, loss: float
+        self, closure: Callable[[], Any], parts: list[Part], responses: Responses, loss: float
     ) -> tuple[Point, dict[str, float]]:
         attachment, dtype = self._attachment, self._first.dtype
         assert dtype is not None
-        with full_precision(attachment.weight):
-            responses = responses_of(parts, attachment.shared, signal)
         self._rewind.take()
         family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype)
         memory = dict(self._state.get(MEMORY, {}))
@@ -163,32 +167,21 @@ class LineStep:
             point = self._policy.choose(family, memory)
         finally:
             family.restore()
-        if not point.is_finite or len(point.s) != len(point.t) or len(point.s) != family.directions:
-            raise ValueError(
-                f"DecoupledDescent: the policy {type(self._policy).__name__} must return a finite "
-                f"point of {family.directions} directions, got {point.vector.tolist()}"
-            )
         return point, memory
 
     @torch.no_grad()
-    def _move(self, parts: list[Part], point: Point) -> None:
+    def _move(self, parts: list[Part], maps: Maps, point: Point) -> None:
         attachment, first = self._attachment, self._first
         with full_precision(attachment.weight):
             for part in parts:
-                displacement = part.move(point)
-                if self._policy.keeps_displacement:
-                    self._store.write(part.owner, _last(part.key), displacement)
+                part.move(point, maps)
             assert first.product is not None
             keep_product(self._state, attachment.weight, first.product, first.age + 1)
             attachment.remember_weight(self._state)
         for group in self._store.groups:
-            group["lr"] = float(point.s[0])
+            group["lr"] = point.step
 
 
 def _descent(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     return torch.zeros_like(parameter) if gradient is None else -gradient.detach()
-
-
-def _last(key: str | None) -> str:
-    return f"shadow_displacement_of_{key or 'parameter'}"

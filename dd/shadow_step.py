@@ -25,9 +25,11 @@ class ShadowStep:
     Attributes:
         edit: by which scale the gradients were edited since the backward pass, as found by
             :meth:`updates`.
+        layer_curvature: H, shape (k, k), likewise.
     """
 
     edit = 1.0
+    layer_curvature: Tensor
 
     def __init__(
         self, attachment: Attachment, store: Store, watches: Watches, damping: float
@@ -59,6 +61,7 @@ class ShadowStep:
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
         curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
+        self.layer_curvature = curvature
         shared = self._shared_curvature(pushes, edit, scale)
         pushes = attachment.pushes_of_all_ranks(pushes)
         updates = [
