@@ -31,8 +31,8 @@ class Maps:
         values, vectors = torch.linalg.eigh(curvature.double().cpu())
         sizes = values.abs()
         inverse = (vectors / sizes.clamp_min(_FLOOR * sizes.max())) @ vectors.mT
-        drift, newton = curvature.double().cpu(), inverse.nan_to_num(0.0)
-        return cls(*(normalize(one, dim=(0, 1)).to(curvature) for one in (drift, newton)))
+        inverse = inverse.nan_to_num(0.0).to(curvature)
+        return cls(*(normalize(one.flatten(), dim=0).view_as(one) for one in (curvature, inverse)))
 
     def at(self, point: Point) -> tuple[Tensor, Tensor]:
         """A and B at a point, each (k, k)."""
