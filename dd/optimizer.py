@@ -13,6 +13,8 @@ from torch.optim.sgd import sgd
 from dd.attachment import Attachment
 from dd.best_state import BestState
 from dd.curvature import check_name
+from dd.estimate import Estimate
+from dd.evaluation import corrected_estimate, corrected_mean
 from dd.line_family import Trial
 from dd.line_search import LineSearch, Policy
 from dd.line_settings import (
@@ -330,23 +332,33 @@ class DecoupledDescent(torch.optim.SGD):
             ValueError: if unattached, or there are no batches.
             RuntimeError: if a batch did not pass through the decoupled layer.
         """
-        attachment = self._required("evaluate()")
-        total, rows = torch.zeros(()), 0.0
-        with attachment.corrected_in_eval_mode(), attachment.samples.apart():
-            for batch in batches:
-                attachment.rows_seen = 0
-                value = loss(batch)
-                if attachment.rows_seen == 0:
-                    raise RuntimeError(
-                        f"DecoupledDescent: a batch did not pass through layer {attachment.name!r} "
-                        "in evaluate(); let loss(batch) run the model"
-                    )
-                total = total + attachment.rows_seen * value.detach()
-                rows += attachment.rows_seen
-        if rows == 0:
-            raise ValueError("DecoupledDescent: evaluate() got no batches")
-        ranks = attachment.ranks
-        return ranks.sum(total) / ranks.sum(torch.as_tensor(rows, device=total.device))
+        return corrected_mean(self._required("evaluate()"), batches, loss)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def estimate(
+        self,
+        batches: Iterable[Any],
+        losses: Callable[[Any], Tensor],
+        confidence: float = 0.9,
+    ) -> Estimate:
+        """Estimate of the test loss from training samples, with a confidence interval.
+
+        As :meth:`evaluate`, but from the loss of every sample.
+
+        Args:
+            batches: training samples, such as the loader used in training; each sample once.
+            losses: takes a batch, runs the model on it once, and returns the loss of each of its
+                samples, shape (m,), or several figures of each, such as loss and error, shape
+                (m, j).
+            confidence: probability that the interval is meant to hold the test loss with.
+
+        Raises:
+            ValueError: if unattached, there are not at least two samples, ``losses`` does not
+                return a row a sample, or the confidence is out of range.
+            RuntimeError: if a batch did not pass through the decoupled layer.
+        """
+        return corrected_estimate(self._required("estimate()"), batches, losses, confidence)
 
     @_disable_dynamo
     @torch.no_grad()
