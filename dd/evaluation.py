@@ -24,8 +24,8 @@ def corrected_mean(
     total, rows = torch.zeros(()), 0
     for value, count in _values(attachment, batches, loss, "evaluate()"):
         total, rows = total + count * value, rows + count
-    count = attachment.ranks.sum(torch.as_tensor(float(rows), device=total.device))
-    return attachment.ranks.sum(total) / count
+    ranks = attachment.ranks
+    return ranks.sum(total) / ranks.sum(torch.as_tensor(float(rows), device=total.device))
 
 
 def corrected_estimate(

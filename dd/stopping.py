@@ -1,12 +1,13 @@
 """When training has stopped improving, and the best weights that it had."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dd.dual import split_tangent
 from dd.functional import at_least_single
@@ -21,12 +22,7 @@ PATIENCE, STANDARD_ERRORS = 5, 2.0
 
 
 class Outputs:
-    """What a module returns in one training forward, and the gradient that arrives there.
-
-    Attributes:
-        scores: every number that a sample gets, shape (n, m).
-        gradient: ∂L/∂scores, likewise.
-    """
+    """What a module returns in one training forward, and the gradient that arrives there."""
 
     def __init__(self) -> None:
         self._found: list[Tensor] = []
@@ -41,13 +37,20 @@ class Outputs:
         finally:
             handle.remove()
 
-    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
-            return
-        for tensor in _tensors(output):
-            number = len(self._found)
-            self._found.append(split_tangent(tensor.detach())[0].clone())
-            tensor.register_hook(lambda gradient, number=number: self._receive(number, gradient))
+            return None
+        return tree_map_only(Tensor, self._follow, output)
+
+    def _follow(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        number = len(self._found)
+        self._found.append(split_tangent(tensor.detach())[0].clone())
+        # One output may be made of another, whose own gradient would then count it twice.
+        apart = tensor.view_as(tensor)
+        apart.register_hook(lambda gradient: self._receive(number, gradient))
+        return apart
 
     def _receive(self, number: int, gradient: Tensor) -> None:
         gradient = split_tangent(gradient.detach())[0]
@@ -55,15 +58,19 @@ class Outputs:
         self._gradients[number] = gradient if earlier is None else earlier + gradient
 
     @property
-    def scores(self) -> Tensor:  # noqa: D102
+    def scores(self) -> Tensor:
+        """Every number that a sample gets, shape (n, m)."""
         return self._joined([self._found[number] for number in sorted(self._gradients)])
 
     @property
-    def gradient(self) -> Tensor:  # noqa: D102
+    def gradient(self) -> Tensor:
+        """∂L/∂scores, shape (n, m)."""
         return self._joined([self._gradients[number] for number in sorted(self._gradients)])
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([at_least_single(tensor.flatten(1)) for tensor in tensors], 1)
+        return torch.cat(
+            [at_least_single(tensor.reshape(len(tensor), -1)) for tensor in tensors], 1
+        )
 
     def require(self, num_samples: int) -> None:
         """Check that every sample has its scores.
@@ -84,19 +91,6 @@ class Outputs:
                 f"from which the loss is computed; found outputs of shape {found}. Attach the "
                 "module that computes the scores, or use stop=None"
             )
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Every tensor of an output that can be differentiated."""
-    if isinstance(output, Tensor):
-        if output.requires_grad:
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
 
 
 class StopRule:
@@ -132,7 +126,7 @@ class StopRule:
         scores, gradient = outputs.scores, outputs.gradient
         change = self._changed(scores, gradient)
         needed = STANDARD_ERRORS * self.standard_error(change)
-        if not searching or memory["reference"] - loss > needed:
+        if not searching or memory.get("reference", math.inf) - loss > needed:
             memory["reference"], memory["stalled"] = loss, 0.0
             change = torch.zeros_like(change)
         else:
