@@ -49,7 +49,8 @@ class LineStep:
             What the first call of the closure returned.
 
         Raises:
-            ValueError: if the settings ask for more than plain gradient steps.
+            ValueError: if the settings ask for more than plain gradient steps, or the policy for
+                a point that is not finite.
             TypeError: if the closure does not return its loss.
             RuntimeError: if the closure does not do one forward and backward of all samples.
             FloatingPointError: if the loss or a gradient is not finite.
@@ -167,6 +168,11 @@ class LineStep:
             point = self._policy.choose(family, memory)
         finally:
             family.restore()
+        if not point.is_finite:
+            raise ValueError(
+                f"DecoupledDescent: the policy {type(self._policy).__name__} must return a finite "
+                f"point, got {point}"
+            )
         return point, memory
 
     @torch.no_grad()
