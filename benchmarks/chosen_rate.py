@@ -33,7 +33,7 @@ DECAYS = [0.0, 0.003, 0.01, 0.03, 0.1]
 FEATURES = [("mnist", 2000, 16), ("mnist", 2000, 64), ("cifar", 1000, 32), ("cifar", 3000, 32)]
 
 
-def start(split, width, activation, scale, seed):
+def _start(split, width, activation, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     classes = int(split.test_targets.max()) + 1
     return two_layer(
@@ -47,7 +47,7 @@ def start(split, width, activation, scale, seed):
 
 
 @torch.no_grad()
-def figures(model, split, *, train):
+def _figures(model, split, *, train):
     model.train(train)
     inputs = split.train_inputs if train else split.test_inputs
     targets = split.train_targets if train else split.test_targets
@@ -57,7 +57,7 @@ def figures(model, split, *, train):
     return wrong, float(F.cross_entropy(scores, targets))
 
 
-def fixed(model, optimizer, split, steps):
+def _fixed(model, optimizer, split, steps):
     """Training error, training loss and test error at every fifth step."""
     path = []
     for step in range(steps + 1):
@@ -66,13 +66,15 @@ def fixed(model, optimizer, split, steps):
         if not math.isfinite(float(loss.detach())):
             break
         if step % 5 == 0:
-            path.append((*figures(model, split, train=True), figures(model, split, train=False)[0]))
+            path.append(
+                (*_figures(model, split, train=True), _figures(model, split, train=False)[0])
+            )
         loss.backward()
         optimizer.step()
     return path
 
 
-def auto(model, split, noise, steps):
+def _auto(model, split, noise, steps):
     """The optimizer at its end, the test error and the mean gap on the way."""
     optimizer = dd.DecoupledDescent(model, lr="auto", stop="auto", noise=noise)
 
@@ -84,16 +86,16 @@ def auto(model, split, noise, steps):
 
     gaps, made = [], 0
     while made < steps and not optimizer.stopped:
-        pair = figures(model, split, train=True)[0], figures(model, split, train=False)[0]
+        pair = _figures(model, split, train=True)[0], _figures(model, split, train=False)[0]
         gaps.append(abs(pair[0] - pair[1]))
         optimizer.step(closure)
         made += 1
     if not optimizer.stopped:
         optimizer.restore_best()
-    return optimizer, figures(model, split, train=False)[0], fmean(gaps), made
+    return optimizer, _figures(model, split, train=False)[0], fmean(gaps), made
 
 
-def xor_split(setting, seed, num_test=10_000):
+def _xor_split(setting, seed, num_test=10_000):
     dimension, ratio, separation, _ = setting
     return xor(
         dimension=dimension,
@@ -104,30 +106,30 @@ def xor_split(setting, seed, num_test=10_000):
     )
 
 
-def xor_cell(setting, activation, seeds):
+def _xor_cell(setting, activation, seeds):
     oracle, own, chosen = [], [], []
     for seed in seeds:
-        split, width = xor_split(setting, seed), setting[3]
+        split, width = _xor_split(setting, seed), setting[3]
         noise = dd.NoiseModel.isotropic(split.train_inputs)
 
         def fresh(split=split, width=width, seed=seed):
-            return start(split, width, activation, 0.5, seed)
+            return _start(split, width, activation, 0.5, seed)
 
         paths = {}
         for rate, steps in RATES.items():
             model = fresh()
             sgd = torch.optim.SGD(model.parameters(), lr=rate)
-            paths["gd", rate] = fixed(model, sgd, split, steps)
+            paths["gd", rate] = _fixed(model, sgd, split, steps)
             model = fresh()
             decoupled = dd.DecoupledDescent(model, lr=rate, noise=noise)
-            paths["dd", rate] = fixed(model, decoupled, split, steps)
+            paths["dd", rate] = _fixed(model, decoupled, split, steps)
         oracle.append(min(one[2] for rate in RATES for one in paths["gd", rate]))
         own.append(min(one for rate in RATES for one in paths["dd", rate])[2])
-        chosen.append(auto(fresh(), split, noise, 100))
-    return summary(oracle, own, chosen)
+        chosen.append(_auto(fresh(), split, noise, 100))
+    return _summary(oracle, own, chosen)
 
 
-def summary(oracle, own, chosen):
+def _summary(oracle, own, chosen):
     row = {
         "gd_oracle": fmean(oracle),
         "auto": fmean(one[1] for one in chosen),
@@ -137,15 +139,15 @@ def summary(oracle, own, chosen):
     return {**row, "dd_own": fmean(own)} if own else row
 
 
-def run_xor(seeds):
+def _run_xor(seeds):
     rows = []
     for setting in XOR:
         for activation in ACTIVATIONS:
             row = {"setting": setting, "activation": activation}
-            row |= xor_cell(setting, activation, seeds)
+            row |= _xor_cell(setting, activation, seeds)
             row["ratio"] = row["auto"] / min(row["gd_oracle"], row["dd_own"])
             rows.append(row)
-            show(row)
+            _show(row)
     best = fmean(min(row["gd_oracle"], row["dd_own"]) for row in rows)
     overall = fmean(row["auto"] for row in rows) / best
     worst, gap = max(row["ratio"] for row in rows), fmean(row["auto_gap"] for row in rows)
@@ -153,64 +155,64 @@ def run_xor(seeds):
     return rows, overall <= 0.9 and worst <= 1.05 and gap <= 0.02
 
 
-def feature_split(kind, num_train, seed):
+def _feature_split(kind, num_train, seed):
     if kind == "mnist":
         return noisy_mnist(num_train=num_train, num_test=5000, seed=seed), "relu"
     return cifar10_probe(num_train=num_train, num_test=2000, seed=seed, source="features"), "gelu"
 
 
-def run_features(seeds):
+def _run_features(seeds):
     rows, met = [], True
     for kind, num_train, width in FEATURES:
         oracle, chosen = [], []
         for seed in seeds:
-            split, activation = feature_split(kind, num_train, seed)
+            split, activation = _feature_split(kind, num_train, seed)
             noise = dd.NoiseModel.fit(split.train_inputs, split.train_components, bins=12)
             paths = []
             for rate in (0.05, 0.2, 0.5):
                 for decay in DECAYS:
-                    model = start(split, width, activation, 1.0, seed)
+                    model = _start(split, width, activation, 1.0, seed)
                     sgd = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=decay)
-                    paths += fixed(model, sgd, split, RATES[rate])
+                    paths += _fixed(model, sgd, split, RATES[rate])
             oracle.append(min(one[2] for one in paths))
-            chosen.append(auto(start(split, width, activation, 1.0, seed), split, noise, 60))
-        row = {"data": kind, "n": num_train, "width": width} | summary(oracle, [], chosen)
+            chosen.append(_auto(_start(split, width, activation, 1.0, seed), split, noise, 60))
+        row = {"data": kind, "n": num_train, "width": width} | _summary(oracle, [], chosen)
         row["excess"] = row["auto"] - row["gd_oracle"]
         met = met and row["excess"] <= 0.005 and row["auto_gap"] <= 0.02
         rows.append(row)
-        show(row)
+        _show(row)
     print("excess over the oracle at most 0.005, gap at most 0.02, in 60 steps")
     return rows, met
 
 
-def run_coverage(seeds):
+def _run_coverage(seeds):
     first, rows = seeds[0], []
     for kind, trials in (("xor", 100), ("mnist", 20), ("cifar", 20)):
         inside, standard = [], []
         for seed in range(1000 + first, 1000 + first + trials):
-            estimate, test = one_interval(kind, seed)
+            estimate, test = _one_interval(kind, seed)
             inside.append(bool(estimate.lower <= test <= estimate.upper))
             standard.append(float(estimate.value - test) / float(estimate.upper - estimate.lower))
         row = {"data": kind, "trials": trials, "covered": fmean(inside)}
         # In standard errors of the estimate, of which the interval has two times 1.645.
         row |= {"bias": 3.29 * fmean(standard), "spread": 3.29 * pstdev(standard)}
         rows.append(row)
-        show(row)
+        _show(row)
     print("the 90 % interval of the error covers the test error in about 90 % of XOR's trials")
     # Four standard errors of a frequency of 0.9 in 100 trials are 0.12.
     return rows, abs(rows[0]["covered"] - 0.9) <= 0.12
 
 
-def one_interval(kind, seed):
+def _one_interval(kind, seed):
     if kind == "xor":
-        split, width, activation = xor_split(XOR[0], seed, 50_000), 8, "gelu"
+        split, width, activation = _xor_split(XOR[0], seed, 50_000), 8, "gelu"
         noise = dd.NoiseModel.isotropic(split.train_inputs)
     else:
         num_train, width = {"mnist": (2000, 64), "cifar": (1000, 32)}[kind]
-        split, activation = feature_split(kind, num_train, seed)
+        split, activation = _feature_split(kind, num_train, seed)
         noise = dd.NoiseModel.fit(split.train_inputs, split.train_components, bins=12)
-    model = start(split, width, activation, 0.5 if kind == "xor" else 1.0, seed)
-    optimizer, test, _, _ = auto(model, split, noise, 100 if kind == "xor" else 60)
+    model = _start(split, width, activation, 0.5 if kind == "xor" else 1.0, seed)
+    optimizer, test, _, _ = _auto(model, split, noise, 100 if kind == "xor" else 60)
     errors = optimizer.estimate(
         [(split.train_inputs, split.train_targets)],
         lambda batch: (model(batch[0]).argmax(1) != batch[1]).float(),
@@ -218,12 +220,12 @@ def one_interval(kind, seed):
     return errors, test
 
 
-def show(row):
+def _show(row):
     cells = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
     print("  ".join(cells), flush=True)
 
 
-def main():
+def _main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["xor", "features", "coverage"])
     parser.add_argument("--seed", type=int, default=0, help="first of the seeds")
@@ -231,7 +233,7 @@ def main():
     parser.add_argument("--json", type=Path, help="where to write the figures")
     given = parser.parse_args()
     seeds = range(given.seed, given.seed + given.seeds)
-    run = {"xor": run_xor, "features": run_features, "coverage": run_coverage}[given.what]
+    run = {"xor": _run_xor, "features": _run_features, "coverage": _run_coverage}[given.what]
     rows, met = run(seeds)
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -239,4 +241,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -22,6 +22,7 @@ from dd.functional import at_least_single
 from dd.head import row_products
 from dd.line_parts import Part, Responses
 from dd.line_search import Point
+from dd.product_cache import require_all_again
 from dd.replay import Rewind, forward_replaced
 from dd.training_forward import full_precision
 
@@ -64,26 +65,12 @@ class Trial:
         if not layer.training:
             return self._ordinary(input)
         with full_precision(input):
-            self._require_all(input)
+            require_all_again(self._attachment, input)
             output = _combined(self._of_layer, self._responses.layer)
             if self._responses.bias_shadow:
                 output = output + _combined(self._of_head, self._responses.bias_shadow)
             output = output if layer.bias is None else output + layer.bias
             return output.to(self._dtype)
-
-    def _require_all(self, inputs: Tensor) -> None:
-        samples, noise = self._attachment.samples, self._attachment.given_noise
-        cause = None
-        try:
-            if samples.place(inputs, noise, binds=False).index is None:
-                return
-        except RuntimeError as error:
-            cause = error
-        raise RuntimeError(
-            "DecoupledDescent: a later call of the closure trained on other samples than the "
-            'first; with lr="auto" every call computes the loss of all training samples, as they '
-            "were first seen. Give lr a number for mini-batches."
-        ) from cause
 
     def at_layer(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Leave the output of the decoupled layer as it is: it is corrected."""

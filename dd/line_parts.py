@@ -28,11 +28,14 @@ class Maps:
     def of(cls, curvature: Tensor) -> "Maps":
         """The maps of a curvature H, shape (k, k), symmetric; zero where it is zero."""
         # Of 8-byte numbers, and on the CPU, where small eigenproblems are fastest.
-        values, vectors = torch.linalg.eigh(curvature.double().cpu())
+        drift = curvature.double().cpu()
+        # The inverse of a tiny curvature would overflow.
+        drift = (drift / drift.abs().max()).nan_to_num(0.0)
+        values, vectors = torch.linalg.eigh(drift)
         sizes = values.abs()
-        inverse = (vectors / sizes.clamp_min(_FLOOR * sizes.max())) @ vectors.mT
-        inverse = inverse.nan_to_num(0.0).to(curvature)
-        return cls(*(normalize(one.flatten(), dim=0).view_as(one) for one in (curvature, inverse)))
+        inverses = (1 / sizes.clamp_min(_FLOOR * sizes.max())).nan_to_num(posinf=0.0)
+        maps = (drift, (vectors * inverses) @ vectors.mT)
+        return cls(*(normalize(one.flatten(), dim=0).view_as(one).to(curvature) for one in maps))
 
     def at(self, point: Point) -> tuple[Tensor, Tensor]:
         """A and B at a point, each (k, k)."""

@@ -127,16 +127,18 @@ class LineSearch:
         # Weights that many rotations led to were renewed on the way; informed ones are the user's.
         if rotations == 1 and renewals < _RENEWALS:
             memory["renewals"] = renewals + 1
-            return self._renewed(family)
+            loss, point = self._renewed(family)
+            if loss < math.inf:
+                return point
         memory["searching"] = 1.0
-        return self._lowest(family, STILL, [0, 1, 2, 3, 4])
+        return self._lowest(family, STILL, [0, 1, 2, 3, 4])[1]
 
-    def _renewed(self, family: Family) -> Point:
+    def _renewed(self, family: Family) -> tuple[float, Point]:
         away = (1 - _KEPT) * _layer_units(family)[1].item()
         return self._lowest(family, Point(_KEPT, away, 0.0, 0.0, 0.0), [1, 3, 4])
 
-    def _lowest(self, family: Family, start: Point, moving: list[int]) -> Point:
-        """The lowest point found from a start, along some of the coordinates."""
+    def _lowest(self, family: Family, start: Point, moving: list[int]) -> tuple[float, Point]:
+        """The lowest loss found from a start, along some of the coordinates, and where."""
         head = torch.tensor([_head_unit(family)], dtype=torch.float64)
         units = torch.cat([_layer_units(family), head])
         fixed = start.vector
@@ -151,8 +153,8 @@ class LineSearch:
         # Going up the gradient would fit the noise of the samples that the correction leaves.
         floors = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, 0.0], dtype=torch.float64)
         origin = (fixed / units).nan_to_num(0.0, 0.0, 0.0)[moving]
-        found = minimise(scaled, origin, floors[moving], evaluations=self._evaluations)
-        return Point.of(at(found))
+        loss, found = minimise(scaled, origin, floors[moving], evaluations=self._evaluations)
+        return loss, Point.of(at(found))
 
 
 def _is_informed(loss: float, constant: float, memory: dict[str, float]) -> bool:
@@ -182,7 +184,8 @@ def _turned(family: Family, constant: float, *, first: bool) -> Point:
         loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE)
         if loss < _INFORMED * constant:
             return point
-    return _rotation(family, _ANGLE, _SIZE)[1]
+    loss, point = _rotation(family, _ANGLE, _SIZE)
+    return point if loss < math.inf else STILL
 
 
 def _rotation(family: Family, angle: float, size: float) -> tuple[float, Point]:

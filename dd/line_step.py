@@ -62,7 +62,8 @@ class LineStep:
             What the first call of the closure returned.
 
         Raises:
-            ValueError: if the settings ask for more than plain gradient steps.
+            ValueError: if the settings ask for more than plain gradient steps, or the policy for
+                a point that is not finite.
             TypeError: if the closure does not return its loss.
             RuntimeError: if the closure does not do one forward and backward of all samples.
             FloatingPointError: if the loss or a gradient is not finite.
@@ -76,10 +77,8 @@ class LineStep:
         require_dense(self._moving)
         before = {parameter: dict(state) for parameter, state in self._store.state.items()}
         try:
-            self._rewind.take()
-            more = probed_again(self._attachment, self._first, closure, self._rewind, MORE_PROBES)
-            self._rewind.finish()
-            parts, maps = self._parts(more)
+            self._require_unedited()
+            parts, maps = self._parts(self._probed(closure))
             if self._stops and self._has_stopped(float(loss.detach()), outputs, parts):
                 return loss
             responses = self._responses(parts, maps, signal)
@@ -100,6 +99,30 @@ class LineStep:
             if self._stops:
                 stack.enter_context(outputs.watched(attachment.module))
             yield stack.enter_context(torch.enable_grad())
+
+    @torch.no_grad()
+    def _require_unedited(self) -> None:
+        """Check that gradients are as the backward pass left them.
+
+        Raises:
+            RuntimeError: if there are none, or they were edited.
+        """
+        ShadowStep(self._attachment, self._store, Watches(), 1.0).require_delivered()
+        with full_precision(self._attachment.weight):
+            edit = self._attachment.edit_scale(self._attachment.pushes())
+        if edit != 1.0:
+            raise RuntimeError(
+                f"DecoupledDescent: the closure multiplied its gradients by {edit:.4g}, as "
+                'clipping does; lr="auto" chooses the length of the step itself, from gradients as '
+                "loss.backward() leaves them"
+            )
+
+    def _probed(self, closure: Callable[[], Any]) -> list[Tensor]:
+        self._rewind.take()
+        try:
+            return probed_again(self._attachment, self._first, closure, self._rewind, MORE_PROBES)
+        finally:
+            self._rewind.finish()
 
     def _has_stopped(self, loss: float, outputs: Outputs, parts: list[Part]) -> bool:
         attachment, memory = self._attachment, dict(self._state.get(MEMORY, {}))
@@ -170,12 +193,6 @@ class LineStep:
             # The watches judge learning rates that were given.
             step = ShadowStep(attachment, self._store, Watches(), 1.0, more)
             updates = step.updates()
-            if step.edit != 1.0:
-                raise RuntimeError(
-                    f"DecoupledDescent: the closure multiplied its gradients by {step.edit:.4g}, "
-                    'as clipping does; lr="auto" chooses the length of the step itself, from '
-                    "gradients as loss.backward() leaves them"
-                )
             parts = [self._part(p, None, p, _descent(p)) for p in self._moving]
             for (owner, key), update in zip(attachment.shadowed, updates, strict=True):
                 parts.append(self._part(owner, key, update.tensor, -update.gradient))
@@ -212,6 +229,11 @@ class LineStep:
             point = self._policy.choose(family, memory)
         finally:
             family.restore()
+        if not point.is_finite:
+            raise ValueError(
+                f"DecoupledDescent: the policy {type(self._policy).__name__} must return a finite "
+                f"point, got {point}"
+            )
         return point, memory
 
     @torch.no_grad()

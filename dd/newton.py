@@ -1,6 +1,8 @@
 """Minimisation over a handful of numbers, by values and first derivatives."""
 
+import math
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def minimise(
     floors: Tensor,
     *,
     evaluations: int,
-) -> Tensor:
+) -> tuple[float, Tensor]:
     """Go down from a start by Newton steps in a trust region.
 
     The second derivatives are differences of first ones at the start and are kept up to date by
@@ -31,15 +33,18 @@ def minimise(
     curvature counts as positive, so that saddles are left.
 
     Args:
-        function: value and derivative, shape (m,), at a point; an infinite value is a wall.
-        start: shape (m,), in units of which one is a large step.
+        function: value and derivative, shape (m,), at a point; a wall where one is not finite.
+        start: shape (m,), in units of which one is a large step; raised to the floors.
         floors: lower bounds, shape (m,); -inf for none.
-        evaluations: of the function, at most; m + 1 of them at and around the start.
+        evaluations: of the function, at most, and at least m + 1, at and around the start.
 
     Returns:
-        The lowest point that was seen, the start among them.
+        The lowest value that was seen and its point; infinity and the start if that is a wall.
     """
-    state = _State(function, start, floors)
+    state = _State(function, torch.maximum(start, floors), floors)
+    if not state.value < torch.inf:
+        return state.lowest
+    state.look_around()
     radius = _FIRST_RADIUS
     for _ in range(evaluations - 1 - len(start)):
         step = state.newton_step()
@@ -55,50 +60,68 @@ def minimise(
             radius = 0.35 * min(length, radius)
         if radius < _SHORTEST_RADIUS:
             break
-    return state.point
+    return state.lowest
 
 
 class _State:
-    """The lowest point so far, and the quadratic model around it."""
+    """The present point, the quadratic model around it, and the lowest of all that were seen."""
 
     def __init__(self, function: Function, start: Tensor, floors: Tensor) -> None:
         self._function, self._floors = function, floors
-        self.point = start.clone()
-        self.value, self.derivative = function(start)
-        self._hessian = self._differences()
+        self.point = start
+        self.lowest = torch.inf, start
+        self.value, self.derivative = self._evaluate(start)
+        self._hessian = torch.eye(len(start), dtype=start.dtype)
 
-    def _differences(self) -> Tensor:
-        width = len(self.point)
+    def _evaluate(self, point: Tensor) -> tuple[float, Tensor]:
+        value, derivative = self._function(point)
+        if not (math.isfinite(value) and bool(derivative.isfinite().all())):
+            return torch.inf, torch.zeros_like(point)
+        if value < self.lowest[0]:
+            self.lowest = value, point
+        return value, derivative
+
+    def look_around(self) -> None:
+        """Take second derivatives."""
         rows = []
-        for direction in torch.eye(width, dtype=self.point.dtype):
-            value, derivative = self._function(self.point + _DIFFERENCE * direction)
-            wall = direction / _DIFFERENCE
-            finite = value < torch.inf
-            rows.append((derivative - self.derivative) / _DIFFERENCE if finite else wall)
+        for direction in torch.eye(len(self.point), dtype=self.point.dtype):
+            value, derivative = self._evaluate(self.point + _DIFFERENCE * direction)
+            row = (derivative - self.derivative) / _DIFFERENCE
+            usable = value < torch.inf and bool(row.isfinite().all())
+            rows.append(row if usable else direction / _DIFFERENCE)
         hessian = torch.stack(rows)
-        return (hessian + hessian.mT) / 2
+        self._hessian = (hessian + hessian.mT) / 2
 
     def newton_step(self) -> Tensor:
-        """The minimum of the model, without what would go below the floors."""
+        """The minimum of the model above the floors."""
         values, vectors = torch.linalg.eigh(self._hessian)
         sizes = values.abs()
         sizes = sizes.clamp_min(1e-3 * float(sizes.max()) + 1e-12)
         model = (vectors * sizes) @ vectors.mT
-        free = torch.ones(len(self.point), dtype=torch.bool)
-        while True:
-            step = torch.zeros_like(self.point)
-            if free.any():
-                inner = model[free][:, free]
-                step[free] = -torch.linalg.solve(inner, self.derivative[free])
-            blocked = (self.point <= self._floors) & (step < 0)
-            if not blocked.any():
-                return step
-            free &= ~blocked
+        lowest = self._floors - self.point
+        bounded = lowest.isfinite().nonzero().flatten().tolist()
+        # Going to the floors one by one may stop at the wrong ones; all choices are few.
+        choices = (c for size in range(len(bounded) + 1) for c in combinations(bounded, size))
+        steps = [self._step_to_floors(model, lowest, list(choice)) for choice in choices]
+        steps = [step for step in steps if bool((step >= lowest).all())]
+        still = torch.zeros_like(lowest)
+        return min([still, *steps], key=lambda s: float(s @ (self.derivative + model @ s / 2)))
+
+    def _step_to_floors(self, model: Tensor, lowest: Tensor, floored: list[int]) -> Tensor:
+        """The minimum of the model where some coordinates are at their floors."""
+        step = torch.zeros_like(lowest)
+        step[floored] = lowest[floored]
+        free = torch.ones(len(step), dtype=torch.bool)
+        free[floored] = False
+        if free.any():
+            slope = (self.derivative + model @ step)[free]
+            step[free] = -torch.linalg.solve(model[free][:, free], slope)
+        return step
 
     def try_step(self, step: Tensor) -> bool:
         """Move if that is lower; learn from it in any case."""
         point = torch.maximum(self.point + step, self._floors)
-        value, derivative = self._function(point)
+        value, derivative = self._evaluate(point)
         if not value < torch.inf:
             return False
         self._learn(point - self.point, derivative - self.derivative)

@@ -10,7 +10,7 @@ from torch._compile import _disable_dynamo
 from dd.attachment import UNTRACEABLE, Attachment
 from dd.functional import at_least_single
 
-__all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of"]
+__all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of", "require_all_again"]
 
 PRODUCT, MARK, AGE = "shadow_product", "shadow_product_mark", "shadow_product_age"
 
@@ -82,6 +82,7 @@ class FirstForward:
         layer = self._attachment.layer
         if not layer.training or not torch.is_grad_enabled():
             return self._ordinary(input)
+        require_all_again(self._attachment, input)
         assert self.product is not None
         assert self.dtype is not None
         output = self.product.clone().requires_grad_()
@@ -102,6 +103,26 @@ class FirstForward:
         placement = attachment.place(inputs, state, binds=True)
         whole = placement is not None and placement.index is None
         return product if whole and len(product) == len(inputs) else None
+
+
+def require_all_again(attachment: Attachment, inputs: Tensor) -> None:
+    """Check that a later call of a closure trains on what the first one did.
+
+    Raises:
+        RuntimeError: if the inputs are not all samples in their order.
+    """
+    samples, noise = attachment.samples, attachment.given_noise
+    cause = None
+    try:
+        if samples.place(inputs, noise, binds=False).index is None:
+            return
+    except RuntimeError as error:
+        cause = error
+    raise RuntimeError(
+        "DecoupledDescent: a later call of the closure trained on other samples than the "
+        'first; with lr="auto" every call computes the loss of all training samples, as they '
+        "were first seen. Give lr a number for mini-batches."
+    ) from cause
 
 
 class _Product(torch.autograd.Function):

@@ -26,12 +26,9 @@ class ShadowStep:
         more_curvatures: further estimates of H, each (k, k), to average with the step's own.
 
     Attributes:
-        edit: by which scale the gradients were edited since the backward pass, as found by
-            :meth:`updates`.
-        layer_curvature: H, shape (k, k), likewise.
+        layer_curvature: H, shape (k, k), as found by :meth:`updates`.
     """
 
-    edit = 1.0
     layer_curvature: Tensor
 
     def __init__(
@@ -58,15 +55,10 @@ class ShadowStep:
         if not attachment.pending:
             self._check_idle()
             return self._idle()
-        if any(c.gradient is None for c in attachment.pending) or attachment.weight.grad is None:
-            raise RuntimeError(
-                "DecoupledDescent: step() before loss.backward(): a training forward has no "
-                f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
-                "forward, or optimizer.drop_forward() to give it up."
-            )
+        self.require_delivered()
         self._check_finite()
         pushes = attachment.pushes()
-        edit = self.edit = attachment.edit_scale(pushes)
+        edit = attachment.edit_scale(pushes)
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
         curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
@@ -82,6 +74,20 @@ class ShadowStep:
         attachment.drop()
         attachment.samples.finish()
         return updates
+
+    def require_delivered(self) -> None:
+        """Check that the pending forwards have their gradients.
+
+        Raises:
+            RuntimeError: if one lacks its own.
+        """
+        attachment = self._attachment
+        if any(c.gradient is None for c in attachment.pending) or attachment.weight.grad is None:
+            raise RuntimeError(
+                "DecoupledDescent: step() before loss.backward(): a training forward has no "
+                f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
+                "forward, or optimizer.drop_forward() to give it up."
+            )
 
     def _shared_curvature(self, pushes: Pushes, edit: float, scale: float) -> Tensor | None:
         attachment, shared = self._attachment, self._attachment.shared

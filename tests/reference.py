@@ -440,45 +440,74 @@ class LineState(NamedTuple):
     shared: Tensor
 
 
+class LinePoint(NamedTuple):
+    """Coordinates of the linear family, in the order of its derivatives."""
+
+    a: float
+    s: float
+    r: float
+    q: float
+    t: float
+
+
+def line_maps(curvature: Tensor, point: LinePoint) -> tuple[Tensor, Tensor]:
+    """A = aI + rP and B = sI + qP⁺ of a curvature H, each (k, k).
+
+    P is H over its norm. P⁺ is the inverse of |H| over its own, where singular values below 3 % of
+    the largest count as that much.
+    """
+    _, sizes, units = torch.linalg.svd(curvature)
+    inverse = torch.zeros_like(curvature)
+    for size, unit in zip(sizes, units, strict=True):
+        inverse += torch.outer(unit, unit) / max(float(size), 0.03 * float(sizes[0]))
+    drift = curvature / curvature.square().sum().sqrt()
+    newton = inverse / inverse.square().sum().sqrt()
+    identity = torch.eye(len(curvature)).double()
+    return point.a * identity + point.r * drift, point.s * identity + point.q * newton
+
+
 def line_moved(
-    state: LineState,
-    directions: Sequence[LineState],
-    a: float,
-    s: Sequence[float],
-    t: Sequence[float],
-    along: int,
-) -> tuple[LineState, LineState]:
-    """Where a point (a, s, t) of the linear family leads, and the displacement without shrinkage.
+    state: LineState, descent: LineState, curvature: Tensor, point: LinePoint, along: int
+) -> LineState:
+    """Where a point of the linear family leads, equation (5).
 
     Args:
         state: the present state.
-        directions: one for each number of s and of t.
-        a: what is left of what belongs to W.
-        s: steps of W, Q and Ω.
-        t: steps of θ, A and the bias column of Ω.
+        descent: what a gradient step of rate 1 moves along.
+        curvature: H, shape (k, k).
+        point: W, Q and the displacements of W go by its maps; θ and those of θ by its t.
         along: number of directions of the component means, m.
     """
-    k, width = state.weight.shape[1], state.shared.shape[1]
-    belongs_to_weight = torch.zeros(width).double()
-    if width:
-        belongs_to_weight[: k * (along + 1)] = torch.tensor(([1.0] * along + [0.0]) * k).double()
-    weight, shadow, shared = (torch.zeros_like(state[i]) for i in (0, 1, 3))
-    head = [torch.zeros_like(part) for part in state.head]
-    for direction, of_weight, of_head in zip(directions, s, t, strict=True):
-        weight += of_weight * direction.weight
-        shadow += of_weight * direction.shadow
-        step = of_weight * belongs_to_weight + of_head * (1 - belongs_to_weight)
-        shared += step * direction.shared
-        for total, part in zip(head, direction.head, strict=True):
-            total += of_head * part
-    kept = a * belongs_to_weight + (1 - belongs_to_weight)
-    moved = LineState(
-        a * state.weight + weight,
-        a * state.shadow + shadow,
-        Head(*(part + step for part, step in zip(state.head, head, strict=True))),
-        kept * state.shared + shared,
+    kept, moved = line_maps(curvature, point)
+    shared = state.shared + point.t * descent.shared
+    k = state.weight.shape[1]
+    for i in range(len(shared) if shared.shape[1] else 0):
+        omega = state.shared[i, : k * (along + 1)].reshape(k, along + 1)
+        change = descent.shared[i, : k * (along + 1)].reshape(k, along + 1)
+        here = shared[i, : k * (along + 1)].reshape(k, along + 1).clone()
+        here[:, :along] = kept.T @ omega[:, :along] + moved.T @ change[:, :along]
+        shared[i, : k * (along + 1)] = here.flatten()
+    head = (part + point.t * step for part, step in zip(state.head, descent.head, strict=True))
+    return LineState(
+        state.weight @ kept + descent.weight @ moved,
+        torch.stack([q @ kept for q in state.shadow])
+        + torch.stack([q @ moved for q in descent.shadow]),
+        Head(*head),
+        shared,
     )
-    return moved, LineState(weight, shadow, Head(*head), shared)
+
+
+def line_rows(inputs: Tensor, state: LineState, means: Tensor) -> Tensor:
+    """What W and its displacements make of the inputs, shape (n, k): R without its bias."""
+    k, along = state.weight.shape[1], means.shape[1]
+    rows = inputs @ state.weight
+    for shadow in state.shadow:
+        rows = rows + shadow
+    if state.shared.shape[1]:
+        for i, x in enumerate(inputs):
+            omega = state.shared[i, : k * (along + 1)].reshape(k, along + 1)
+            rows[i] += omega[:, :along] @ (means.T @ x)
+    return rows
 
 
 def line_sample(
@@ -528,8 +557,8 @@ def line_descent(
     multiplicities: Sequence[int],
     means: Tensor,
     curvature: Tensor | None = None,
-) -> LineState:
-    """What a gradient step of rate 1 moves along, equations (3) and (4).
+) -> tuple[LineState, Tensor]:
+    """What a gradient step of rate 1 moves along, equations (3) and (4), and H, shape (k, k).
 
     Args:
         inputs: X, shape (n, d), float64.
@@ -572,7 +601,7 @@ def line_descent(
             shadow[b, i] -= value * state.shadow[b, i] @ hessian
     for i in range(n):
         pushes[i] -= of_shared @ state.shared[i]
-    return LineState(weight, shadow, Head(*head), pushes)
+    return LineState(weight, shadow, Head(*head), pushes), hessian
 
 
 def stein_of(preactivations: Tensor, gradients: Tensor, labels: Tensor, ridge: float) -> Tensor:
