@@ -9,6 +9,7 @@ from torch._compile import _disable_dynamo
 
 from dd.attachment import UNTRACEABLE, Attachment
 from dd.functional import at_least_single
+from dd.training_forward import full_precision
 
 __all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of", "require_all_again"]
 
@@ -82,12 +83,13 @@ class FirstForward:
         layer = self._attachment.layer
         if not layer.training or not torch.is_grad_enabled():
             return self._ordinary(input)
-        require_all_again(self._attachment, input)
         assert self.product is not None
         assert self.dtype is not None
-        output = self.product.clone().requires_grad_()
-        output = output if layer.bias is None else output + layer.bias
-        return output.to(self.dtype)
+        with full_precision(input):
+            require_all_again(self._attachment, input)
+            output = self.product.clone().requires_grad_()
+            output = output if layer.bias is None else output + layer.bias
+            return output.to(self.dtype)
 
     def _kept(self, inputs: Tensor) -> Tensor | None:
         attachment, state = self._attachment, self._state
