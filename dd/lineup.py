@@ -12,7 +12,8 @@ __all__ = ["AUTO", "known_optimizers", "lined_up", "takes_auto_rate"]
 
 AUTO = "auto"
 
-_REASON = "it chooses every step on the loss of all training samples, which does not go with"
+_WHOLE = "it chooses every step on the loss of all training samples"
+_PROBES = (AUTO, "probe")
 
 
 def known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
@@ -39,32 +40,43 @@ def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]
         processes: that share the samples of every update.
 
     Returns:
-        A copy whose ``optimizers`` is a list, and a sentence on those that were left out, if any.
+        A copy whose ``optimizers`` is a list, and a sentence on each that was left out.
 
     Raises:
         ValueError: if an optimizer was asked for by name that cannot be trained.
     """
-    obstacle = _obstacle(config, processes)
     known = known_optimizers(config)
-    unable = [name for name in known if obstacle and known[name].get("lr") == AUTO]
     everything = config.optimizers == AUTO
-    names = list(known) if everything else list(config.optimizers)
-    for name in unable:
-        if name in names and not (everything and name != config.optimizer.name):
-            able = ",".join(each for each in names if each not in unable) or "dd"
+    names, left_out = [], []
+    for name in known if everything else config.optimizers:
+        obstacle = _obstacle(config, known[name], processes)
+        if obstacle is None:
+            names.append(name)
+        elif everything and name != config.optimizer.name:
+            left_out.append(f"{name} was left out: {obstacle}")
+        else:
             raise ValueError(
-                f"optimizer {name} cannot be trained with {obstacle}: its lr=auto chooses every "
-                "step on the loss of all training samples, in one process. Use "
-                f"data.batch_size=null and one process, or optimizers=[{able}] without {name}"
+                f"optimizer {name} cannot be trained: {obstacle}; or train others, such as "
+                "optimizer=dd optimizers=[gd,dd]"
             )
     copy = config.copy()
-    copy.optimizers = [name for name in names if name not in unable]
-    left_out = [name for name in names if name in unable]
-    return copy, [f"{name} was left out: {_REASON} {obstacle}" for name in left_out]
+    copy.optimizers = names
+    return copy, left_out
 
 
-def _obstacle(config: DictConfig, processes: int) -> str | None:
-    """What an optimizer that chooses its own steps cannot be trained with."""
-    if config.data.get("batch_size") is not None:
-        return f"data.batch_size={config.data.batch_size}"
-    return f"{processes} processes" if processes > 1 else None
+def _obstacle(config: DictConfig, settings: DictConfig, processes: int) -> str | None:
+    """Why an optimizer that chooses its own steps cannot be trained, and how it could."""
+    if settings.get("lr") != AUTO:
+        return None
+    batch_size = config.data.get("batch_size")
+    if batch_size is not None:
+        return f"{_WHOLE}; data.batch_size={batch_size} should be null"
+    if processes > 1:
+        return f"{_WHOLE} in one process; there are {processes}"
+    if config.model.get("activation") == "silu" and settings.get("curvature") in _PROBES:
+        return (
+            "its probe of the curvature needs forward-mode derivatives, which torch lacks for "
+            f"model.activation=silu; available.{settings.name}.curvature=probe_create_graph does "
+            "without"
+        )
+    return None

@@ -886,7 +886,7 @@ def test_experiment_trains_on_features_of_images(tmp_path):
     experiment = Experiment(config, tmp_path / "run")
     experiment.run()
     assert experiment.failures == []
-    assert {r.optimizer for r in experiment.history.records} == {"gd", "dd"}
+    assert {r.optimizer for r in experiment.history.records} == {"gd", "dd", "dd_auto"}
     # Another seed draws another subset and other random weights.
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
