@@ -133,6 +133,7 @@ def test_summary_of_known_curves():
     ]
     assert summarise(records) == pytest.approx(
         {
+            "steps": 15,
             "final_train_error": 0.35,
             "final_test_error": 0.40,
             "final_train_loss": 0.6,
