@@ -7,6 +7,7 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 from dd.audit import ComponentWarning
 from dd.components import find_components
 from dd.divergence import DivergenceWarning
+from dd.estimate import Estimate
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
@@ -19,6 +20,7 @@ __all__ = [
     "ComponentWarning",
     "DecoupledDescent",
     "DivergenceWarning",
+    "Estimate",
     "NoiseModel",
     "StrainWarning",
     "find_components",

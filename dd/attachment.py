@@ -120,6 +120,7 @@ class Attachment:
         shared: the parameters that all samples share, where they are corrected too.
         now: the samples of the latest training forward.
         trial: what stands in for the training forward while a step is searched for.
+        repeats: how often the latest forward was run before with other probes.
         rows_seen: rows that training forwards have brought, for whoever counts them.
 
     Raises:
@@ -150,6 +151,7 @@ class Attachment:
         self.now: Placement | None = None
         self.rows_seen = 0
         self.trial: Trial | None = None
+        self.repeats = 0
         self._process_group = process_group
         self._number_alike: bool | None = None
         self._ranks: Ranks | None = None

@@ -61,12 +61,14 @@ class Curvature(ABC):
     Attributes:
         forward_mode: whether the forward pass must carry the observed probe as a tangent.
         second_order: whether the gradient must be part of a graph.
+        draws: whether it draws a probe in every forward.
         pooled_rows: how many rows a unit the moments of small batches are pooled to, over steps.
         num_components: means that the moments are centred by.
     """
 
     forward_mode: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     pooled_rows: ClassVar[int] = 0
     num_components: int = 0
 
@@ -179,7 +181,7 @@ class _SecondDerivative(Curvature):
 class Probe(_SecondDerivative):
     """One Rademacher curvature-vector product by forward-over-reverse differentiation."""
 
-    forward_mode = True
+    forward_mode = draws = True
     # More would lag behind, fewer leave the noise of the probe: each biases the shadows.
     pooled_rows = 16
 

@@ -78,6 +78,7 @@ class Policy(Protocol):
         Args:
             family: where the step may lead.
             memory: what the policy keeps from step to step; saved with the optimizer's state.
+                ``"searching"`` tells that from now on every step goes down.
         """
 
 
@@ -127,6 +128,7 @@ class LineSearch:
         if rotations == 1 and renewals < _RENEWALS:
             memory["renewals"] = renewals + 1
             return self._renewed(family)
+        memory["searching"] = 1.0
         return self._lowest(family, STILL, [0, 1, 2, 3, 4])
 
     def _renewed(self, family: Family) -> Point:

@@ -13,6 +13,7 @@ __all__ = [
     "require_dense",
     "require_loss",
     "require_plain_rule",
+    "stops_itself",
     "without_rates",
 ]
 
@@ -49,6 +50,27 @@ def is_auto(lr: Any) -> bool:
     if isinstance(lr, str) and lr != "auto":
         raise ValueError(f'DecoupledDescent: lr must be a number or "auto", got {lr!r}')
     return isinstance(lr, str)
+
+
+def stops_itself(stop: Any, *, searching: bool) -> bool:
+    """Whether training stops by itself.
+
+    Args:
+        stop: as given to the constructor.
+        searching: whether the learning rate is ``"auto"``.
+
+    Raises:
+        ValueError: if it is neither None nor "auto", or "auto" with a learning rate.
+    """
+    if stop not in (None, "auto"):
+        raise ValueError(f'DecoupledDescent: stop must be None or "auto", got {stop!r}')
+    if stop is not None and not searching:
+        raise ValueError(
+            'DecoupledDescent: stop="auto" needs lr="auto", whose steps go down from a known point '
+            "on; with a rate the loss may rest on a plateau and fall again. Choose the step of the "
+            'lowest training error afterwards, or use lr="auto"'
+        )
+    return stop is not None
 
 
 def require_plain_rule(settings: Mapping[str, Any]) -> None:

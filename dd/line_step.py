@@ -1,21 +1,25 @@
 """One step of ``lr="auto"``: where it may lead, where the policy sends it, and the move."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dd.attachment import Attachment
+from dd.best_state import BestState
 from dd.capture import Capture
 from dd.functional import at_least_single
 from dd.line_family import LineFamily
 from dd.line_parts import Maps, Part, Responses, responses_of
 from dd.line_search import Point, Policy
 from dd.line_settings import require_dense, require_loss, require_plain_rule
+from dd.more_probes import probed_again
 from dd.product_cache import PRODUCT, FirstForward, keep_product
 from dd.replay import Rewind, forward_replaced
 from dd.shadow_step import ShadowStep
+from dd.stopping import Outputs, StopRule
 from dd.store import Store
 from dd.training_forward import full_precision
 from dd.watches import Watches
@@ -23,6 +27,9 @@ from dd.watches import Watches
 __all__ = ["LineStep"]
 
 MEMORY = "shadow_memory"
+
+# Probes of a step beside its own.
+MORE_PROBES = 3
 
 
 class LineStep:
@@ -32,10 +39,14 @@ class LineStep:
         attachment: without pending training forwards.
         store: the optimizer's state.
         policy: chooses the point.
+        stops: whether training stops by itself.
     """
 
-    def __init__(self, attachment: Attachment, store: Store, policy: Policy) -> None:
+    def __init__(
+        self, attachment: Attachment, store: Store, policy: Policy, *, stops: bool
+    ) -> None:
         self._attachment, self._store, self._policy = attachment, store, policy
+        self._stops = stops
         parameters = [p for group in store.groups for p in group["params"]]
         self._moving = [p for p in parameters if p.requires_grad]
         self._state = store.of(attachment.weight)
@@ -44,6 +55,8 @@ class LineStep:
 
     def __call__(self, closure: Callable[[], Any]) -> Any:
         """Call the closure, choose a point and move there; or leave everything as it was.
+
+        Where training stops, go back to the best state instead.
 
         Returns:
             What the first call of the closure returned.
@@ -55,14 +68,20 @@ class LineStep:
             FloatingPointError: if the loss or a gradient is not finite.
         """
         self._require_possible()
-        with forward_replaced(self._attachment.layer, self._first.forward), torch.enable_grad():
+        outputs = Outputs()
+        with self._first_call(outputs):
             loss = closure()
         require_loss(loss)
         signal = self._only_forward().signal
         require_dense(self._moving)
         before = {parameter: dict(state) for parameter, state in self._store.state.items()}
         try:
-            parts, maps = self._parts()
+            self._rewind.take()
+            more = probed_again(self._attachment, self._first, closure, self._rewind, MORE_PROBES)
+            self._rewind.finish()
+            parts, maps = self._parts(more)
+            if self._stops and self._has_stopped(float(loss.detach()), outputs, parts):
+                return loss
             responses = self._responses(parts, maps, signal)
             point, memory = self._chosen(closure, parts, responses, float(loss.detach()))
         except BaseException:
@@ -72,6 +91,30 @@ class LineStep:
         self._state[MEMORY] = memory
         self._move(parts, maps, point)
         return loss
+
+    @contextmanager
+    def _first_call(self, outputs: Outputs) -> Iterator[None]:
+        attachment = self._attachment
+        with ExitStack() as stack:
+            stack.enter_context(forward_replaced(attachment.layer, self._first.forward))
+            if self._stops:
+                stack.enter_context(outputs.watched(attachment.module))
+            yield stack.enter_context(torch.enable_grad())
+
+    def _has_stopped(self, loss: float, outputs: Outputs, parts: list[Part]) -> bool:
+        attachment, memory = self._attachment, dict(self._state.get(MEMORY, {}))
+        assert attachment.samples.count is not None
+        outputs.require(attachment.samples.count)
+        rule = StopRule(self._state, memory)
+        is_best = rule.look(loss, outputs, searching=bool(memory.get("searching")))
+        self._state[MEMORY] = memory
+        best = BestState(self._store, attachment.module, attachment.weight)
+        if is_best:
+            best.keep(parts)
+        if rule.stopped:
+            best.restore()
+            attachment.remember_weight(self._state)
+        return rule.stopped
 
     def _require_possible(self) -> None:
         """Check what can be known before the closure is called.
@@ -113,8 +156,11 @@ class LineStep:
         return pending[0]
 
     @torch.no_grad()
-    def _parts(self) -> tuple[list[Part], Maps]:
+    def _parts(self, more: list[Tensor]) -> tuple[list[Part], Maps]:
         """Everything that moves, where to, and the maps of the hidden units.
+
+        Args:
+            more: further estimates of the curvature.
 
         Raises:
             RuntimeError: if gradients were edited.
@@ -122,7 +168,7 @@ class LineStep:
         attachment = self._attachment
         with full_precision(attachment.weight):
             # The watches judge learning rates that were given.
-            step = ShadowStep(attachment, self._store, Watches(), 1.0)
+            step = ShadowStep(attachment, self._store, Watches(), 1.0, more)
             updates = step.updates()
             if step.edit != 1.0:
                 raise RuntimeError(
@@ -160,7 +206,6 @@ class LineStep:
     ) -> tuple[Point, dict[str, float]]:
         attachment, dtype = self._attachment, self._first.dtype
         assert dtype is not None
-        self._rewind.take()
         family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype)
         memory = dict(self._state.get(MEMORY, {}))
         try:

@@ -11,11 +11,20 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment
+from dd.best_state import BestState
 from dd.curvature import check_name
+from dd.estimate import Estimate
+from dd.evaluation import corrected_estimate, corrected_mean
 from dd.line_family import Trial
 from dd.line_search import LineSearch, Policy
-from dd.line_settings import is_auto, require_closure, require_plain_rule, without_rates
-from dd.line_step import LineStep
+from dd.line_settings import (
+    is_auto,
+    require_closure,
+    require_plain_rule,
+    stops_itself,
+    without_rates,
+)
+from dd.line_step import MEMORY, LineStep
 from dd.loaders import tracked
 from dd.noise import NoiseModel
 from dd.shadow_step import ShadowStep
@@ -27,7 +36,7 @@ from dd.watches import Watches
 __all__ = ["DecoupledDescent"]
 
 _RATE_ROUNDING = 1e-12
-_SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed")
+_SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed", "_stops")
 
 
 class DecoupledDescent(torch.optim.SGD):
@@ -71,6 +80,10 @@ class DecoupledDescent(torch.optim.SGD):
         seed: of the curvature probes; the global generators are left alone.
         decoupled_weight_decay: shrink the parameters by lr · weight_decay themselves, outside of
             momentum (Loshchilov and Hutter 2019), instead of adding the decay to the gradient.
+        stop: ``"auto"``, with ``lr="auto"``: once the training loss, an estimate of the test loss,
+            has not improved by two of its own standard errors in five steps, the weights of
+            the lowest one are put back, and further steps leave them alone. Keeps a copy of
+            weights and shadows.
         process_group: processes that share one training run, each with its own samples; by default
             that of a ``DistributedDataParallel`` module, else the default group where
             ``torch.distributed`` is initialised. False: this process trains alone.
@@ -100,6 +113,7 @@ class DecoupledDescent(torch.optim.SGD):
         head: bool | nn.Module | str = False,
         seed: int = 0,
         decoupled_weight_decay: bool = False,
+        stop: str | None = None,
         process_group: Any = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -110,6 +124,7 @@ class DecoupledDescent(torch.optim.SGD):
         self._attachment: Attachment | None = None
         self._watches = Watches()
         self._policy: Policy | None = LineSearch() if is_auto(lr) else None
+        self._stops = stops_itself(stop, searching=self._policy is not None)
         if isinstance(lr, str):
             lr = 0.0
         _check_rate(lr)
@@ -182,6 +197,12 @@ class DecoupledDescent(torch.optim.SGD):
             return None
         self._flush()
         return self.state[layer.weight].get("shadow")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ``stop="auto"`` has ended training; steps change nothing any more."""
+        state = {} if self.layer is None else self.state[self.layer.weight]
+        return bool(state.get(MEMORY, {}).get("stopped"))
 
     @property
     def needs_graph(self) -> bool:
@@ -311,23 +332,53 @@ class DecoupledDescent(torch.optim.SGD):
             ValueError: if unattached, or there are no batches.
             RuntimeError: if a batch did not pass through the decoupled layer.
         """
-        attachment = self._required("evaluate()")
-        total, rows = torch.zeros(()), 0.0
-        with attachment.corrected_in_eval_mode(), attachment.samples.apart():
-            for batch in batches:
-                attachment.rows_seen = 0
-                value = loss(batch)
-                if attachment.rows_seen == 0:
-                    raise RuntimeError(
-                        f"DecoupledDescent: a batch did not pass through layer {attachment.name!r} "
-                        "in evaluate(); let loss(batch) run the model"
-                    )
-                total = total + attachment.rows_seen * value.detach()
-                rows += attachment.rows_seen
-        if rows == 0:
-            raise ValueError("DecoupledDescent: evaluate() got no batches")
-        ranks = attachment.ranks
-        return ranks.sum(total) / ranks.sum(torch.as_tensor(rows, device=total.device))
+        return corrected_mean(self._required("evaluate()"), batches, loss)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def estimate(
+        self,
+        batches: Iterable[Any],
+        losses: Callable[[Any], Tensor],
+        confidence: float = 0.9,
+    ) -> Estimate:
+        """Estimate of the test loss from training samples, with a confidence interval.
+
+        As :meth:`evaluate`, but from the loss of every sample.
+
+        Args:
+            batches: training samples, such as the loader used in training; each sample once.
+            losses: takes a batch, runs the model on it once, and returns the loss of each of its
+                samples, shape (m,), or several figures of each, such as loss and error, shape
+                (m, j).
+            confidence: probability that the interval is meant to hold the test loss with.
+
+        Raises:
+            ValueError: if unattached, there are not at least two samples, ``losses`` does not
+                return a row a sample, or the confidence is out of range.
+            RuntimeError: if a batch did not pass through the decoupled layer.
+        """
+        return corrected_estimate(self._required("estimate()"), batches, losses, confidence)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Go back to the weights of the lowest training loss that ``stop="auto"`` has seen.
+
+        For training that ends before it stops by itself.
+
+        Raises:
+            RuntimeError: if there are none: ``stop`` is not ``"auto"``, or no step was made.
+        """
+        attachment = self._required("restore_best()")
+        best = BestState(self._store(), attachment.module, attachment.weight)
+        if not best.restore():
+            raise RuntimeError(
+                "DecoupledDescent: restore_best() found no best weights; they are kept by "
+                'lr="auto", stop="auto", from the first step on'
+            )
+        attachment.remember_weight(self.state[attachment.weight])
+        self.drop_forward()
 
     @_disable_dynamo
     def drop_forward(self) -> None:
@@ -409,7 +460,8 @@ class DecoupledDescent(torch.optim.SGD):
         state = dict(state)
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
-            self._attachment, self._watches, self._policy = None, Watches(), None
+            self._attachment, self._watches = None, Watches()
+            self._policy, self._stops = None, False
             vars(self).update(settings)
         super().__setstate__(state)
         for group in self.param_groups:
@@ -472,7 +524,12 @@ class DecoupledDescent(torch.optim.SGD):
         refuse_capture("step()")
         assert closure is not None
         try:
-            return LineStep(attachment, self._store(), policy)(closure)
+            if self.stopped:
+                with torch.enable_grad():
+                    loss = closure()
+                self.drop_forward()
+                return loss
+            return LineStep(attachment, self._store(), policy, stops=self._stops)(closure)
         except BaseException:
             self.drop_forward()
             raise

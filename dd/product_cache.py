@@ -71,6 +71,23 @@ class FirstForward:
         self.inputs, self.dtype = input.detach(), output.dtype
         return output
 
+    def again(self, input: Tensor) -> Tensor:
+        """Return what :meth:`forward` returned, as a function of the bias alone."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
+        return self._again(input)
+
+    @_disable_dynamo
+    def _again(self, input: Tensor) -> Tensor:
+        layer = self._attachment.layer
+        if not layer.training or not torch.is_grad_enabled():
+            return self._ordinary(input)
+        assert self.product is not None
+        assert self.dtype is not None
+        output = self.product.clone().requires_grad_()
+        output = output if layer.bias is None else output + layer.bias
+        return output.to(self.dtype)
+
     def _kept(self, inputs: Tensor) -> Tensor | None:
         attachment, state = self._attachment, self._state
         product: Tensor | None = state.get(PRODUCT)

@@ -1,5 +1,7 @@
 """How all shadows move in one step."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class ShadowStep:
         store: the optimizer's state.
         watches: see the steps on all samples.
         damping: ρ.
+        more_curvatures: further estimates of H, each (k, k), to average with the step's own.
 
     Attributes:
         edit: by which scale the gradients were edited since the backward pass, as found by
@@ -32,10 +35,16 @@ class ShadowStep:
     layer_curvature: Tensor
 
     def __init__(
-        self, attachment: Attachment, store: Store, watches: Watches, damping: float
+        self,
+        attachment: Attachment,
+        store: Store,
+        watches: Watches,
+        damping: float,
+        more_curvatures: Sequence[Tensor] = (),
     ) -> None:
         self._attachment, self._store = attachment, store
         self._watches, self._damping = watches, damping
+        self._more_curvatures = more_curvatures
 
     def updates(self) -> list[ShadowUpdate]:
         """What is to be stepped beside the parameters; consumes the pending forwards.
@@ -61,6 +70,8 @@ class ShadowStep:
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
         curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
+        if self._more_curvatures:
+            curvature = torch.stack([curvature, *self._more_curvatures]).mean(0)
         self.layer_curvature = curvature
         shared = self._shared_curvature(pushes, edit, scale)
         pushes = attachment.pushes_of_all_ranks(pushes)

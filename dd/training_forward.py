@@ -85,7 +85,8 @@ class TrainingForward:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
         for parameter, _ in attachment.shadowed:
             self._store.require_own(attachment, parameter)
-        step, forward = state.get("shadow_step", 0), len(attachment.pending)
+        step = state.get("shadow_step", 0)
+        forward = len(attachment.pending) + attachment.repeats
         seed = _probe_seed(self._seed, step, forward, attachment.ranks)
         shadow = state.get("shadow")
         has_shadow = shadow is not None

@@ -1,0 +1,87 @@
+"""A mean over training samples as an estimate of the test loss, with a confidence interval."""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["Estimate", "check_confidence"]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """An estimate of a test loss or error from training samples alone.
+
+    Under decoupled descent a sample's loss is that of a network which has not seen it, to leading
+    order. Of such losses the mean differs from the test loss like the mean of independent ones,
+    though every one has another network (Bayle, Bayle, Janson and Mackey, Cross-validation
+    confidence intervals for test error, 2020); the interval knows of this difference alone, not of
+    the drift at finite size (docs/theory.md, section 7).
+
+    Attributes:
+        value: the mean, of the shape of one sample's values.
+        lower: lower end of the interval, likewise.
+        upper: upper end, likewise.
+        confidence: probability that the interval is meant to have.
+        num_samples: n.
+    """
+
+    value: Tensor
+    lower: Tensor
+    upper: Tensor
+    confidence: float
+    num_samples: int
+
+    @classmethod
+    def of_sums(
+        cls, total: Tensor, squares: Tensor, num_samples: int, confidence: float
+    ) -> "Estimate":
+        """The estimate from sums over samples.
+
+        Of zeros and ones it is Wilson's interval (1927), which has a width where all are equal; of
+        other values mean ± z standard errors.
+
+        Args:
+            total: sum of the values.
+            squares: sum of their squares.
+            num_samples: n, at least 2.
+            confidence: between 0 and 1.
+        """
+        n, z = num_samples, NormalDist().inv_cdf((1 + confidence) / 2)
+        mean = total / n
+        variance = (squares / n - mean**2).clamp_min(0.0)
+        half = z * (variance / (n - 1)).sqrt()
+        # Zeros and ones are their own squares.
+        binary = (total == squares) & (mean >= 0.0) & (mean <= 1.0)
+        centre = torch.where(binary, (mean + z**2 / (2 * n)) / (1 + z**2 / n), mean)
+        wilson = z / (1 + z**2 / n) * (mean * (1 - mean) / n + z**2 / (4 * n**2)).abs().sqrt()
+        half = torch.where(binary, wilson, half)
+        return cls(mean, centre - half, centre + half, confidence, n)
+
+    def __str__(self) -> str:
+        """The value and its interval, for example ``0.123 (90 %: 0.111 to 0.136, n = 2000)``."""
+        ends = zip(
+            self.value.flatten().tolist(),
+            self.lower.flatten().tolist(),
+            self.upper.flatten().tolist(),
+            strict=True,
+        )
+        percent = f"{100 * self.confidence:g} %"
+        return "; ".join(
+            f"{value:.4g} ({percent}: {low:.4g} to {high:.4g}, n = {self.num_samples})"
+            for value, low, high in ends
+        )
+
+
+def check_confidence(confidence: float) -> None:
+    """Reject what is no probability.
+
+    Raises:
+        ValueError: if it does not lie between 0 and 1.
+    """
+    if not (math.isfinite(confidence) and 0.0 < confidence < 1.0):
+        raise ValueError(
+            f"DecoupledDescent: confidence must lie between 0 and 1, such as 0.9; got {confidence}"
+        )

@@ -1,0 +1,85 @@
+"""The corrected loss over batches of training samples, outside of training."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.attachment import Attachment
+from dd.estimate import Estimate, check_confidence
+
+__all__ = ["corrected_estimate", "corrected_mean"]
+
+
+def corrected_mean(
+    attachment: Attachment, batches: Iterable[Any], loss: Callable[[Any], Tensor]
+) -> Tensor:
+    """Mean over all samples of what ``loss`` returns for a batch, over all ranks.
+
+    Raises:
+        ValueError: if there are no batches.
+        RuntimeError: if a batch did not pass through the decoupled layer.
+    """
+    total, rows = torch.zeros(()), 0
+    for value, count in _values(attachment, batches, loss, "evaluate()"):
+        total, rows = total + count * value, rows + count
+    ranks = attachment.ranks
+    return ranks.sum(total) / ranks.sum(torch.as_tensor(float(rows), device=total.device))
+
+
+def corrected_estimate(
+    attachment: Attachment,
+    batches: Iterable[Any],
+    losses: Callable[[Any], Tensor],
+    confidence: float,
+) -> Estimate:
+    """Mean over all samples of what ``losses`` returns for each, with its interval.
+
+    Raises:
+        ValueError: if there are not at least two samples, ``losses`` does not return a row a
+            sample, or the confidence is out of range.
+        RuntimeError: if a batch did not pass through the decoupled layer.
+    """
+    check_confidence(confidence)
+    total, squares, rows = torch.zeros(()), torch.zeros(()), 0
+    for values, count in _values(attachment, batches, losses, "estimate()"):
+        if values.ndim not in (1, 2) or len(values) != count:
+            raise ValueError(
+                f"DecoupledDescent: estimate() needs the loss of each of {count} samples, shape "
+                f'({count},) or ({count}, j), got {tuple(values.shape)}; use reduction="none"'
+            )
+        values = values.double()
+        total, squares = total + values.sum(0), squares + values.square().sum(0)
+        rows += count
+    ranks = attachment.ranks
+    total, squares = ranks.sum(total), ranks.sum(squares)
+    num_samples = int(ranks.sum(torch.as_tensor(float(rows), device=total.device)))
+    if num_samples < 2:
+        raise ValueError("DecoupledDescent: estimate() needs two samples or more, got one")
+    return Estimate.of_sums(total, squares, num_samples, confidence)
+
+
+def _values(
+    attachment: Attachment, batches: Iterable[Any], loss: Callable[[Any], Tensor], what: str
+) -> Iterator[tuple[Tensor, int]]:
+    """What the loss says of every batch, and the batch's number of samples.
+
+    Raises:
+        ValueError: if there are no batches.
+        RuntimeError: if a batch did not pass through the decoupled layer.
+    """
+    rows = 0
+    with attachment.corrected_in_eval_mode(), attachment.samples.apart():
+        for batch in batches:
+            attachment.rows_seen = 0
+            value = loss(batch)
+            if attachment.rows_seen == 0:
+                raise RuntimeError(
+                    f"DecoupledDescent: a batch did not pass through layer {attachment.name!r} in "
+                    f"{what}; let loss(batch) run the model"
+                )
+            rows += attachment.rows_seen
+            yield value.detach(), attachment.rows_seen
+    if rows == 0:
+        raise ValueError(f"DecoupledDescent: {what} got no batches")
