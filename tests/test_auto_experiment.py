@@ -228,8 +228,9 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_a_rate_that_nobody_gave(tmp_
 
 
 def test_records_do_not_change_what_is_recorded(tmp_path):
-    often = run(tmp_path / "often", ALONE)
-    seldom = run(tmp_path / "seldom", ALONE, "tracking.record_every_auto=5")
+    endless = [ALONE, "available.dd_auto.stop=null"]
+    often = run(tmp_path / "often", *endless)
+    seldom = run(tmp_path / "seldom", *endless, "tracking.record_every_auto=5")
     assert steps_of(often) == list(range(23))
     assert steps_of(seldom) == [0, 5, 10, 15, 20, 22]
     assert seldom.history.records == [
@@ -259,7 +260,8 @@ MADE = "steps_of_this_test"
 
 @pytest.fixture
 def stopping(monkeypatch):
-    """Let optimizers with lr="auto" stop after some steps, one number a trial."""
+    """Let optimizers with lr="auto" stop after some steps, one number a trial, and no sooner."""
+    monkeypatch.setattr("dd.line_step.StopRule.look", lambda *_, **__: False)
     step = dd.DecoupledDescent.step
     limits: dict[int, int] = {}
 
@@ -331,6 +333,21 @@ def test_a_run_is_resumed_before_at_and_after_the_stop(tmp_path, stopping):
         )
         assert again.summary["dd_auto"]["steps"] == 8.5
         assert (folder / "history.csv").read_bytes() == (tmp_path / "run/history.csv").read_bytes()
+
+
+def test_a_run_that_stops_by_itself_is_resumed_too(tmp_path):
+    sizes = ["steps=60", "tracking.checkpoint_every=1", "tracking.record_every_auto=5"]
+    whole = snapshots(tmp_path / "run", {9}, ALONE, *sizes)
+    end = steps_of(whole)[-1]
+    assert 9 < end < 60
+    # Nothing but the summary is missing from the folder of a run killed at its very end.
+    shutil.copytree(tmp_path / "run", tmp_path / "at_end")
+    (tmp_path / "at_end" / "summary.json").unlink()
+    for name in ("at_9", "at_end"):
+        again = resumed(tmp_path / name, [f"resume={tmp_path / name}"])
+        again.run()
+        assert again.history.records == whole.history.records
+        assert again.summary["dd_auto"]["steps"] == end
 
 
 def test_the_settled_list_is_what_a_resumed_run_keeps(tmp_path, monkeypatch):

@@ -196,8 +196,8 @@ def test_settings_that_would_reach_no_optimizer_are_refused(overrides, message):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Experiment:
-    """A small run of all optimizers."""
-    return run(tmp_path_factory.mktemp("finished"))
+    """A small run of all optimizers, each to the last step."""
+    return run(tmp_path_factory.mktemp("finished"), "available.dd_auto.stop=null")
 
 
 def test_history_has_every_record_of_all_optimizers(finished):
@@ -263,8 +263,8 @@ def test_checkpoint_restores_the_last_state(finished):
 
 
 def test_one_seed_gives_identical_histories_and_another_seed_another(tmp_path, finished):
-    run(tmp_path / "again")
-    run(tmp_path / "other", "seed=1")
+    run(tmp_path / "again", "available.dd_auto.stop=null")
+    run(tmp_path / "other", "available.dd_auto.stop=null", "seed=1")
     first, again, other = (
         (folder / "history.csv").read_bytes()
         for folder in (finished.folder, tmp_path / "again", tmp_path / "other")
