@@ -43,8 +43,9 @@ def main(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
 
     def experiment() -> Experiment:
-        refuse_idle_overrides(config, HydraConfig.get().overrides.task)
-        return Experiment(config, folder)
+        found = Experiment(config, folder)
+        refuse_idle_overrides(found.config, HydraConfig.get().overrides.task)
+        return found
 
     _run(experiment, folder)
 

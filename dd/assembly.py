@@ -15,6 +15,7 @@ from dd.checks import check_count, check_number
 from dd.components import find_components
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
+from dd.lineup import AUTO, known_optimizers, takes_auto_rate
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 
@@ -66,24 +67,39 @@ def _check_optimizers(config: DictConfig) -> None:
             f"optimizer.name must be one of {', '.join(config.available)}, got "
             f"{config.optimizer.name!r}; choose an optimizer with optimizer=..."
         )
-    known = _known_optimizers(config)
-    names = list(config.optimizers) if OmegaConf.is_list(config.optimizers) else None
+    known = known_optimizers(config)
+    names = list(known) if config.optimizers == AUTO else _listed(config.optimizers)
     if not names or len(set(names)) < len(names) or any(name not in known for name in names):
         raise ValueError(
             f"optimizers must list some of {', '.join(known)}, each once, for example "
-            f"optimizers=[dd]; got {config.optimizers}"
+            f"optimizers=[dd], or be auto; got {config.optimizers}"
         )
     for name in names:
         for rate in RATES:
             if rate in known[name]:
-                check_number(f"{rate} of optimizer {name}", known[name][rate])
+                _check_rate(name, rate, known[name])
+
+
+def _listed(names: Any) -> list[Any]:
+    return list(names) if OmegaConf.is_list(names) else []
+
+
+def _check_rate(name: str, rate: str, settings: DictConfig) -> None:
+    value = settings[rate]
+    if (rate, value) != ("lr", AUTO):
+        check_number(f"{rate} of optimizer {name}", value)
+    elif not takes_auto_rate(settings):
+        raise ValueError(
+            f"lr of optimizer {name} must be a number, finite and not negative, got {value!r}; "
+            "only decoupled descent chooses its own steps: optimizers=[dd_auto]"
+        )
 
 
 def refuse_idle_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse settings of the command line that would reach no optimizer.
 
     Args:
-        config: the composed configuration.
+        config: the composed configuration, its list of optimizers settled.
         overrides: as typed, for example ``["lr=0.1", "optimizer.curvature=stein"]``.
 
     Raises:
@@ -99,6 +115,17 @@ def refuse_idle_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
                 f"{override} sets {name}, which is not trained: optimizers={config.optimizers}; "
                 "use lr= for all optimizers, or available.<optimizer>.<setting>="
             )
+        if key == "lr" and not _follows_rate(config):
+            raise ValueError(
+                f"{override} has no effect: no optimizer of optimizers={config.optimizers} takes "
+                "its lr from there; dd_auto chooses its own steps, and optimizer.lr= sets one alone"
+            )
+
+
+def _follows_rate(config: DictConfig) -> bool:
+    known = known_optimizers(config)
+    settings = [OmegaConf.to_container(known[name]) for name in config.optimizers]
+    return any("${lr}" in str(each) for each in settings)
 
 
 def with_seed(config: DictConfig, seed: int) -> DictConfig:
@@ -203,13 +230,8 @@ def _components(config: DictConfig, curvature: str, split: Split) -> Tensor | No
 
 def optimizer_settings(config: DictConfig, name: str) -> dict[str, Any]:
     """Return the resolved settings of the optimizer called ``name``."""
-    settings: Any = OmegaConf.to_container(_known_optimizers(config)[name], resolve=True)
+    settings: Any = OmegaConf.to_container(known_optimizers(config)[name], resolve=True)
     return dict(settings)
-
-
-def _known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
-    # What optimizer.* overrides replaces the default settings of the same name.
-    return {**config.available, config.optimizer.name: config.optimizer}
 
 
 @contextmanager

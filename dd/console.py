@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -54,7 +55,9 @@ class ProgressDisplay:
     def start(self, name: str, label: str, steps: int) -> TaskID:
         """Start the bar of an optimizer, over again with every trial, and return its handle."""
         if name in self._tasks:
-            self._progress.reset(self._tasks[name], description=label, train="-", test="-")
+            self._progress.reset(
+                self._tasks[name], total=steps, description=label, train="-", test="-"
+            )
         else:
             self._tasks[name] = self._progress.add_task(label, total=steps, train="-", test="-")
         return self._tasks[name]
@@ -67,6 +70,11 @@ class ProgressDisplay:
             train=f"{record.train_error:.3f}",
             test=f"{record.test_error:.3f}",
         )
+
+    def finish(self, task: TaskID) -> None:
+        """Let a bar end at the step where it is."""
+        (done,) = [known.completed for known in self._progress.tasks if known.id == task]
+        self._progress.update(task, total=done)
 
 
 def print_report(
@@ -99,12 +107,20 @@ def print_report(
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table of one row a figure and one column an optimizer, means over trials."""
     trials = max((len(s.get("per_trial", "1")) for s in summaries.values()), default=1)
-    table = Table(title=f"means over {trials} trials" if trials > 1 else None)
+    table = Table(
+        title=f"means over {trials} trials" if trials > 1 else None,
+        # Three optimizers fit into 80 columns.
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("")
     for name, summary in summaries.items():
         completed = summary.get("completed_trials", trials)
-        part = "" if completed == trials else f" ({completed} of {trials} completed)"
-        table.add_column(name.upper() + part, justify="right")
+        part = "" if completed == trials else f"\n({completed} of {trials} completed)"
+        label = name.upper().replace("_", " ") + part
+        table.add_column(label, justify="right", no_wrap=True)
     for label, cell in ROWS:
         table.add_row(label, *(cell(summary) for summary in summaries.values()))
     return table
@@ -130,12 +146,13 @@ def _number(summary: Mapping[str, Any], key: str, digits: int) -> str:
 
 
 ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("final error, train / test", _pair("final_train_error", "final_test_error")),
-    ("final loss, train / test", _pair("final_train_loss", "final_test_loss")),
+    ("final error, train/test", _pair("final_train_error", "final_test_error")),
+    ("final loss, train/test", _pair("final_train_loss", "final_test_loss")),
     ("best test error", _at_step("best_test_error", "best_test_step")),
     ("test error at lowest train error", _at_step("selected_test_error", "selected_step")),
-    ("mean |train - test| error", _single("mean_error_gap", 4)),
-    ("mean |train - test| loss", _single("mean_loss_gap", 4)),
+    ("mean |train-test| error", _single("mean_error_gap", 4)),
+    ("mean |train-test| loss", _single("mean_loss_gap", 4)),
+    ("steps", _single("steps", 0)),
     ("seconds", _single("seconds", 1)),
     ("steps per second", _single("steps_per_second", 1)),
 )

@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from dd.assembly import (
 )
 from dd.batches import Batches
 from dd.checkpoint import Checkpoint
+from dd.checks import check_count
 from dd.console import ProgressDisplay
 from dd.data import Split
 from dd.device import choose_device
 from dd.folder_lock import alone_in
 from dd.launch import Processes, process_group
+from dd.line_settings import chooses_rate
+from dd.lineup import lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
 from dd.recorder import Recorder
@@ -86,14 +89,20 @@ class Experiment:
 
     def __post_init__(self) -> None:
         validate(self.config)
+        self.processes = Processes()
+        self.config, left_out = lined_up(self.config, self.processes.size)
         tracking = self.config.tracking
         self.schedule = Schedule(
             self.config.steps, tracking.record_every, tracking.checkpoint_every
         )
+        # A run of an earlier version has no such setting.
+        every = tracking.get("record_every_auto", tracking.record_every)
+        check_count("tracking.record_every_auto", every)
+        self.schedule_auto = replace(self.schedule, record_every=every)
         check_mode(tracking.wandb.mode)
-        self.processes = Processes()
         self.device = choose_device(self.processes.device(self.config.device))
         self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
+        self.results.note(left_out)
 
     @property
     def history(self) -> History:
@@ -221,14 +230,13 @@ class Experiment:
                 job.model,
                 job.optimizer,
                 job.split,
-                self.schedule,
+                self.schedule_auto if chooses_rate(job.optimizer) else self.schedule,
                 recorder,
                 job.batches,
                 kept,
                 self.processes,
             )
-            self.results.complete(job.name, job.trial, recorder.seconds)
-            recorder.tracker.summarise(self.results.figures(job.name, job.trial))
+            recorder.finish()
 
     def _tracker(self, job: _Job) -> WandbRun:
         config = job.config

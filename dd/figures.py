@@ -15,11 +15,12 @@ __all__ = ["train_vs_test"]
 
 Array = npt.NDArray[np.float64]
 
-# Two colours of the Okabe-Ito palette: told apart with any colour vision, and in grey.
+# Of the Okabe-Ito palette: train and test are told apart with any colour vision, and in grey.
 TRAIN_COLOUR = "#D55E00"
+TRAIN_COLOURS = {"dd_auto": "#009E73"}
 TEST_COLOUR = "#0072B2"
 GAP_COLOUR = "#BBBBBB"
-LABELS = {"gd": "Gradient descent", "dd": "Decoupled descent"}
+LABELS = {"gd": "Gradient descent", "dd": "Decoupled descent", "dd_auto": "DD, lr=auto"}
 ROWS = (("error", "Error"), ("loss", "Loss"))
 DOTS_PER_INCH = 200
 
@@ -29,7 +30,8 @@ def train_vs_test(history: History, path: str | os.PathLike[str], title: str) ->
 
     One column an optimizer; errors above, losses below, on common axes; the gap between train and
     test is shaded, its mean printed. Several trials are drawn as medians with 25 to 75 % bands.
-    A curve ends where it is no longer a number.
+    A curve ends where it is no longer a number. An optimizer that ended before a third of the
+    longest run has steps of its own scale.
 
     Args:
         history: what was recorded.
@@ -44,7 +46,7 @@ def train_vs_test(history: History, path: str | os.PathLike[str], title: str) ->
         raise ValueError("there is nothing to draw: the history holds no records")
     figure = Figure(figsize=(1.2 + 3.6 * len(optimizers), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(optimizers), sharex=True, sharey="row", squeeze=False)
+    axes = figure.subplots(2, len(optimizers), sharex="col", sharey="row", squeeze=False)
     for row, (metric, label) in zip(axes, ROWS, strict=True):
         for panel, optimizer in zip(row, optimizers, strict=True):
             _panel(panel, history, optimizer, metric)
@@ -52,10 +54,9 @@ def train_vs_test(history: History, path: str | os.PathLike[str], title: str) ->
         row[0].set_ylim(0, _top(history, metric))
     for column, optimizer in enumerate(optimizers):
         axes[0, column].set_title(LABELS.get(optimizer, optimizer), loc="left", weight="bold")
-        axes[1, column].set_xlabel("Step")
-        axes[1, column].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes[0, 0].set_xlim(*_steps(history))
-    axes[0, 0].legend(loc="upper right", frameon=False)
+        _scale_steps(axes[1, column], history, optimizer)
+        if column == 0 or optimizer in TRAIN_COLOURS:
+            axes[0, column].legend(loc="upper right", frameon=False)
     figure.suptitle(_heading(history, title))
     with replacing(path) as scratch:
         figure.savefig(scratch, format="png", dpi=DOTS_PER_INCH)
@@ -65,7 +66,8 @@ def _panel(axes: Axes, history: History, optimizer: str, metric: str) -> None:
     steps, train = history.curves(optimizer, f"train_{metric}")
     _, test = history.curves(optimizer, f"test_{metric}")
     test_median = _curve(axes, steps, test, "test", TEST_COLOUR, "-")
-    train_median = _curve(axes, steps, train, "train", TRAIN_COLOUR, (0, (4, 2)))
+    colour = TRAIN_COLOURS.get(optimizer, TRAIN_COLOUR)
+    train_median = _curve(axes, steps, train, "train", colour, (0, (4, 2)))
     axes.fill_between(steps, train_median, test_median, color=GAP_COLOUR, alpha=0.4, linewidth=0)
     axes.set_title(_gap(history, optimizer, metric), loc="right", fontsize="medium")
     axes.grid(alpha=0.25)
@@ -114,9 +116,14 @@ def _top(history: History, metric: str) -> float:
     return 1.05 * float(min(values.max(), 4 * usual) or values.max())
 
 
-def _steps(history: History) -> tuple[float, float]:
-    steps = [record.step for record in history.records]
-    return min(steps) - 0.5, max(steps) + 0.5
+def _scale_steps(axes: Axes, history: History, optimizer: str) -> None:
+    first = min(record.step for record in history.records)
+    longest = max(record.step for record in history.records)
+    own = max(record.step for record in history.records if record.optimizer == optimizer)
+    short = 0 < 3 * own < longest
+    axes.set_xlim(first - 0.5, (own if short else longest) + 0.5)
+    axes.set_xlabel("Step (own scale)" if short else "Step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _gap(history: History, optimizer: str, metric: str) -> str:

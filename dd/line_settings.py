@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "chooses_rate",
     "is_auto",
     "require_closure",
     "require_dense",
@@ -33,6 +34,11 @@ _PLAIN = {
     "maximize": False,
     "differentiable": False,
 }
+
+
+def chooses_rate(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer was given ``lr="auto"``."""
+    return getattr(optimizer, "_policy", None) is not None
 
 
 def is_auto(lr: Any) -> bool:

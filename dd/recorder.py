@@ -72,6 +72,13 @@ class Recorder:
         """Take the time of one update."""
         self.seconds.append(seconds)
 
+    def finish(self) -> None:
+        """Take down that training is through, before the last step of the schedule or at it."""
+        self.results.complete(self.name, self.trial, self.seconds)
+        self.tracker.summarise(self.results.figures(self.name, self.trial))
+        if self.display is not None:
+            self.display.finish(self.task)
+
     def restore(self, progress: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Go on from what :meth:`keep` wrote.
 
@@ -83,6 +90,8 @@ class Recorder:
         self.sentences[:] = progress["sentences"]
         self.edge.load_state_dict(progress["edge"])
         _warn_on(optimizer, progress["warned"])
+        if self.display is not None:
+            self.display.update(self.task, self.results.history.select(self.name, self.trial)[-1])
 
 
 def _warned(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

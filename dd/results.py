@@ -39,6 +39,7 @@ class Results:
             seconds: of each update.
         """
         self.times[name, trial] = sum(seconds), 1 / median(seconds)
+        self.history.completed.add((name, trial))
 
     def note(self, notes: Sequence[str]) -> None:
         """Add sentences that were not said before."""
@@ -79,10 +80,11 @@ class Results:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Results":
         """Return what :meth:`state_dict` described."""
+        times = {(name, trial): (total, rate) for name, trial, total, rate in state["times"]}
         return cls(
-            History([Record(*row) for row in state["history"]]),
+            History([Record(*row) for row in state["history"]], set(times)),
             list(state["failures"]),
             list(state["notes"]),
             dict(state["noise"]),
-            {(name, trial): (total, rate) for name, trial, total, rate in state["times"]},
+            times,
         )

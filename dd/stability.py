@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd.line_settings import chooses_rate
+
 __all__ = ["EdgeWatch", "HeadSharpness"]
 
 
@@ -56,7 +58,8 @@ class HeadSharpness:
 class EdgeWatch:
     """Notices when a learning rate passes the head's stability edge.
 
-    Past it the head overshoots and the losses can spike, on training and test data alike.
+    Past it the head overshoots and the losses can spike, on training and test data alike. Of an
+    optimizer that chooses its own steps it says nothing.
 
     Args:
         model: a sequence whose first module is the decoupled layer.
@@ -77,7 +80,7 @@ class EdgeWatch:
     ) -> None:
         self.crossing: str | None = None
         self._layer, self._sharpness = model[0], HeadSharpness(model[1:])
-        self._group = optimizer.param_groups[0]
+        self._group, self._chosen = optimizer.param_groups[0], chooses_rate(optimizer)
         self._inputs, self._targets = inputs, targets
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +97,8 @@ class EdgeWatch:
 
     def look(self, step: int) -> None:
         """Compare the learning rate with the edge, 2(1 + momentum) / curvature (heavy ball)."""
-        if self.crossing is not None:
+        # A rate that nobody gave, nobody can lower; its loss was looked at before the step.
+        if self.crossing is not None or self._chosen:
             return
         with torch.no_grad():
             preactivation = self._layer(self._inputs)

@@ -35,7 +35,7 @@ class Record:
     """Losses and errors before one step; its fields are the columns of ``history.csv``.
 
     Attributes:
-        optimizer: name of the optimizer, "gd" or "dd".
+        optimizer: name of the optimizer, "gd", "dd" or "dd_auto".
         trial: which repetition, from 0.
         step: updates made so far.
         train_loss: mean training loss, at the corrected pre-activations where there are any.
@@ -67,9 +67,11 @@ class History:
 
     Attributes:
         records: the records.
+        completed: optimizers and trials that were trained to their end.
     """
 
     records: list[Record] = field(default_factory=list)
+    completed: set[tuple[str, int]] = field(default_factory=set)
 
     def append(self, record: Record) -> None:
         """Add one record."""
@@ -113,18 +115,21 @@ class History:
 
         Returns:
             The steps recorded in any trial, shape (records,), ascending, and the values, shape
-            (trials, records), NaN where a trial did not get that far.
+            (trials, records): between two records of a trial on the line between them; after the
+            last one where a completed trial came to rest, and NaN where it broke off.
 
         Raises:
             KeyError: if there are no such records or no such column.
         """
-        single = [self.curve(optimizer, t, column) for t in self.trials(optimizer)]
+        single = {t: self.curve(optimizer, t, column) for t in self.trials(optimizer)}
         if not single:
             raise KeyError(f"no records of {optimizer!r}; there are {self.optimizers}")
-        steps = np.unique(np.concatenate([own for own, _ in single]))
-        values = np.full((len(single), len(steps)), np.nan)
-        for row, (own, column_values) in zip(values, single, strict=True):
-            row[np.searchsorted(steps, own)] = column_values
+        steps = np.unique(np.concatenate([own for own, _ in single.values()]))
+        values = np.empty((len(single), len(steps)))
+        for row, (trial, (own, recorded)) in zip(values, single.items(), strict=True):
+            rests = (optimizer, trial) in self.completed
+            row[:] = np.interp(steps, own, recorded, right=None if rests else np.nan)
+            row[np.searchsorted(steps, own)] = recorded
         return steps, values
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
@@ -150,7 +155,8 @@ def selected_step(records: Sequence[Record]) -> int:
 def summarise(records: Sequence[Record]) -> dict[str, float]:
     """Return the figures of ``summary.json`` for one optimizer and trial.
 
-    Gaps are means over the records of |train - test|; they are NaN once a curve is.
+    Gaps are means over the records of |train - test|; they are NaN once a curve is. Steps are the
+    updates made up to the last record.
 
     Raises:
         ValueError: if there are no records, or records of more than one optimizer or trial.
@@ -161,6 +167,7 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     chosen = selected_step(records)
     last = records[-1]
     return {
+        "steps": last.step,
         "final_train_error": last.train_error,
         "final_test_error": last.test_error,
         "final_train_loss": last.train_loss,

@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from dd.batches import Batches
 from dd.checks import check_count
 from dd.data.split import Split
 from dd.launch import Processes
+from dd.line_settings import chooses_rate
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "measure", "train"]
 
@@ -39,7 +41,7 @@ class Schedule:
     """How long to train and how often to look.
 
     Attributes:
-        steps: number of updates.
+        steps: number of updates, at most.
         record_every: updates between two records; the last state is recorded in any case.
         checkpoint_every: updates between two checkpoints; the last state is kept in any case.
 
@@ -55,13 +57,17 @@ class Schedule:
         for name, value in vars(self).items():
             check_count(name, value)
 
-    def records(self, step: int) -> bool:
+    def records(self, step: int, *, stopped: bool = False) -> bool:
         """Whether the state after this many updates is recorded."""
-        return step % self.record_every == 0 or step == self.steps
+        return step % self.record_every == 0 or self.ends(step, stopped=stopped)
 
-    def keeps(self, step: int) -> bool:
+    def keeps(self, step: int, *, stopped: bool = False) -> bool:
         """Whether the state after this many updates is kept."""
-        return step % self.checkpoint_every == 0 or step == self.steps
+        return step % self.checkpoint_every == 0 or self.ends(step, stopped=stopped)
+
+    def ends(self, step: int, *, stopped: bool = False) -> bool:
+        """Whether this many updates are all, as they are once the optimizer has stopped."""
+        return stopped or step == self.steps
 
 
 def train(
@@ -74,11 +80,11 @@ def train(
     kept: int = -1,
     processes: Processes | None = None,
 ) -> None:
-    """Train by softmax cross-entropy.
+    """Train by softmax cross-entropy, until the schedule ends or the optimizer says ``stopped``.
 
     Args:
         model: maps inputs (n, d) to class scores (n, C).
-        optimizer: any optimizer of the model's parameters.
+        optimizer: any optimizer of the model's parameters whose ``step`` takes a closure.
         split: on the model's device.
         schedule: how long, and how often to look.
         observer: is shown the figures and the states.
@@ -93,13 +99,14 @@ def train(
     processes = processes or Processes()
     parallel = processes.wrapped(model)
     for step in range(max(kept, 0), schedule.steps + 1):
-        if step > kept and schedule.records(step):
+        stopped = bool(getattr(optimizer, "stopped", False))
+        if step > kept and schedule.records(step, stopped=stopped):
             figures = measure(model, split)
             observer.record(step, figures)
             _require_finite(figures["train_loss"], step, optimizer)
-        if step > kept and schedule.keeps(step):
+        if step > kept and schedule.keeps(step, stopped=stopped):
             observer.keep(step, model, optimizer)
-        if step == schedule.steps:
+        if schedule.ends(step, stopped=stopped):
             break
         started = time.perf_counter()
         rows, weight = processes.part(batches.at(step), len(split.train_inputs))
@@ -119,18 +126,38 @@ def _update(
     if rows is not None:
         rows = rows.to(inputs.device)
         inputs, targets = inputs[rows], targets[rows]
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(inputs), targets)
-    if weight != 1.0:
-        loss = weight * loss
-    _require_finite(float(loss.detach()), step, optimizer)
-    loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
     try:
-        optimizer.step()
+        optimizer.step(_closure(model, optimizer, inputs, targets, weight, step))
     except FloatingPointError as error:
         raise TrainingStopped(str(error)) from error
     if split.train_inputs.is_cuda:
         torch.cuda.synchronize()
+
+
+def _closure(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    weight: float,
+    step: int,
+) -> Callable[[], Any]:
+    looked = False
+
+    def closure() -> Tensor:
+        nonlocal looked
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        if weight != 1.0:
+            loss = weight * loss
+        # Later calls are trials of an optimizer that chooses its step, free to be infinite.
+        if not looked:
+            _require_finite(float(loss.detach()), step, optimizer)
+        looked = True
+        loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
+        return loss
+
+    return closure
 
 
 @torch.no_grad()
@@ -163,9 +190,11 @@ def _figures(scores: Tensor, targets: Tensor) -> tuple[float, float]:
 def _require_finite(loss: float, step: int, optimizer: torch.optim.Optimizer) -> None:
     if math.isfinite(loss):
         return
-    rates = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
+    cause = "initial weights or inputs of a size that overflows"
+    if not chooses_rate(optimizer):
+        rates = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
+        cause = f"a learning rate that is too large (lr={rates}): try half of it; else {cause}"
     raise TrainingStopped(
-        f"the training loss is {loss} at step {step}. The likely cause is a learning rate that is "
-        f"too large (lr={rates}): try half of it; else initial weights or inputs of a size that "
-        "overflows. The last good weights are in checkpoint.pt."
+        f"the training loss is {loss} at step {step}. The likely cause is {cause}. "
+        "The last good weights are in checkpoint.pt."
     )

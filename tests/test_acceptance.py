@@ -23,7 +23,8 @@ needs_digits = pytest.mark.skipif(
 
 
 def summary(folder: Path, experiment: str, *overrides: str) -> dict[str, dict[str, float]]:
-    run = Experiment(configure(*QUIET, *overrides, experiment=experiment), folder)
+    settings = [*QUIET, "optimizers=[gd,dd]", *overrides]
+    run = Experiment(configure(*settings, experiment=experiment), folder)
     run.run()
     assert not run.failures
     return run.summary

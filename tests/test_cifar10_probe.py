@@ -880,6 +880,7 @@ def test_experiment_trains_on_features_of_images(tmp_path):
         "data.num_test=8",
         "steps=3",
         "trials=2",
+        "optimizers=[gd,dd]",
         "tracking.wandb.mode=disabled",
         experiment="cifar10_probe",
     )

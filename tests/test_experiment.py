@@ -45,6 +45,7 @@ SUMMARY_KEYS = {
     "final_test_error",
     "final_train_loss",
     "final_test_loss",
+    "steps",
     "best_test_error",
     "best_test_step",
     "selected_step",
@@ -85,7 +86,8 @@ def test_every_experiment_composes(experiment):
     config = configure(experiment=experiment)
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert config.name == experiment
-    assert list(config.optimizers) == ["gd", "dd"]
+    assert config.optimizers == "auto"
+    assert list(config.available) == ["gd", "dd", "dd_auto"]
 
 
 @pytest.mark.parametrize("group", ["data", "model", "optimizer", "tracking"])
@@ -129,7 +131,7 @@ def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizers=[dd,adam]", r"optimizers must list some of gd, dd"),
+        ("optimizers=[dd,adam]", r"optimizers must list some of gd, dd, dd_auto, .* or be auto"),
         ("optimizers=[]", r"optimizers must list"),
         ("optimizers=[dd,dd]", r"each once"),
         ("optimizers=dd", r"for example optimizers=\[dd\]"),
@@ -146,7 +148,7 @@ def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
         ("optimizer.lr=null", "lr of optimizer dd must be"),
         ("optimizer.damping=abc", "damping of optimizer dd must be"),
         ("available.gd.momentum=-1", "momentum of optimizer gd must be"),
-        ("optimizer.name=foo", "optimizer.name must be one of gd, dd, got 'foo'"),
+        ("optimizer.name=foo", "optimizer.name must be one of gd, dd, dd_auto, got 'foo'"),
         ("device=quantum", r"device=quantum cannot be used .*device=auto"),
     ],
 )
@@ -194,22 +196,23 @@ def test_settings_that_would_reach_no_optimizer_are_refused(overrides, message):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Experiment:
-    """A small run of both optimizers."""
-    return run(tmp_path_factory.mktemp("finished"))
+    """A small run of all optimizers, each to the last step."""
+    return run(tmp_path_factory.mktemp("finished"), "available.dd_auto.stop=null")
 
 
-def test_history_has_every_record_of_both_optimizers(finished):
+def test_history_has_every_record_of_all_optimizers(finished):
     found = rows(finished.folder)
     assert tuple(found[0]) == COLUMNS
     assert [(r["optimizer"], int(r["step"])) for r in found] == [
-        (name, step) for name in ("gd", "dd") for step in (0, 5, 10, 12)
+        *((name, step) for name in ("gd", "dd") for step in (0, 5, 10, 12)),
+        *(("dd_auto", step) for step in range(13)),
     ]
 
 
-def test_both_optimizers_start_from_one_network_on_one_data_set(finished):
+def test_all_optimizers_start_from_one_network_on_one_data_set(finished):
     first = [r for r in rows(finished.folder) if r["step"] == "0"]
     for column in COLUMNS[3:]:
-        assert first[0][column] == first[1][column]
+        assert first[0][column] == first[1][column] == first[2][column]
 
 
 def test_corrected_loss_stands_beside_the_uncorrected_one(finished):
@@ -220,8 +223,11 @@ def test_corrected_loss_stands_beside_the_uncorrected_one(finished):
 
 def test_summary_maps_optimizers_to_figures_and_says_where_they_come_from(finished):
     summary = json.loads((finished.folder / "summary.json").read_text())
-    assert summary["gd"].keys() == summary["dd"].keys() == SUMMARY_KEYS
-    assert summary["gd"]["completed_trials"] == 1
+    assert [key for key in summary if key.startswith(("gd", "dd"))][:3] == ["gd", "dd", "dd_auto"]
+    for name in ("gd", "dd", "dd_auto"):
+        assert summary[name].keys() == SUMMARY_KEYS
+        assert summary[name]["completed_trials"] == 1
+        assert summary[name]["steps"] == 12
     assert summary["dd"]["seconds"] > 0
     # Half of the 12 updates take at least the median time.
     assert summary["dd"]["steps_per_second"] >= 6 / summary["dd"]["seconds"]
@@ -257,8 +263,8 @@ def test_checkpoint_restores_the_last_state(finished):
 
 
 def test_one_seed_gives_identical_histories_and_another_seed_another(tmp_path, finished):
-    run(tmp_path / "again")
-    run(tmp_path / "other", "seed=1")
+    run(tmp_path / "again", "available.dd_auto.stop=null")
+    run(tmp_path / "other", "available.dd_auto.stop=null", "seed=1")
     first, again, other = (
         (folder / "history.csv").read_bytes()
         for folder in (finished.folder, tmp_path / "again", tmp_path / "other")
@@ -426,11 +432,11 @@ def test_command_writes_the_folder_and_prints_the_table(tmp_path):
     done = command("experiment=xor", *SMALL[:-1], f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "GD" in done.stdout
-    assert "DD" in done.stdout
+    assert "DD AUTO" in done.stdout
     assert "dd: noise model: 1 bin" in done.stdout
     assert str(tmp_path / "train_vs_test.png") in done.stdout.replace("\n", "")
     assert "Warning" not in done.stdout + done.stderr
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
 
 
 def test_one_bad_job_does_not_end_a_multirun(tmp_path):

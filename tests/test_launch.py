@@ -47,6 +47,7 @@ def test_fewer_rows_than_processes(processes):
 
 SETTINGS = [
     "experiment=xor",
+    "optimizers=[gd,dd]",
     "steps=20",
     "data.num_train=211",
     "data.num_test=200",

@@ -30,6 +30,7 @@ from dd.resume import named_folder, resumed
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 SMALL = [
+    "optimizers=[gd,dd]",
     "data.num_train=120",
     "data.num_test=100",
     "data.dimension=40",
@@ -120,6 +121,17 @@ RUNS = {
     "mini-batches, known components": ({39}, ["data.batch_size=50", "components=known"]),
     "trials": ({47, 70}, ["trials=2", "data.batch_size=50"]),
     "head": ({36}, ["correct_head=true", "components=known", "noise_bins=3"]),
+    "steps of their own choice": (
+        {30, 50, 65},
+        ["optimizers=[gd,dd,dd_auto]", "available.dd_auto.stop=null"],
+    ),
+    "the same with the head": (
+        {7, 21},
+        [
+            *("optimizers=[dd_auto]", "available.dd_auto.stop=null"),
+            *("correct_head=true", "components=known", "noise_bins=3"),
+        ],
+    ),
 }
 
 

@@ -1,0 +1,82 @@
+"""Which optimizers of a configuration a run trains."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from dd.optimizer import DecoupledDescent
+
+__all__ = ["AUTO", "known_optimizers", "lined_up", "takes_auto_rate"]
+
+AUTO = "auto"
+
+_WHOLE = "it chooses every step on the loss of all training samples"
+_PROBES = (AUTO, "probe")
+
+
+def known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
+    """Return the settings of every optimizer by its name."""
+    # What optimizer.* overrides replaces the default settings of the same name.
+    return {**config.available, config.optimizer.name: config.optimizer}
+
+
+def takes_auto_rate(settings: Mapping[str, Any]) -> bool:
+    """Whether the optimizer of these settings can choose its own steps."""
+    try:
+        kind = hydra.utils.get_class(settings["_target_"])
+    except (ImportError, KeyError, TypeError, ValueError):
+        # Building it will say what is wrong.
+        return False
+    return issubclass(kind, DecoupledDescent)
+
+
+def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]:
+    """Settle which optimizers a valid configuration trains.
+
+    Args:
+        config: its ``optimizers`` is a list, or "auto" for all that can be trained.
+        processes: that share the samples of every update.
+
+    Returns:
+        A copy whose ``optimizers`` is a list, and a sentence on each that was left out.
+
+    Raises:
+        ValueError: if an optimizer was asked for by name that cannot be trained.
+    """
+    known = known_optimizers(config)
+    everything = config.optimizers == AUTO
+    names, left_out = [], []
+    for name in known if everything else config.optimizers:
+        obstacle = _obstacle(config, known[name], processes)
+        if obstacle is None:
+            names.append(name)
+        elif everything and name != config.optimizer.name:
+            left_out.append(f"{name} was left out: {obstacle}")
+        else:
+            raise ValueError(
+                f"optimizer {name} cannot be trained: {obstacle}; or train others, such as "
+                "optimizer=dd optimizers=[gd,dd]"
+            )
+    copy = config.copy()
+    copy.optimizers = names
+    return copy, left_out
+
+
+def _obstacle(config: DictConfig, settings: DictConfig, processes: int) -> str | None:
+    """Why an optimizer that chooses its own steps cannot be trained, and how it could."""
+    if settings.get("lr") != AUTO:
+        return None
+    batch_size = config.data.get("batch_size")
+    if batch_size is not None:
+        return f"{_WHOLE}; data.batch_size={batch_size} should be null"
+    if processes > 1:
+        return f"{_WHOLE} in one process; there are {processes}"
+    if config.model.get("activation") == "silu" and settings.get("curvature") in _PROBES:
+        return (
+            "its probe of the curvature needs forward-mode derivatives, which torch lacks for "
+            f"model.activation=silu; available.{settings.name}.curvature=probe_create_graph does "
+            "without"
+        )
+    return None
