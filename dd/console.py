@@ -130,6 +130,12 @@ def _pair(first: str, second: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda summary: f"{_number(summary, first, 4)} / {_number(summary, second, 4)}"
 
 
+def _between(lower: str, upper: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda summary: (
+        f"{_number(summary, lower, 3)} to {_number(summary, upper, 3)}" if lower in summary else "-"
+    )
+
+
 def _at_step(value: str, step: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda summary: f"{_number(summary, value, 4)} (step {_number(summary, step, 0)})"
 
@@ -147,6 +153,7 @@ def _number(summary: Mapping[str, Any], key: str, digits: int) -> str:
 
 ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("final error, train/test", _pair("final_train_error", "final_test_error")),
+    ("90% interval of it, tracked", _between("final_error_lower", "final_error_upper")),
     ("final loss, train/test", _pair("final_train_loss", "final_test_loss")),
     ("best test error", _at_step("best_test_error", "best_test_step")),
     ("test error at lowest train error", _at_step("selected_test_error", "selected_step")),

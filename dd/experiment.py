@@ -176,6 +176,7 @@ class Experiment:
         """The optimizers of a trial that are not yet through."""
         config = with_seed(self.config, self.config.seed + trial)
         split = make_split(config).to(self.device)
+        self.results.num_train = len(split.train_targets)
         batches = make_batches(config, split)
         initial = make_model(config, split)
         kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None

@@ -6,6 +6,9 @@ from dataclasses import astuple, dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
+
+from dd.estimate import Estimate
 from dd.tracking import History, Record, aggregate, summarise
 
 __all__ = ["Results"]
@@ -22,6 +25,7 @@ class Results:
         noise: a line on the noise model of each decoupled optimizer, of the first trial.
         times: of each optimizer and trial that was completed, the seconds of all its updates and
             its updates a second.
+        num_train: number of training samples.
     """
 
     history: History = field(default_factory=History)
@@ -29,6 +33,7 @@ class Results:
     notes: list[str] = field(default_factory=list)
     noise: dict[str, str] = field(default_factory=dict)
     times: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    num_train: int = 0
 
     def complete(self, name: str, trial: int, seconds: Sequence[float]) -> None:
         """Take down that an optimizer and trial is completed.
@@ -55,7 +60,16 @@ class Results:
         """
         seconds, rate = self.times.get((name, trial), (math.nan, math.nan))
         figures = summarise(self.history.select(name, trial))
+        figures |= self._interval(name, figures["final_train_error"])
         return figures | {"seconds": seconds, "steps_per_second": rate}
+
+    def _interval(self, name: str, error: float) -> dict[str, float]:
+        """The 90 % interval of the test error from a decoupled optimizer's training error."""
+        if name not in self.noise or self.num_train < 2 or not math.isfinite(error):
+            return {}
+        wrong = torch.tensor(error * self.num_train, dtype=torch.float64).round()
+        found = Estimate.of_sums(wrong, wrong, self.num_train, 0.9)
+        return {"final_error_lower": float(found.lower), "final_error_upper": float(found.upper)}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each optimizer, as in ``summary.json``."""
@@ -75,6 +89,7 @@ class Results:
             "notes": list(self.notes),
             "noise": dict(self.noise),
             "times": [(*key, *times) for key, times in self.times.items()],
+            "num_train": self.num_train,
         }
 
     @classmethod
@@ -87,4 +102,5 @@ class Results:
             list(state["notes"]),
             dict(state["noise"]),
             times,
+            state["num_train"],
         )
