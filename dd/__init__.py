@@ -8,6 +8,7 @@ from dd.audit import ComponentWarning
 from dd.components import find_components
 from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
+from dd.line_step import NoSignalWarning
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
@@ -21,6 +22,7 @@ __all__ = [
     "DecoupledDescent",
     "DivergenceWarning",
     "Estimate",
+    "NoSignalWarning",
     "NoiseModel",
     "StrainWarning",
     "find_components",

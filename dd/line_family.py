@@ -80,6 +80,8 @@ class Trial:
         shared = self._attachment.shared
         if shared is None or not (self._attachment.layer.training and head.training):
             return None
+        if not self._responses.head:
+            return None
         with full_precision(output):
             features = at_least_single(inputs)
             shifts = [row_products(shadow, features) for shadow in self._responses.head]
@@ -103,6 +105,7 @@ class LineFamily:
 
     Attributes:
         loss: that of the present state.
+        shape: of R, (n, k).
         gram: mean products of R, S, RP and SP⁺ with one another, shape (4, 4), float64.
         head_sizes: Euclidean norms of θ and of u.
     """
@@ -122,6 +125,8 @@ class LineFamily:
         self._others = [part for part in parts if part.key is None and part.units is None]
         self._starts = [part.tensor.clone() for part in self._others]
         self.loss = loss
+        samples, width = responses.layer[0].shape
+        self.shape = (samples, width)
         rows = torch.stack([response.flatten() for response in responses.layer])
         self.gram = (rows @ rows.mT / rows.shape[1]).double().cpu()
         self.head_sizes = (_norm(self._starts), _norm([part.descent for part in self._others]))
@@ -141,18 +146,28 @@ class LineFamily:
             return nowhere
         for part, start in zip(self._others, self._starts, strict=True):
             part.tensor.copy_(start + point.head * part.descent)
+        variables = point.vector.to(self._responses.layer[0])
         with self._rewind.call():
-            loss, derivative = self._call(point)
+            loss, derivative = self._call(self._responses, variables)
             derivative[-1] += self._along_others()
         if not (torch.isfinite(loss) and derivative.isfinite().all()):
             return nowhere
         return float(loss), derivative
 
-    def _call(self, point: Point) -> tuple[Tensor, Tensor]:
-        attachment = self._attachment
-        variables = point.vector.to(self._responses.layer[0]).requires_grad_()
+    @torch.no_grad()
+    def plain_loss(self) -> float:
+        """Loss of the present state without any correction."""
+        for part, start in zip(self._others, self._starts, strict=True):
+            part.tensor.copy_(start)
+        uncorrected = Responses([self._responses.product], self._responses.product)
+        with self._rewind.call():
+            loss, _ = self._call(uncorrected, self._responses.product.new_tensor([1.0, 0.0]))
+        return float(loss)
+
+    def _call(self, responses: Responses, variables: Tensor) -> tuple[Tensor, Tensor]:
+        attachment, variables = self._attachment, variables.requires_grad_()
         with torch.enable_grad():
-            trial = Trial(attachment, self._responses, variables, self._dtype)
+            trial = Trial(attachment, responses, variables, self._dtype)
             with attachment.trying(trial), forward_replaced(attachment.layer, trial.forward):
                 loss = self._closure()
         if variables.grad is None or not isinstance(loss, Tensor):

@@ -54,11 +54,13 @@ class Family(Protocol):
 
     Attributes:
         loss: that of the present state.
+        shape: of R, (n, k).
         gram: mean products of R, S, RP and SP⁺ with one another, shape (4, 4), float64 on the CPU.
         head_sizes: Euclidean norms of θ and of u.
     """
 
     loss: float
+    shape: tuple[int, int]
     gram: Tensor
     head_sizes: tuple[float, float]
 
@@ -67,6 +69,9 @@ class Family(Protocol):
 
         Where either is not finite the loss is infinite and the derivative zero.
         """
+
+    def plain_loss(self) -> float:
+        """Loss of the present state without any correction."""
 
 
 class Policy(Protocol):
@@ -78,23 +83,28 @@ class Policy(Protocol):
         Args:
             family: where the step may lead.
             memory: what the policy keeps from step to step; saved with the optimizer's state.
-                ``"searching"`` tells that from now on every step goes down.
+                ``"informed"`` tells that the weights know of the signal, ``"searching"`` that
+                from now on every step goes down, ``"lost"`` that no signal was found.
         """
 
 
 # A start that knows nothing of the signal is left by rotations (docs/theory.md, section 8): their
 # angle, the root mean square that pre-activations are given, where activations bend, and the most
 # of them.
-_ANGLE, _SIZE, _MOST_ROTATIONS = 0.9, 2.0, 50
+_ANGLE, _SIZE, _MOST_ROTATIONS = 0.9, 2.0, 20
 
 # The first step is nearly a quarter turn where that alone informs the weights: then the initial
 # ones would only add noise.
 _FIRST_ANGLE, _FIRST_SIZE = 1.55, 1.0
 
-# Weights know of the signal when their loss is below this share of the best constant prediction's:
-# then the lowest loss is no longer the one without any weights. Or when rotations lead below it at
-# all, and no lower for a while.
-_INFORMED, _PATIENCE = 0.9, 6
+# Weights know of the signal when their loss is below the first share of the best constant
+# prediction's: then the lowest loss is no longer the one without any weights. Or when rotations
+# lead below the second, and no lower for a while.
+_INFORMED, _STALLED, _PATIENCE = 0.9, 0.95, 6
+
+# What rotations leave uncorrected grows with them: without any signal the loss falls, in 50 of
+# them, by a share of up to 0.55 of the square root of width over samples.
+_LEFT = 0.55
 
 # Steps that keep a fixed share of the weights, so that what was learnt from poor predictions is
 # forgotten.
@@ -117,12 +127,16 @@ class LineSearch:
     def choose(self, family: Family, memory: dict[str, float]) -> Point:
         """Return the best point seen, as :class:`Policy` describes."""
         rotations, renewals = memory.get("rotations", 0.0), memory.get("renewals", 0.0)
+        if memory.get("lost"):
+            return STILL
         if not memory.get("informed"):
-            constant = min(memory.get("constant", math.inf), _constant_loss(family))
-            memory["constant"] = constant
-            if not _is_informed(family.loss, constant, memory):
-                memory["rotations"] = rotations + 1
-                return _turned(family, constant, first=rotations == 0)
+            without, point = _without_weights(family)
+            constant = memory["constant"] = min(memory.get("constant", math.inf), without)
+            if rotations > 0 and not _is_informed(family, constant, memory):
+                return self._turned_again(family, point, memory)
+            if rotations == 0 and family.loss >= _INFORMED * constant:
+                memory["rotations"] = 1.0
+                return _first_turn(family, constant)
             memory["informed"] = 1.0
         # Weights that many rotations led to were renewed on the way; informed ones are the user's.
         if rotations == 1 and renewals < _RENEWALS:
@@ -132,6 +146,15 @@ class LineSearch:
                 return point
         memory["searching"] = 1.0
         return self._lowest(family, STILL, [0, 1, 2, 3, 4])[1]
+
+    def _turned_again(self, family: Family, without: Point, memory: dict[str, float]) -> Point:
+        if memory["rotations"] >= _MOST_ROTATIONS:
+            # A search from here would only find what the correction has left.
+            memory["lost"] = 1.0
+            return without
+        memory["rotations"] += 1
+        loss, point = _rotation(family, _ANGLE, _SIZE)
+        return point if loss < math.inf else STILL
 
     def _renewed(self, family: Family) -> tuple[float, Point]:
         away = (1 - _KEPT) * _layer_units(family)[1].item()
@@ -157,13 +180,23 @@ class LineSearch:
         return loss, Point.of(at(found))
 
 
-def _is_informed(loss: float, constant: float, memory: dict[str, float]) -> bool:
-    rotations = memory.get("rotations", 0.0)
+def _is_informed(family: Family, constant: float, memory: dict[str, float]) -> bool:
+    loss, rotations = family.loss, memory["rotations"]
     if loss < memory.get("lowest", math.inf):
         memory["lowest"], memory["lowest_at"] = loss, rotations
-    stalls = rotations - memory.get("lowest_at", 0.0) >= _PATIENCE
-    below = memory.get("lowest", loss) < constant
-    return loss < _INFORMED * constant or (stalls and below) or rotations >= _MOST_ROTATIONS
+    stalls = rotations - memory["lowest_at"] >= _PATIENCE
+    samples, width = family.shape
+    # One turn leaves next to nothing.
+    left = 1 - _LEFT * math.sqrt(width / samples) if rotations > 1 else 1.0
+    stalled = stalls and memory["lowest"] < min(_STALLED, left) * constant
+    informed = loss < min(_INFORMED, left) * constant or stalled
+    # Memory of the samples can only lower the plain loss. Where that is higher, the training loss
+    # is low because the correction takes more away than there is, as with a wrong noise model.
+    # Before the weights have moved the two are one, but for rounding.
+    if informed and not family.plain_loss() < 1.001 * loss:
+        memory["rotations"] = _MOST_ROTATIONS
+        return False
+    return informed
 
 
 def _layer_units(family: Family) -> Tensor:
@@ -174,29 +207,33 @@ def _layer_units(family: Family) -> Tensor:
     return units
 
 
-def _constant_loss(family: Family) -> float:
-    """The lowest loss seen without any weights."""
-    return min(family.evaluate(Point(0.0, 0.0, 0.0, 0.0, t))[0] for t in _head_steps(family))
+def _without_weights(family: Family) -> tuple[float, Point]:
+    """The lowest loss seen without any weights, and where."""
+    return _best(family, [Point(0.0, 0.0, 0.0, 0.0, t) for t in _head_steps(family)])
 
 
-def _turned(family: Family, constant: float, *, first: bool) -> Point:
-    if first:
-        loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE)
-        if loss < _INFORMED * constant:
-            return point
-    loss, point = _rotation(family, _ANGLE, _SIZE)
+def _first_turn(family: Family, constant: float) -> Point:
+    loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE)
+    if loss >= _INFORMED * constant:
+        loss, point = _rotation(family, _ANGLE, _SIZE)
     return point if loss < math.inf else STILL
 
 
 def _rotation(family: Family, angle: float, size: float) -> tuple[float, Point]:
     """Turn R toward S by an angle, as if they were of equal size, and give it a size."""
     present, along = family.gram[0, 0].sqrt().item(), family.gram[1, 1].sqrt().item()
-    if not (present > 0 and along > 0):
-        return family.loss, STILL
-    cosine = family.gram[0, 1].item() / (present * along)
-    ratio = math.tan(angle)
-    size = size / math.sqrt(1 + ratio**2 + 2 * ratio * cosine)
-    points = [Point(size / present, size * ratio / along, 0.0, 0.0, t) for t in _head_steps(family)]
+    if present > 0 and along > 0:
+        cosine = family.gram[0, 1].item() / (present * along)
+        ratio = math.tan(angle)
+        size = size / math.sqrt(1 + ratio**2 + 2 * ratio * cosine)
+        keep, step = size / present, size * ratio / along
+    else:
+        # Weights or gradients of zero: there is but one direction, or the head's alone.
+        keep, step = 1.0, size / along if along > 0 else 0.0
+    return _best(family, [Point(keep, step, 0.0, 0.0, t) for t in _head_steps(family)])
+
+
+def _best(family: Family, points: list[Point]) -> tuple[float, Point]:
     return min(((family.evaluate(p)[0], p) for p in points), key=lambda found: found[0])
 
 
@@ -206,8 +243,8 @@ def _head_steps(family: Family) -> list[float]:
 
 
 def _head_unit(family: Family) -> float:
-    """A large step of the head: three tenths of the loss, at most its own length."""
+    """A large step of the head: three tenths of the loss, at most its own length if it has one."""
     size, slope = family.head_sizes
     if slope == 0.0:
         return 0.0
-    return min(0.3 * abs(family.loss) / slope**2, size / slope)
+    return min(0.3 * abs(family.loss) / slope**2, size / slope if size > 0 else math.inf)

@@ -22,11 +22,26 @@ from dd.shadow_step import ShadowStep
 from dd.stopping import Outputs, StopRule
 from dd.store import Store
 from dd.training_forward import full_precision
+from dd.user_warning import warn_user
 from dd.watches import Watches
 
-__all__ = ["LineStep"]
+__all__ = ["LineStep", "NoSignalWarning"]
 
 MEMORY = "shadow_memory"
+
+LOST = (
+    'DecoupledDescent: lr="auto" found no signal: after 20 rotations of the weights the training '
+    "loss was no clearer below that of the best constant prediction than chance makes it, or lower "
+    "than the plain network's, which only a wrong noise model does. The weights are left at zero. "
+    "Other initial weights, another activation (an odd one sees no even signal), more samples, or "
+    "noise=dd.NoiseModel.fit(inputs, components) may help; a numeric lr goes slower, and may find "
+    "what is weak."
+)
+
+
+class NoSignalWarning(UserWarning):
+    """No step that ``lr="auto"`` tried told more than a constant prediction."""
+
 
 # Probes of a step beside its own.
 MORE_PROBES = 3
@@ -87,6 +102,8 @@ class LineStep:
             self._store.state.clear()
             self._store.state.update(before)
             raise
+        if memory.get("lost") and not self._state.get(MEMORY, {}).get("lost"):
+            warn_user(LOST, NoSignalWarning)
         self._state[MEMORY] = memory
         self._move(parts, maps, point)
         return loss
@@ -129,7 +146,7 @@ class LineStep:
         assert attachment.samples.count is not None
         outputs.require(attachment.samples.count)
         rule = StopRule(self._state, memory)
-        is_best = rule.look(loss, outputs, searching=bool(memory.get("searching")))
+        is_best = rule.look(loss, outputs)
         self._state[MEMORY] = memory
         best = BestState(self._store, attachment.module, attachment.weight)
         if is_best:

@@ -103,7 +103,8 @@ class StopRule:
 
     Args:
         state: of the decoupled weight; keeps scores and changes.
-        memory: keeps plain numbers.
+        memory: of the policy; keeps plain numbers. Before its search there is nothing to stop, and
+            what it passes before it is informed is not the best of anything.
     """
 
     def __init__(self, state: dict[str, Any], memory: dict[str, float]) -> None:
@@ -114,15 +115,15 @@ class StopRule:
         """Whether training has stopped."""
         return bool(self._memory.get("stopped"))
 
-    def look(self, loss: float, outputs: Outputs, *, searching: bool) -> bool:
+    def look(self, loss: float, outputs: Outputs) -> bool:
         """Take a step's state into account; return whether it is the best so far.
 
         Args:
             loss: the tracked loss of the state.
             outputs: of the forward that gave it.
-            searching: whether steps go down yet; before, there is nothing to stop.
         """
         memory = self._memory
+        searching = bool(memory.get("searching"))
         scores, gradient = outputs.scores, outputs.gradient
         change = self._changed(scores, gradient)
         needed = STANDARD_ERRORS * self.standard_error(change)
@@ -131,10 +132,11 @@ class StopRule:
             change = torch.zeros_like(change)
         else:
             memory["stalled"] += 1
-        memory["stopped"] = float(memory["stalled"] >= PATIENCE)
+        memory["stopped"] = float(memory["stalled"] >= PATIENCE or bool(memory.get("lost")))
         self._state[SCORES], self._state[GRADIENT] = scores, gradient
         self._state[CHANGE] = change
-        best = loss < memory.get("best", math.inf)
+        known = searching or bool(memory.get("informed"))
+        best = known and loss < memory.get("best", math.inf)
         if best:
             memory["best"] = loss
         return best

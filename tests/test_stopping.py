@@ -101,7 +101,8 @@ def test_standard_error_is_that_of_the_samples_own_changes():
     for step in range(4):
         losses, mean, gradient = quadratic(scores)
         # Never an improvement, so that the reference stays.
-        rule.look(mean + 100.0 * step, Given(scores, gradient), searching=step > 0)
+        memory["searching"] = float(step > 0)
+        rule.look(mean + 100.0 * step, Given(scores, gradient))
         scores = scores + 0.3 * torch.randn(N, 2, generator=g).double()
     change = losses - quadratic(first)[0]
     torch.testing.assert_close(state["shadow_loss_change"], change)
@@ -111,11 +112,11 @@ def test_standard_error_is_that_of_the_samples_own_changes():
 @pytest.mark.parametrize(("share", "stops"), [(0.9, True), (1.1, False)])
 def test_training_goes_on_while_it_improves_by_two_standard_errors(share, stops):
     g = torch.Generator().manual_seed(3)
-    state, memory = {}, {}
+    state, memory = {}, {"searching": 1.0}
     rule = StopRule(state, memory)
     scores = torch.randn(N, 2, generator=g).double()
     reference, loss, gradient = quadratic(scores)
-    rule.look(loss, Given(scores, gradient), searching=True)
+    rule.look(loss, Given(scores, gradient))
     for _ in range(PATIENCE):
         if memory["stalled"] == 0:
             reference = quadratic(scores)[0]
@@ -123,19 +124,21 @@ def test_training_goes_on_while_it_improves_by_two_standard_errors(share, stops)
         losses, _, gradient = quadratic(scores)
         needed = STANDARD_ERRORS * StopRule.standard_error(losses - reference)
         loss = memory["reference"] - share * needed
-        rule.look(loss, Given(scores, gradient), searching=True)
+        rule.look(loss, Given(scores, gradient))
     assert rule.stopped == stops
 
 
 def test_nothing_stops_before_the_search():
     scores = torch.ones(N, 1).double()
-    rule = StopRule({}, {})
+    memory = {}
+    rule = StopRule({}, memory)
     for _ in range(3 * PATIENCE):
-        rule.look(1.0, Given(scores, scores), searching=False)
+        assert not rule.look(1.0, Given(scores, scores))
     assert not rule.stopped
+    memory["searching"] = 1.0
     for _ in range(PATIENCE):
         assert not rule.stopped
-        rule.look(1.0, Given(scores, scores), searching=True)
+        rule.look(1.0, Given(scores, scores))
     assert rule.stopped
 
 
