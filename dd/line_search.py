@@ -193,10 +193,7 @@ def _is_informed(family: Family, constant: float, memory: dict[str, float]) -> b
     # Memory of the samples can only lower the plain loss. Where that is higher, the training loss
     # is low because the correction takes more away than there is, as with a wrong noise model.
     # Before the weights have moved the two are one, but for rounding.
-    if informed and not family.plain_loss() < 1.001 * loss:
-        memory["rotations"] = _MOST_ROTATIONS
-        return False
-    return informed
+    return informed and family.plain_loss() < 1.001 * loss
 
 
 def _layer_units(family: Family) -> Tensor:

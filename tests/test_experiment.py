@@ -225,12 +225,16 @@ def test_summary_maps_optimizers_to_figures_and_says_where_they_come_from(finish
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert [key for key in summary if key.startswith(("gd", "dd"))][:3] == ["gd", "dd", "dd_auto"]
     for name in ("gd", "dd", "dd_auto"):
-        assert summary[name].keys() == SUMMARY_KEYS
+        interval = set() if name == "gd" else {"final_error_lower", "final_error_upper"}
+        assert summary[name].keys() == SUMMARY_KEYS | interval
         assert summary[name]["completed_trials"] == 1
         assert summary[name]["steps"] == 12
     assert summary["dd"]["seconds"] > 0
     # Half of the 12 updates take at least the median time.
     assert summary["dd"]["steps_per_second"] >= 6 / summary["dd"]["seconds"]
+    tracked = summary["dd"]
+    lower, upper = tracked["final_error_lower"], tracked["final_error_upper"]
+    assert lower < tracked["final_train_error"] < upper
     assert summary["experiment"] == "xor"
     assert summary["seed"] == 0
     assert summary["torch"] == torch.__version__
