@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import dd
 from dd.data import cifar10_probe, noisy_mnist, xor
 from dd.models import two_layer
+from dd.training import measure
 
 XOR = [(500, 4, 2.5, 8), (500, 2, 3.0, 8), (500, 4, 2.0, 32), (1000, 6, 2.5, 8)]
 ACTIVATIONS = ["gelu", "relu", "tanh_squared", "softplus"]
@@ -46,17 +47,6 @@ def _start(split, width, activation, scale, seed):
     )
 
 
-@torch.no_grad()
-def _figures(model, split, *, train):
-    model.train(train)
-    inputs = split.train_inputs if train else split.test_inputs
-    targets = split.train_targets if train else split.test_targets
-    scores = model(inputs)
-    model.train()
-    wrong = float((scores.argmax(1) != targets).float().mean())
-    return wrong, float(F.cross_entropy(scores, targets))
-
-
 def _fixed(model, optimizer, split, steps):
     """Training error, training loss and test error at every fifth step."""
     path = []
@@ -66,9 +56,8 @@ def _fixed(model, optimizer, split, steps):
         if not math.isfinite(float(loss.detach())):
             break
         if step % 5 == 0:
-            path.append(
-                (*_figures(model, split, train=True), _figures(model, split, train=False)[0])
-            )
+            found = measure(model, split)
+            path.append((found["train_error"], found["train_loss"], found["test_error"]))
         loss.backward()
         optimizer.step()
     return path
@@ -86,13 +75,13 @@ def _auto(model, split, noise, steps):
 
     gaps, made = [], 0
     while made < steps and not optimizer.stopped:
-        pair = _figures(model, split, train=True)[0], _figures(model, split, train=False)[0]
-        gaps.append(abs(pair[0] - pair[1]))
+        found = measure(model, split)
+        gaps.append(abs(found["train_error"] - found["test_error"]))
         optimizer.step(closure)
         made += 1
     if not optimizer.stopped:
         optimizer.restore_best()
-    return optimizer, _figures(model, split, train=False)[0], fmean(gaps), made
+    return optimizer, measure(model, split)["test_error"], fmean(gaps), made
 
 
 def _xor_split(setting, seed, num_test=10_000):

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
-from dd.attachment import UNTRACEABLE, Attachment
+from dd.attachment import Attachment
 from dd.functional import at_least_single
 from dd.head import row_products
 from dd.line_parts import Part, Responses
 from dd.line_search import Point
 from dd.product_cache import require_all_again
-from dd.replay import Rewind, forward_replaced
+from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
 from dd.training_forward import full_precision
 
 __all__ = ["LineFamily", "Trial"]
@@ -54,13 +53,6 @@ class Trial:
         Raises:
             RuntimeError: if the inputs are not all samples in their order.
         """
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=UNTRACEABLE)
-        return self._forward(input)
-
-    # Compiled code must not take up what stands in for a layer for a while.
-    @_disable_dynamo
-    def _forward(self, input: Tensor) -> Tensor:
         layer = self._attachment.layer
         if not layer.training:
             return self._ordinary(input)
@@ -77,10 +69,7 @@ class Trial:
 
     def at_head(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
         """Correct the output of the head, shape (n, C), with the shadows of the point."""
-        shared = self._attachment.shared
-        if shared is None or not (self._attachment.layer.training and head.training):
-            return None
-        if not self._responses.head:
+        if not (self._responses.head and self._attachment.layer.training and head.training):
             return None
         with full_precision(output):
             features = at_least_single(inputs)
@@ -144,8 +133,7 @@ class LineFamily:
         nowhere = torch.inf, torch.zeros(5, dtype=torch.float64)
         if not point.is_finite:
             return nowhere
-        for part, start in zip(self._others, self._starts, strict=True):
-            part.tensor.copy_(start + point.head * part.descent)
+        self._place_others(point.head)
         variables = point.vector.to(self._responses.layer[0])
         with self._rewind.call():
             loss, derivative = self._call(self._responses, variables)
@@ -157,12 +145,16 @@ class LineFamily:
     @torch.no_grad()
     def plain_loss(self) -> float:
         """Loss of the present state without any correction."""
-        for part, start in zip(self._others, self._starts, strict=True):
-            part.tensor.copy_(start)
+        self._place_others(0.0)
         uncorrected = Responses([self._responses.product], self._responses.product)
         with self._rewind.call():
             loss, _ = self._call(uncorrected, self._responses.product.new_tensor([1.0, 0.0]))
         return float(loss)
+
+    def _place_others(self, head: float) -> None:
+        """Put every parameter but the decoupled weights where a step of the head leads."""
+        for part, start in zip(self._others, self._starts, strict=True):
+            part.tensor.copy_(start + head * part.descent)
 
     def _call(self, responses: Responses, variables: Tensor) -> tuple[Tensor, Tensor]:
         attachment, variables = self._attachment, variables.requires_grad_()
@@ -171,10 +163,7 @@ class LineFamily:
             with attachment.trying(trial), forward_replaced(attachment.layer, trial.forward):
                 loss = self._closure()
         if variables.grad is None or not isinstance(loss, Tensor):
-            raise RuntimeError(
-                "DecoupledDescent: a later call of the closure did not do as the first: run the "
-                "model in train mode on all training samples, differentiate the loss and return it"
-            )
+            raise RuntimeError(UNLIKE_FIRST)
         return loss.detach().reshape(()), variables.grad.double().cpu()
 
     def _along_others(self) -> float:

@@ -29,6 +29,9 @@ __all__ = ["LineStep", "NoSignalWarning"]
 
 MEMORY = "shadow_memory"
 
+# Probes of a step beside its own.
+MORE_PROBES = 3
+
 LOST = (
     'DecoupledDescent: lr="auto" found no signal: after 20 rotations of the weights the training '
     "loss was no clearer below that of the best constant prediction than chance makes it, or lower "
@@ -41,10 +44,6 @@ LOST = (
 
 class NoSignalWarning(UserWarning):
     """No step that ``lr="auto"`` tried told more than a constant prediction."""
-
-
-# Probes of a step beside its own.
-MORE_PROBES = 3
 
 
 class LineStep:
@@ -201,9 +200,6 @@ class LineStep:
 
         Args:
             more: further estimates of the curvature.
-
-        Raises:
-            RuntimeError: if gradients were edited.
         """
         attachment = self._attachment
         with full_precision(attachment.weight):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dd.attachment import Attachment
 from dd.product_cache import FirstForward
-from dd.replay import Rewind, forward_replaced
+from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
 
 __all__ = ["probed_again"]
 
@@ -69,10 +69,7 @@ def _estimate(attachment: Attachment) -> Tensor:
     """
     pending = attachment.pending
     if len(pending) != 1 or pending[0].gradient is None or pending[0].placement.index is not None:
-        raise RuntimeError(
-            "DecoupledDescent: a later call of the closure did not do as the first: run the "
-            "model in train mode on all training samples, differentiate the loss and return it"
-        )
+        raise RuntimeError(UNLIKE_FIRST)
     (capture,) = pending
     estimator = attachment.estimator
     moments = estimator.moments(capture.observed, capture.product(), None, attachment.ranks)

@@ -368,14 +368,15 @@ class DecoupledDescent(torch.optim.SGD):
         For training that ends before it stops by itself.
 
         Raises:
-            RuntimeError: if there are none: ``stop`` is not ``"auto"``, or no step was made.
+            RuntimeError: if there are none: ``stop`` is not ``"auto"``, or no step was made from
+                weights that know of the signal.
         """
         attachment = self._required("restore_best()")
         best = BestState(self._store(), attachment.module, attachment.weight)
         if not best.restore():
             raise RuntimeError(
                 "DecoupledDescent: restore_best() found no best weights; they are kept by "
-                'lr="auto", stop="auto", from the first step on'
+                'lr="auto", stop="auto", once the weights know of the signal'
             )
         attachment.remember_weight(self.state[attachment.weight])
         self.drop_forward()

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from dd.attachment import UNTRACEABLE, Attachment
+from dd.attachment import Attachment
 from dd.functional import at_least_single
 from dd.training_forward import full_precision
 
@@ -48,13 +47,6 @@ class FirstForward:
 
     def forward(self, input: Tensor) -> Tensor:
         """Return XW + bias, shape (n, k)."""
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=UNTRACEABLE)
-        return self._forward(input)
-
-    # Compiled code must not take up what stands in for a layer for a while.
-    @_disable_dynamo
-    def _forward(self, input: Tensor) -> Tensor:
         layer = self._attachment.layer
         if not layer.training or not torch.is_grad_enabled():
             return self._ordinary(input)
@@ -74,12 +66,6 @@ class FirstForward:
 
     def again(self, input: Tensor) -> Tensor:
         """Return what :meth:`forward` returned, as a function of the bias alone."""
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=UNTRACEABLE)
-        return self._again(input)
-
-    @_disable_dynamo
-    def _again(self, input: Tensor) -> Tensor:
         layer = self._attachment.layer
         if not layer.training or not torch.is_grad_enabled():
             return self._ordinary(input)

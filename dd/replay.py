@@ -6,16 +6,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
-__all__ = ["Rewind", "forward_replaced"]
+from dd.attachment import UNTRACEABLE
+
+__all__ = ["UNLIKE_FIRST", "Rewind", "forward_replaced"]
+
+UNLIKE_FIRST = (
+    "DecoupledDescent: a later call of the closure did not do as the first: run the model in train "
+    "mode on all training samples, differentiate the loss and return it"
+)
 
 
 @contextmanager
 def forward_replaced(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a layer, its hooks included, run another forward for a while."""
+    """Let a layer, its hooks included, run another forward for a while; never as compiled code."""
     own, replacement = vars(layer), "forward"
     before = own.get(replacement)
-    own[replacement] = forward
+
+    def eager(input: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
+        return _untraced(forward, input)
+
+    own[replacement] = eager
     try:
         yield
     finally:
@@ -23,6 +37,12 @@ def forward_replaced(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del own[replacement]
         else:
             own[replacement] = before
+
+
+# Compiled code must not take up what stands in for a layer for a while.
+@_disable_dynamo
+def _untraced(forward: Callable[..., Any], input: Tensor) -> Any:
+    return forward(input)
 
 
 class Rewind:
