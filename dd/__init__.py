@@ -9,9 +9,11 @@ from dd.components import find_components
 from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
 from dd.line_step import NoSignalWarning
+from dd.mixture import GaussianMixture
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
+from dd.state_evolution import state_evolution
 from dd.strain import StrainWarning
 
 __version__ = "0.1.0"
@@ -22,8 +24,10 @@ __all__ = [
     "DecoupledDescent",
     "DivergenceWarning",
     "Estimate",
+    "GaussianMixture",
     "NoSignalWarning",
     "NoiseModel",
     "StrainWarning",
     "find_components",
+    "state_evolution",
 ]

@@ -180,10 +180,10 @@ class MeanField:
         bias = self._layer.bias
 
         def forward(inputs: Tensor) -> Tensor:
-            if inputs is not nowhere and inputs.shape != nowhere.shape:
+            if inputs.shape != nowhere.shape:
                 raise ValueError(
                     f"state_evolution: the decoupled layer got inputs of shape "
-                    f"{tuple(inputs.shape)} for {len(rows)} samples"
+                    f"{tuple(inputs.shape)}, expected {tuple(nowhere.shape)}: each sample's own"
                 )
             return rows if bias is None else rows + bias
 

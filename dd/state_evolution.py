@@ -138,6 +138,11 @@ def state_evolution(
     check_count("state_evolution: replicates", replicates)
     check_count("state_evolution: paths", paths, least=2 * replicates * len(mixture.means))
     check_count("state_evolution: record_every", record_every)
+    check_count("state_evolution: seed", seed, least=0)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"state_evolution: dtype must be torch.float32 or torch.float64, got {dtype}"
+        )
     training = Training(
         mixture=mixture,
         loss=loss,

@@ -618,3 +618,108 @@ def stein_of(preactivations: Tensor, gradients: Tensor, labels: Tensor, ridge: f
     ridged = covariance + ridge * covariance.trace() / k * torch.eye(k).double()
     found = torch.linalg.solve(ridged, cross)
     return (found + found.T) / 2
+
+
+class LinearCase(NamedTuple):
+    """Square loss ‖V r − y_a‖²/2 of a linear head V, trained or not, on a Gaussian mixture.
+
+    Attributes:
+        weights: p, shape (A,).
+        means: μ restricted to each bin, one (A, ν_b) tensor a bin.
+        variances: λ of each bin.
+        sizes: ν_b of each bin.
+        targets: y, shape (A, C).
+        alpha: n/d.
+        rate: η.
+        damping: ρ.
+        decay: weight decay of W and V.
+        trained: whether V is.
+    """
+
+    weights: Tensor
+    means: Sequence[Tensor]
+    variances: Sequence[float]
+    sizes: Sequence[int]
+    targets: Tensor
+    alpha: float
+    rate: float
+    damping: float
+    decay: float
+    trained: bool
+
+
+class LinearLimit(NamedTuple):
+    """What the limit predicts before one step: loss, M (A, k) and K (k, k)."""
+
+    loss: float
+    overlaps: Tensor
+    covariance: Tensor
+
+
+def linear_state_evolution(
+    case: LinearCase, start: Sequence[Tensor], head: Tensor, steps: int
+) -> list[LinearLimit]:
+    """State evolution where every expectation is known, as the recursion over pairs of steps.
+
+    W of bin b moves by W ← W A − η Σ_a p_a μ_a E_a[g]ᵀ − η ζ with (ζ^s)ᵀζ^t = (ν_b/d) λ_b Γ^{st}/α.
+    Kept are all products (W^s)ᵀW^t and (ζ^t)ᵀW^s; the second are zero at s = 0 and go on by
+    (ζ^t)ᵀW^{s+1} = (ζ^t)ᵀW^s A_s − η (ζ^t)ᵀζ^s.
+
+    Args:
+        case: the problem.
+        start: W⁰ restricted to each bin, (ν_b, k) each.
+        head: V, shape (C, k).
+        steps: number of updates.
+    """
+    bins, dimension = range(len(case.sizes)), sum(case.sizes)
+    eta, p, y = case.rate, case.weights, case.targets
+    gram = [{(0, 0): w.T @ w} for w in start]
+    noise: list[dict[tuple[int, int], Tensor]] = [{} for _ in bins]
+    means = [[case.means[b] @ start[b]] for b in bins]
+    heads, maps, limits = [head], [], []
+    for t in range(steps + 1):
+        k_of = [sum(case.variances[b] * gram[b][(s, t)] for b in bins) for s in range(t + 1)]
+        m_of = [sum(means[b][s] for b in bins) for s in range(t + 1)]
+        v = heads[t]
+        rest = [m @ w.T - y for m, w in zip(m_of, heads, strict=True)]
+        second = [
+            heads[s] @ k_of[s] @ v.T + rest[s].T @ (p[:, None] * rest[t]) for s in range(t + 1)
+        ]
+        limits.append(LinearLimit(float(second[t].trace()) / 2, m_of[t], k_of[t]))
+        if t == steps:
+            return limits
+        curvature = v.T @ v
+        signal = p[:, None] * (rest[t] @ v)
+        identity = torch.eye(len(curvature), dtype=torch.float64)
+        maps.append(
+            [
+                (1 - eta * case.decay) * identity
+                - eta * case.damping * case.variances[b] * curvature
+                for b in bins
+            ]
+        )
+        for b in bins:
+            scale = case.sizes[b] / dimension * case.variances[b] / case.alpha
+            gamma = [scale * heads[s].T @ second[s] @ v for s in range(t + 1)]
+            noise[b][(t, 0)] = torch.zeros_like(curvature)
+            for s in range(t + 1):
+                noise[b][(t, s + 1)] = noise[b][(t, s)] @ maps[s][b] - eta * gamma[s].T
+            products = case.means[b] @ case.means[b].T
+            means[b].append(means[b][t] @ maps[t][b] - eta * products @ signal)
+            for s in range(t + 2):
+                known = gram[b][(s, t)] if s <= t else gram[b][(t, t + 1)].T
+                gram[b][(s, t + 1)] = (
+                    known @ maps[t][b] - eta * means[b][s].T @ signal - eta * noise[b][(t, s)].T
+                )
+                gram[b][(t + 1, s)] = gram[b][(s, t + 1)].T
+        heads.append(_descended_head(case, v, k_of[t], m_of[t], rest[t]))
+    return limits
+
+
+def _descended_head(
+    case: LinearCase, v: Tensor, covariance: Tensor, overlaps: Tensor, rest: Tensor
+) -> Tensor:
+    if not case.trained:
+        return v
+    gradient = v @ covariance + rest.T @ (case.weights[:, None] * overlaps)
+    return v - case.rate * (gradient + case.decay * v)
