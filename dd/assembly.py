@@ -42,11 +42,13 @@ def validate(config: DictConfig) -> None:
 
     Raises:
         ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins``,
-            ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
+            ``theory``, ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
+    if not isinstance(config.get("theory", False), bool):
+        raise ValueError(f"theory must be true or false, got {config.theory!r}")
     if config.get("resume") is not None:
         raise ValueError("resume= belongs on the command line, beside no other settings")
     check_seed(config.seed)
@@ -177,8 +179,20 @@ def make_model(config: DictConfig, split: Split) -> nn.Sequential:
             split.dimension,
             num_outputs=split.num_classes,
             generator=generator(config.seed, "initialisation"),
+            **_informed(config, split),
         )
     return model
+
+
+def _informed(config: DictConfig, split: Split) -> dict[str, Any]:
+    if "overlap" not in config.model:
+        return {}
+    if split.mixture is None:
+        raise ValueError(
+            f"model.overlap needs data of known component means, which {config.name} has not; use "
+            "model=two_layer"
+        )
+    return {"mixture": split.mixture}
 
 
 def make_optimizer(

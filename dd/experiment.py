@@ -35,9 +35,11 @@ from dd.line_settings import chooses_rate
 from dd.lineup import lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
+from dd.prediction import check_theory, curves, deviations, predicted, write_theory
 from dd.recorder import Recorder
 from dd.results import Results
 from dd.stability import EdgeWatch
+from dd.state_evolution import StateEvolution
 from dd.tracking import History, remove_scratch, replacing, write_json
 from dd.training import Schedule, TrainingStopped, train
 from dd.wandb_logging import WandbRun, check_mode
@@ -77,6 +79,7 @@ class Experiment:
         kept: content of the checkpoint from which the run of this folder goes on, or None for a run
             that begins.
         results: what was found so far.
+        theory: predicted curves of each decoupled optimizer, where they are asked for.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -86,6 +89,7 @@ class Experiment:
     folder: Path
     kept: Mapping[str, Any] | None = None
     results: Results = field(init=False)
+    theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -165,6 +169,9 @@ class Experiment:
                     # training.
                     for job in list(self._jobs(trial)):
                         self._run_job(job, display)
+            # A run of an earlier version has no such setting.
+            if self.config.get("theory", False) and self.processes.leads:
+                self._predict()
         except BaseException:
             # On a full disk this fails too, and the first error says more.
             with suppress(OSError):
@@ -172,10 +179,18 @@ class Experiment:
             raise
         self._write_results(finished=True)
 
+    def _predict(self) -> None:
+        split = make_split(with_seed(self.config, self.config.seed))
+        progress = self.config.tracking.progress
+        self.theory = predicted(self.config, split, self.device, progress=progress)
+        self.results.note(deviations(self.theory, self.history))
+
     def _jobs(self, trial: int) -> Iterator[_Job]:
         """The optimizers of a trial that are not yet through."""
         config = with_seed(self.config, self.config.seed + trial)
         split = make_split(config).to(self.device)
+        if config.get("theory", False):
+            check_theory(config, split)
         self.results.num_train = len(split.train_targets)
         batches = make_batches(config, split)
         initial = make_model(config, split)
@@ -277,7 +292,10 @@ class Experiment:
         self.history.write_csv(self.folder / "history.csv")
         provenance = {"finished": finished, **self._provenance()}
         write_json(self.folder / "summary.json", {**self.summary, **provenance})
-        train_vs_test(self.history, self.figure, self.config.name)
+        if self.theory:
+            write_theory(self.theory, self.folder / "state_evolution.csv")
+        theory = {name: curves(found) for name, found in self.theory.items()}
+        train_vs_test(self.history, self.figure, self.config.name, theory)
 
     def _provenance(self) -> dict[str, Any]:
         return {

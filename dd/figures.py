@@ -1,6 +1,7 @@
 """Every picture."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,24 @@ TRAIN_COLOUR = "#D55E00"
 TRAIN_COLOURS = {"dd_auto": "#009E73"}
 TEST_COLOUR = "#0072B2"
 GAP_COLOUR = "#BBBBBB"
-LABELS = {"gd": "Gradient descent", "dd": "Decoupled descent", "dd_auto": "DD, lr=auto"}
+THEORY_COLOUR = "black"
+LABELS = {
+    "gd": "Gradient descent",
+    "dd": "Decoupled descent",
+    "dd_auto": "DD, lr=auto",
+    "dd_half": "DD, half damped",
+    "dd_pure": "DD, pure",
+}
 ROWS = (("error", "Error"), ("loss", "Loss"))
 DOTS_PER_INCH = 200
 
 
-def train_vs_test(history: History, path: str | os.PathLike[str], title: str) -> None:
+def train_vs_test(
+    history: History,
+    path: str | os.PathLike[str],
+    title: str,
+    theory: Mapping[str, Mapping[str, tuple[Array, Array]]] | None = None,
+) -> None:
     """Draw train and test curves of every optimizer and write them to a PNG file.
 
     One column an optimizer; errors above, losses below, on common axes; the gap between train and
@@ -37,6 +50,8 @@ def train_vs_test(history: History, path: str | os.PathLike[str], title: str) ->
         history: what was recorded.
         path: file to write, whole or not at all.
         title: heading of the figure.
+        theory: predicted curves, for an optimizer's name and "error" or "loss" the steps and
+            values, each of shape (steps,).
 
     Raises:
         ValueError: if the history is empty.
@@ -50,12 +65,18 @@ def train_vs_test(history: History, path: str | os.PathLike[str], title: str) ->
     for row, (metric, label) in zip(axes, ROWS, strict=True):
         for panel, optimizer in zip(row, optimizers, strict=True):
             _panel(panel, history, optimizer, metric)
+            if theory and optimizer in theory:
+                curve = theory[optimizer][metric]
+                panel.plot(
+                    *curve, color=THEORY_COLOUR, linestyle=":", linewidth=1.6, label="theory"
+                )
         row[0].set_ylabel(label)
         row[0].set_ylim(0, _top(history, metric))
     for column, optimizer in enumerate(optimizers):
         axes[0, column].set_title(LABELS.get(optimizer, optimizer), loc="left", weight="bold")
         _scale_steps(axes[1, column], history, optimizer)
-        if column == 0 or optimizer in TRAIN_COLOURS:
+        first_of_theory = optimizer == next(iter(theory or ()), None)
+        if column == 0 or optimizer in TRAIN_COLOURS or first_of_theory:
             axes[0, column].legend(loc="upper right", frameon=False)
     figure.suptitle(_heading(history, title))
     with replacing(path) as scratch:

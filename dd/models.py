@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dd.checks import check_count, check_number
+from dd.mixture import GaussianMixture
 
-__all__ = ["ACTIVATIONS", "TanhSquared", "two_layer"]
+__all__ = ["ACTIVATIONS", "TanhSquared", "informed_two_layer", "two_layer"]
 
 
 class TanhSquared(nn.Module):
@@ -65,6 +66,70 @@ def two_layer(
         ACTIVATIONS[activation](),
         _linear(width, num_outputs, 1 / math.sqrt(width), generator),
     )
+
+
+def informed_two_layer(
+    dimension: int,
+    width: int,
+    num_outputs: int,
+    *,
+    mixture: GaussianMixture,
+    overlap: float,
+    start_seed: int = 0,
+    activation: str = "gelu",
+    hidden_scale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> nn.Sequential:
+    """Return the network of :func:`two_layer` started with a knowledge of the component means.
+
+    Mean pre-activations M_a = Wᵀμ_a and head weights are those of ``start_seed``, the same for
+    every realisation of means with the same inner products; the rest of the hidden weights is drawn
+    by ``generator``. Such networks all follow one curve of state evolution.
+
+    Args:
+        dimension: as of :func:`two_layer`, like the following two and the last three.
+        width: number k of hidden units.
+        num_outputs: number C of outputs.
+        mixture: gives the means, in ``dimension`` coordinates.
+        overlap: standard deviation of M over components, units and starting seeds.
+        start_seed: of what is alike.
+        activation: a key of :data:`ACTIVATIONS`.
+        hidden_scale: of the hidden weights beside the means.
+        generator: CPU generator; None is torch's global one.
+
+    Raises:
+        ValueError: if an argument is out of range, the activation unknown, or the mixture of
+            another dimension.
+    """
+    check_number("overlap", overlap)
+    check_count("start_seed", start_seed, least=0)
+    if mixture.dimension != dimension:
+        raise ValueError(
+            f"the mixture's means have {mixture.dimension} coordinates, the network {dimension}"
+        )
+    model = two_layer(
+        dimension,
+        width,
+        num_outputs,
+        activation=activation,
+        hidden_scale=hidden_scale,
+        generator=generator,
+    )
+    layer, head = model[0], model[2]
+    assert isinstance(layer, nn.Linear)
+    assert isinstance(head, nn.Linear)
+    alike = torch.Generator().manual_seed(start_seed)
+    nn.init.normal_(head.weight, std=1 / math.sqrt(width), generator=alike)
+    means = mixture.means.double().cpu()
+    # Through the inner products alone, so that a rotation of the means rotates the start.
+    inverse = torch.linalg.pinv(means @ means.T, hermitian=True)
+    share = max(1, int(torch.linalg.matrix_rank(means))) / len(means)
+    drawn = torch.randn(len(means), width, generator=alike, dtype=torch.float64)
+    wanted = overlap / math.sqrt(share) * drawn
+    with torch.no_grad():
+        missing = wanted - means @ layer.weight.double().T
+        layer.weight += (means.T @ inverse @ missing).T
+    return model
 
 
 def _linear(inputs: int, outputs: int, std: float, generator: torch.Generator | None) -> nn.Linear:

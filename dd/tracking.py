@@ -17,6 +17,7 @@ import numpy.typing as npt
 __all__ = [
     "COLUMNS",
     "METRICS",
+    "Array",
     "History",
     "Record",
     "aggregate",

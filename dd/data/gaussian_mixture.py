@@ -6,6 +6,7 @@ from torch import Tensor
 from dd.checks import check_count, check_number
 from dd.data.seeding import generator
 from dd.data.split import Split
+from dd.mixture import GaussianMixture
 
 __all__ = ["xor"]
 
@@ -49,6 +50,7 @@ def xor(
         train_components=train_components,
         test_inputs=test,
         test_targets=test_components // 2,
+        mixture=GaussianMixture(means, torch.arange(len(means)) // 2, noise),
     )
 
 

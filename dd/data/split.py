@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dd.mixture import GaussianMixture
+
 __all__ = ["Split"]
 
 
@@ -19,6 +21,7 @@ class Split:
             where it is unknown.
         test_inputs: shape (n_test, d), float32.
         test_targets: class of each test sample, shape (n_test,), int64.
+        mixture: the law that all inputs were drawn from, where it is known.
 
     Raises:
         TypeError: if a tensor has the wrong data type.
@@ -30,6 +33,7 @@ class Split:
     train_components: Tensor | None
     test_inputs: Tensor
     test_targets: Tensor
+    mixture: GaussianMixture | None = None
 
     def __post_init__(self) -> None:
         """Check that the tensors fit together.
@@ -68,6 +72,7 @@ class Split:
             train_components=None if components is None else components.to(device),
             test_inputs=self.test_inputs.to(device),
             test_targets=self.test_targets.to(device),
+            mixture=self.mixture,
         )
 
 

@@ -1,0 +1,128 @@
+"""State evolution of an experiment's decoupled optimizers."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from dd.assembly import make_model, optimizer_settings, with_seed
+from dd.data import Split
+from dd.lineup import AUTO, takes_auto_rate
+from dd.state_evolution import StateEvolution, state_evolution
+from dd.tracking import Array, History, replacing
+
+__all__ = ["COLUMNS", "check_theory", "curves", "deviations", "predicted", "write_theory"]
+
+COLUMNS = ("optimizer", "step", "loss", "loss_standard_error", "error", "error_standard_error")
+
+# As arguments of state_evolution; what an optimizer's settings do not name is the default of both.
+RULE = ("momentum", "dampening", "weight_decay", "nesterov", "damping")
+
+
+def check_theory(config: DictConfig, split: Split) -> None:
+    """Check that state evolution knows of the training.
+
+    Raises:
+        ValueError: if the law of the inputs is unknown, or the batches are not full.
+    """
+    if split.mixture is None:
+        raise ValueError(
+            f"theory=true needs inputs of a known Gaussian mixture, which those of {config.name} "
+            "are not; use theory=false, or experiment=xor"
+        )
+    if config.data.get("batch_size") is not None:
+        raise ValueError(
+            f"theory=true predicts full-batch training; data.batch_size={config.data.batch_size} "
+            "should be null"
+        )
+
+
+def predicted(
+    config: DictConfig, split: Split, device: torch.device, *, progress: bool
+) -> dict[str, StateEvolution]:
+    """Predict the curves of every decoupled optimizer of a numeric rate.
+
+    Several trials are predicted as a mean over the law of their initial weights, a single one from
+    its own.
+
+    Args:
+        config: its list of optimizers settled.
+        split: of the first trial, whose means all trials have up to a rotation.
+        device: where to compute.
+        progress: whether to show it.
+    """
+    return {
+        name: _predicted(config, name, split, device, progress=progress)
+        for name in config.optimizers
+        if _is_predictable(optimizer_settings(config, name))
+    }
+
+
+def _is_predictable(settings: Mapping[str, object]) -> bool:
+    return takes_auto_rate(settings) and settings["lr"] != AUTO
+
+
+def _predicted(
+    config: DictConfig, name: str, split: Split, device: torch.device, *, progress: bool
+) -> StateEvolution:
+    settings = optimizer_settings(config, name)
+    assert split.mixture is not None
+
+    def drawn(generator: torch.Generator) -> torch.nn.Module:
+        return make_model(with_seed(config, generator.initial_seed() % 2**31), split)
+
+    return state_evolution(
+        make_model(config, split) if config.trials == 1 else drawn,
+        split.mixture,
+        alpha=len(split.train_inputs) / split.dimension,
+        steps=config.steps,
+        lr=settings["lr"],
+        **{key: settings[key] for key in RULE if key in settings},
+        record_every=config.tracking.record_every,
+        seed=config.seed,
+        device=device,
+        progress=progress,
+    )
+
+
+def curves(found: StateEvolution) -> dict[str, tuple[Array, Array]]:
+    """Steps and values of the predicted error and loss, each of shape (T,)."""
+    steps = found.steps.double().numpy()
+    return {"error": (steps, found.error.mean.numpy()), "loss": (steps, found.loss.mean.numpy())}
+
+
+def deviations(theory: Mapping[str, StateEvolution], history: History) -> list[str]:
+    """A sentence for each optimizer on how far the trials' median test curves are from theory."""
+    return [
+        f"{name}: state evolution is within {_furthest(found, history, name, 'error'):.4f} of the "
+        f"median test error and within {_furthest(found, history, name, 'loss'):.4f} of the median "
+        "test loss at every recorded step"
+        for name, found in theory.items()
+    ]
+
+
+def _furthest(found: StateEvolution, history: History, name: str, metric: str) -> float:
+    steps, values = history.curves(name, f"test_{metric}")
+    known, predicted = curves(found)[metric]
+    median = np.median(values[:, np.isin(steps, known)], axis=0)
+    return float(np.abs(median - predicted[np.isin(known, steps)]).max())
+
+
+def write_theory(theory: Mapping[str, StateEvolution], path: Path) -> None:
+    """Write predicted curves, of :data:`COLUMNS`, whole or not at all."""
+    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for name, found in theory.items():
+            curves = (
+                found.steps,
+                found.loss.mean,
+                found.loss.standard_error,
+                found.error.mean,
+                found.error.standard_error,
+            )
+            rows = zip(*(curve.tolist() for curve in curves), strict=True)
+            writer.writerows((name, *row) for row in rows)
