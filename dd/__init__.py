@@ -13,6 +13,7 @@ from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
 from dd.strain import StrainWarning
+from dd.trials import Trials, run_trials
 
 __version__ = "0.1.0"
 
@@ -25,5 +26,7 @@ __all__ = [
     "NoSignalWarning",
     "NoiseModel",
     "StrainWarning",
+    "Trials",
     "find_components",
+    "run_trials",
 ]

@@ -55,10 +55,12 @@ class StackedNetwork:
 
     def scores(self, rows: Tensor) -> Tensor:
         """Scores of pre-activations (S, n, k), shape (S, n, C)."""
-        # An activation may work in place.
-        values = rows.clone()
+        # A copy, because an activation may work in place.
+        values = _by_column(rows).clone()
         for module, own in self._head:
-            values = _linear(own, values) if type(module) is nn.Linear else _call(module, own, values)
+            values = (
+                _linear(own, values) if type(module) is nn.Linear else _call(module, own, values)
+            )
         return values
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -69,13 +71,20 @@ class StackedNetwork:
         return vmap(self._loss)(scores, targets)
 
 
+def _by_column(rows: Tensor) -> Tensor:
+    """The same rows, shape (..., n, k), with one unit after the other in memory.
+
+    A product with the inputs comes so, and elementwise work on two orders at once is slow.
+    """
+    return rows.mT.contiguous().mT
+
+
 def _below(name: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     start = f"{name}."
     return {key[len(start) :]: p for key, p in parameters.items() if key.startswith(start)}
 
 
 def _linear(parameters: dict[str, Tensor], values: Tensor) -> Tensor:
-    # One column a sample, as the decoupled layer's product comes.
     product = parameters["weight"] @ values.mT
     if "bias" in parameters:
         product = product + parameters["bias"].unsqueeze(-1)
@@ -157,15 +166,14 @@ class Correction:
         seeds: Sequence[int] | None = None,
     ) -> None:
         self._noise, self._damping = noise, optimizer._damping
-        self._seeds = [optimizer._seed] if seeds is None else list(dict.fromkeys(seeds))
-        # One column a sample, as the decoupled layer's product comes.
-        self.shadow = noise.eigenvalues.new_zeros(*noise.eigenvalues.shape, width, samples).mT
+        self._seeds = [optimizer._seed] if seeds is None else list(seeds)
+        self.shadow = noise.eigenvalues.new_zeros(*noise.eigenvalues.shape, samples, width)
         known = noise.components is not None
         self.stein = optimizer._curvature == "stein" or (optimizer._curvature == "auto" and known)
 
     def corrected(self, preactivation: Tensor) -> Tensor:
         """R of XW, both of shape (S, n, k)."""
-        return corrected_preactivation(preactivation, self.shadow)
+        return corrected_preactivation(preactivation.contiguous(), self.shadow)
 
     def curvature(self, rows: Tensor, gradient: Tensor, step: int) -> Tensor:
         """H, shape (S, k, k).
@@ -186,18 +194,19 @@ class Correction:
 
     def _probe(self, rows: Tensor, step: int) -> Tensor:
         """V, shape (n, k), or (S, n, k) where the trials have seeds of their own."""
-        draws = []
-        for seed in self._seeds:
+        like, draws = rows.new_empty(rows.shape[1:]), {}
+        for seed in set(self._seeds):
             generator = torch.Generator(rows.device).manual_seed(probe_seed(seed, step))
-            draws.append(rademacher(rows.new_empty(rows.shape[1:]), generator))
-        return draws[0] if len(draws) == 1 else torch.stack(draws)
+            draws[seed] = rademacher(like, generator)
+        of_all = [draws[seed] for seed in self._seeds]
+        return _by_column(of_all[0] if len(of_all) == 1 else torch.stack(of_all))
 
     def shadow_gradient(self, gradient: Tensor, curvature: Tensor) -> Tensor:
         """∇Q, shape (S, B, n, k)."""
         noise = self._noise
         values, mass, relative = noise.eigenvalues, noise.mass, noise.relative_mass
         return shadow_gradient(
-            self.shadow, gradient, curvature, values, mass, self._damping, relative
+            self.shadow, gradient.contiguous(), curvature, values, mass, self._damping, relative
         )
 
     def weight_gradient(self, gradient: Tensor, weight: Tensor, curvature: Tensor) -> Tensor:
@@ -294,9 +303,7 @@ class StackedOptimizer:
         network, correction = self.network, self._correction
         if correction is not None:
             curvature = self._curvature
-            weight_gradient = correction.weight_gradient(
-                weight_gradient, network.weight, curvature
-            )
+            weight_gradient = correction.weight_gradient(weight_gradient, network.weight, curvature)
             correction.shadow.grad = correction.shadow_gradient(self.gradient, curvature)
         network.weight.grad = weight_gradient
         if network.bias is not None and network.bias.requires_grad:

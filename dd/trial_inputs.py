@@ -1,6 +1,6 @@
 """What a batched computation of many trials is given, checked."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -202,9 +202,16 @@ def check_model(model: Any, seed: int, split: TrialSplit) -> None:
 
 
 def check_noise(
-    name: str, optimizer: DecoupledDescent, models: list[NoiseModel], inputs: Tensor
+    name: str, optimizer: DecoupledDescent, models: Sequence[NoiseModel], inputs: Tensor, width: int
 ) -> None:
-    """Check the noise models of some trials against a decoupled optimizer and the inputs.
+    """Check the noise models of some trials against a decoupled optimizer and the data.
+
+    Args:
+        name: of the optimizer.
+        optimizer: that takes them.
+        models: one a trial.
+        inputs: of one trial, shape (n, d).
+        width: k.
 
     Raises:
         ValueError: if they do not go with either.
@@ -239,4 +246,9 @@ def check_noise(
             f'run_trials: optimizers[{name!r}]: curvature="stein" needs the mixture component of '
             "every sample; pass noise=lambda split: dd.NoiseModel.isotropic(split.train_inputs, "
             'components), or use curvature="probe"'
+        )
+    if samples < width and not any(known):
+        raise ValueError(
+            f"run_trials: optimizers[{name!r}]: {samples} samples do not resolve the curvature of "
+            f"{width} units; use fewer units or more samples"
         )

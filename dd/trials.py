@@ -67,8 +67,8 @@ class Trials:
         seeds: of the trials.
         steps: number of updates before each record, shape (records,), int64.
         metrics: for every optimizer its losses and errors by the names in :data:`METRICS`, each of
-            shape (trials, records), float64, on the CPU; not a number from where a trial has failed.
-            The training figures are the corrected ones under decoupled descent.
+            shape (trials, records), float64, on the CPU; not a number from where a trial has
+            failed. The training figures are the corrected ones under decoupled descent.
         weights: for every optimizer the last parameters by their name in the model, each of shape
             (trials, ...), on the CPU.
         failures: the trials that turned non-finite.
@@ -94,7 +94,10 @@ class Trials:
             raise ValueError("Trials: nothing to join, got no parts")
         first = parts[0]
         for part in parts:
-            if not torch.equal(part.steps, first.steps) or part.metrics.keys() != first.metrics.keys():
+            if (
+                not torch.equal(part.steps, first.steps)
+                or part.metrics.keys() != first.metrics.keys()
+            ):
                 raise ValueError(
                     "Trials: only trials of the same optimizers and recorded steps can be joined, "
                     f"got {list(first.metrics)} at {len(first.steps)} steps and "
@@ -135,8 +138,8 @@ def run_trials(
     """Train networks on many data sets by several optimizers, many at a time.
 
     Every trial comes out as it would by itself, with an optimizer of its own and all samples in
-    every step, up to rounding. All optimizers of a trial start from the same weights and share every
-    pass over its inputs. The warnings of :class:`DecoupledDescent` are not given.
+    every step, up to rounding. All optimizers of a trial start from the same weights and share
+    every pass over its inputs. The warnings of :class:`DecoupledDescent` are not given.
 
         trials = dd.run_trials(
             lambda seed: xor(dimension=500, num_train=2000, seed=seed),
@@ -252,27 +255,40 @@ def _chunks(
 ) -> Iterator[Trials]:
     steps = plan.recorded[-1]
     with progress_bar(f"{len(seeds)} trials", len(seeds) * steps, show=progress) as advance:
-        split = plan.make_split(seeds[0])
-        check_split(split, seeds[0], split)
-        model = plan.make_model(seeds[0], split)
-        check_model(model, seeds[0], split)
-        size = _chunk_size(plan, split, model, memory)
+        first = _first(plan, seeds[0])
+        size = _chunk_size(plan, first, memory)
         for start in range(0, len(seeds), size):
-            chunk = _Chunk(plan, seeds[start : start + size], split, model)
-            yield chunk.run(advance)
+            yield _Chunk(plan, seeds[start : start + size], first).run(advance)
 
 
-def _chunk_size(plan: _Plan, split: TrialSplit, model: nn.Sequential, memory: int | None) -> int:
+class _First(NamedTuple):
+    """Seed, data and network of the first trial."""
+
+    seed: int
+    split: TrialSplit
+    model: nn.Sequential
+
+
+def _first(plan: _Plan, seed: int) -> _First:
+    split = plan.make_split(seed)
+    check_split(split, seed, split)
+    model = plan.make_model(seed, split)
+    check_model(model, seed, split)
+    return _First(seed, split, model)
+
+
+def _chunk_size(plan: _Plan, first: _First, memory: int | None) -> int:
     """How many trials are computed at once."""
-    train, test = split.train_inputs, split.test_inputs
+    train, test = first.split.train_inputs, first.split.test_inputs
     if memory is None and plan.device.type != "cuda":
         return max(1, _CACHED // (train.numel() * train.element_size()))
     if memory is None:
         free, _ = torch.cuda.mem_get_info(plan.device)
         memory = int(_SHARE * free)
+    width, _ = next(first.model.parameters()).shape
     # Rows of the width of the network that are held at once, of both sets.
     rows = 24 * len(train) + 6 * len(test)
-    numbers = train.numel() + test.numel() + rows * len(plan.optimizers) * len(model[0].weight)
+    numbers = train.numel() + test.numel() + rows * len(plan.optimizers) * width
     return max(1, memory // (numbers * train.element_size()))
 
 
@@ -282,30 +298,28 @@ class _Chunk:
     Args:
         plan: what all chunks have in common.
         seeds: of the S trials.
-        first_split: the data that all others must be like.
-        first_model: the network that all others must be like.
+        first: the trial that all others must be like.
     """
 
-    def __init__(
-        self,
-        plan: _Plan,
-        seeds: tuple[int, ...],
-        first_split: TrialSplit,
-        first_model: nn.Sequential,
-    ) -> None:
+    def __init__(self, plan: _Plan, seeds: tuple[int, ...], first: _First) -> None:
         self._plan, self._seeds = plan, seeds
-        splits = [plan.make_split(seed) for seed in seeds]
-        models = [plan.make_model(*pair) for pair in zip(seeds, splits, strict=True)]
-        for seed, split, model in zip(seeds, splits, models, strict=True):
-            check_split(split, seed, first_split)
-            check_model(model, seed, split)
-            _check_alike(model, seed, first_model)
+        splits, models = [], []
+        for seed in seeds:
+            split, model = first.split, first.model
+            if seed != first.seed:
+                split = plan.make_split(seed)
+                check_split(split, seed, first.split)
+                model = plan.make_model(seed, split)
+                check_model(model, seed, split)
+                _check_alike(model, seed, first.model)
+            splits.append(split)
+            models.append(model)
         device = plan.device
         self._inputs = torch.stack([split.train_inputs for split in splits]).to(device)
         self._targets = torch.stack([split.train_targets for split in splits]).to(device)
         self._test_inputs = torch.stack([split.test_inputs for split in splits]).to(device)
         self._test_targets = torch.stack([split.test_targets for split in splits]).to(device)
-        self._model = first_model
+        self._model = first.model
         noises = _Noises(plan.noise, splits)
         self._optimizers = {
             name: self._optimizer(name, make, models, noises)
@@ -319,7 +333,7 @@ class _Chunk:
         self, name: str, make: MakeOptimizer, models: Sequence[nn.Module], noises: "_Noises"
     ) -> StackedOptimizer:
         starts = [dict(model.named_parameters()) for model in models]
-        parameters = {
+        parameters: dict[str, Tensor] = {
             key: nn.Parameter(
                 torch.stack([start[key].detach() for start in starts]).to(self._plan.device),
                 requires_grad=first.requires_grad,
@@ -337,7 +351,7 @@ class _Chunk:
         self, name: str, optimizer: DecoupledDescent, noises: "_Noises", weight: Tensor
     ) -> Correction:
         models = noises.models(None if optimizer._damping == 1.0 else 1)
-        check_noise(name, optimizer, models, self._inputs[0])
+        check_noise(name, optimizer, models, self._inputs[0], weight.shape[1])
         noise = StackedNoise.of(models, weight)
         seeds = None
         if self._plan.probe_seed is not None:
