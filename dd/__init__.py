@@ -15,6 +15,7 @@ from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
 from dd.state_evolution import state_evolution
 from dd.strain import StrainWarning
+from dd.trials import Trials, run_trials
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ __all__ = [
     "NoSignalWarning",
     "NoiseModel",
     "StrainWarning",
+    "Trials",
     "find_components",
+    "run_trials",
     "state_evolution",
 ]

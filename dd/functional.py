@@ -114,7 +114,7 @@ def damped_weight_gradient(
         weight_gradient: ∂L/∂weight = GᵀX, shape (..., k, d).
         weight: Wᵀ, shape (..., k, d).
         curvature: H, shape (..., k, k), symmetric.
-        noise_variance: λ, a scalar.
+        noise_variance: λ, a scalar or shape (..., 1, 1).
         damping: ρ; 1 returns ``weight_gradient`` unchanged, 0 removes the whole drift.
 
     Returns:
@@ -129,7 +129,7 @@ def centre_within_components(values: Tensor, components: Tensor, num_components:
 
     Args:
         values: shape (..., n, k).
-        components: component of each row, shape (n,), integers in [0, num_components).
+        components: component of each row, shape (n,) or (..., n), integers in [0, num_components).
         num_components: number of components.
 
     Returns:
@@ -137,9 +137,9 @@ def centre_within_components(values: Tensor, components: Tensor, num_components:
     """
     # A product instead of index_add, whose order of summation is not fixed on CUDA.
     membership = torch.nn.functional.one_hot(components, num_components).to(values.dtype)
-    counts = membership.sum(0).clamp_min(1)
+    counts = membership.sum(-2).clamp_min(1)
     means = membership.mT @ values / counts.unsqueeze(-1)
-    return values - means.index_select(-2, components)
+    return values - torch.take_along_dim(means, components.unsqueeze(-1), -2)
 
 
 def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> Tensor:

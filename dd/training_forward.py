@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from dd.attachment import Attachment
-from dd.ranks import Ranks
 from dd.samples import Placement
 from dd.store import Store
 from dd.watches import Watches
 
-__all__ = ["TrainingForward", "full_precision", "refuse_capture"]
+__all__ = ["TrainingForward", "full_precision", "probe_seed", "refuse_capture"]
 
 
 class TrainingForward:
@@ -87,7 +86,7 @@ class TrainingForward:
             self._store.require_own(attachment, parameter)
         step = state.get("shadow_step", 0)
         forward = len(attachment.pending) + attachment.repeats
-        seed = _probe_seed(self._seed, step, forward, attachment.ranks)
+        seed = probe_seed(self._seed, step, forward, attachment.ranks.rank)
         shadow = state.get("shadow")
         has_shadow = shadow is not None
         outgoing = attachment.capture(placement, inputs, corrected, seed, has_shadow=has_shadow)
@@ -179,9 +178,17 @@ def refuse_capture(what: str) -> None:
         )
 
 
-def _probe_seed(seed: int, step: int, forward: int, ranks: Ranks) -> int:
+def probe_seed(seed: int, step: int, forward: int = 0, rank: int = 0) -> int:
+    """Seed of the probe of one training forward.
+
+    Args:
+        seed: of the optimizer.
+        step: number of updates so far.
+        forward: number of forwards before it that lead to the same step.
+        rank: of the process.
+    """
     # The first forward of a step on a single process draws what it always drew.
-    apart = 0xBF58476D1CE4E5B9 * (forward + 2**16 * ranks.rank)
+    apart = 0xBF58476D1CE4E5B9 * (forward + 2**16 * rank)
     return (seed * 0x9E3779B97F4A7C15 + step + apart) % 2**63
 
 
