@@ -1,5 +1,6 @@
 """From a configuration to the objects it describes."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +23,10 @@ from dd.optimizer import DecoupledDescent
 __all__ = [
     "make_batches",
     "make_model",
+    "make_noise",
     "make_optimizer",
     "make_split",
+    "optimizer_maker",
     "optimizer_settings",
     "refuse_idle_overrides",
     "settled",
@@ -34,6 +37,7 @@ __all__ = [
 
 GROUPS = ("data", "model", "optimizer", "available", "tracking")
 COMPONENTS = ("none", "known", "labels", "found")
+SWITCHES = ("theory", "together")
 RATES = ("lr", "momentum", "weight_decay", "damping")
 
 
@@ -42,13 +46,15 @@ def validate(config: DictConfig) -> None:
 
     Raises:
         ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins``,
-            ``theory``, ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
+            ``theory``, ``together``,
+            ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
-    if not isinstance(config.get("theory", False), bool):
-        raise ValueError(f"theory must be true or false, got {config.theory!r}")
+    for name in SWITCHES:
+        if not isinstance(config.get(name, False), bool):
+            raise ValueError(f"{name} must be true or false, got {config[name]!r}")
     if config.get("resume") is not None:
         raise ValueError("resume= belongs on the command line, beside no other settings")
     check_seed(config.seed)
@@ -204,16 +210,23 @@ def make_optimizer(
         ValueError: if its settings are out of range.
     """
     settings = optimizer_settings(config, name)
-    settings.pop("name")
     with _explained(f"optimizer {name}"):
-        optimizer: torch.optim.Optimizer = _build(OmegaConf.create(settings))(model.parameters())
+        optimizer: torch.optim.Optimizer = optimizer_maker(config, name)(model.parameters())
     if isinstance(optimizer, DecoupledDescent):
-        noise = _noise_model(config, settings, split)
-        optimizer.attach(model, noise=noise)
+        optimizer.attach(model, noise=make_noise(config, settings, split))
     return optimizer
 
 
-def _noise_model(config: DictConfig, settings: dict[str, Any], split: Split) -> NoiseModel:
+def optimizer_maker(config: DictConfig, name: str) -> functools.partial[Any]:
+    """Return what makes the optimizer called ``name`` from parameters."""
+    settings = optimizer_settings(config, name)
+    settings.pop("name")
+    maker: functools.partial[Any] = _build(OmegaConf.create(settings))
+    return maker
+
+
+def make_noise(config: DictConfig, settings: dict[str, Any], split: Split) -> NoiseModel:
+    """Return the noise model of a decoupled optimizer of these settings, of the training inputs."""
     components = _components(config, settings["curvature"], split)
     return NoiseModel.fit(
         split.train_inputs,

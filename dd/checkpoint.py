@@ -40,6 +40,8 @@ class Checkpoint:
             "trial": trial,
             "optimizers": dict(optimizers or {}),
         }
+        if optimizers:
+            self._content["optimizer"] = list(optimizers)[-1]
 
     def keep(
         self,
@@ -70,6 +72,16 @@ class Checkpoint:
         self._content["optimizer"] = name
         self._content["run"] = dict(run or {})
         self._write(step)
+
+    def note(self, run: Mapping[str, Any]) -> None:
+        """Replace what belongs to all optimizers and write the file; nothing before any state.
+
+        Raises:
+            OSError: if the file cannot be written; the one before it stays.
+        """
+        if self._content["optimizers"]:
+            self._content["run"] = dict(run)
+            self._write(max(state["step"] for state in self._content["optimizers"].values()))
 
     def _write(self, step: int) -> None:
         try:

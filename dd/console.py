@@ -62,11 +62,11 @@ class ProgressDisplay:
             self._tasks[name] = self._progress.add_task(label, total=steps, train="-", test="-")
         return self._tasks[name]
 
-    def update(self, task: TaskID, record: Record) -> None:
-        """Move a bar to the record's step and show its errors."""
+    def update(self, task: TaskID, record: Record, completed: int | None = None) -> None:
+        """Move a bar to the record's step, or to ``completed``, and show its errors."""
         self._progress.update(
             task,
-            completed=record.step,
+            completed=record.step if completed is None else completed,
             train=f"{record.train_error:.3f}",
             test=f"{record.test_error:.3f}",
         )

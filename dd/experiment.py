@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,8 +41,10 @@ from dd.recorder import Recorder
 from dd.results import Results
 from dd.stability import EdgeWatch
 from dd.state_evolution import StateEvolution
-from dd.tracking import History, remove_scratch, replacing, write_json
+from dd.together import Together, failure_of, groups_of, records_of
+from dd.tracking import History, Record, remove_scratch, replacing, write_json
 from dd.training import Schedule, TrainingStopped, train
+from dd.trials import Trials
 from dd.wandb_logging import WandbRun, check_mode
 
 __all__ = ["Experiment"]
@@ -61,12 +64,6 @@ class _Job:
     checkpoint: Checkpoint
     # What the checkpoint says of it, where it is gone on with.
     kept: Mapping[str, Any] | None
-
-    @property
-    def label(self) -> str:
-        """Its name to the user."""
-        trials = self.config.trials
-        return self.name if trials == 1 else f"{self.name} {self.trial + 1}/{trials}"
 
 
 @dataclass
@@ -90,6 +87,7 @@ class Experiment:
     kept: Mapping[str, Any] | None = None
     results: Results = field(init=False)
     theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
+    _checkpoint: Checkpoint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -161,14 +159,9 @@ class Experiment:
 
     def _run(self) -> None:
         display = ProgressDisplay() if self.config.tracking.progress else None
-        first = 0 if self.kept is None else self.kept["trial"]
         try:
             with display or nullcontext():
-                for trial in range(first, self.config.trials):
-                    # All are built before one is trained, so that a wrong setting costs no
-                    # training.
-                    for job in list(self._jobs(trial)):
-                        self._run_job(job, display)
+                self._train_all(display)
             # A run of an earlier version has no such setting.
             if self.config.get("theory", False) and self.processes.leads:
                 self._predict()
@@ -179,14 +172,89 @@ class Experiment:
             raise
         self._write_results(finished=True)
 
+    def _train_all(self, display: ProgressDisplay | None) -> None:
+        groups = groups_of(self.config, self.processes.size)
+        first = 0 if self.kept is None else self.kept["trial"]
+        for trial in range(first, self.config.trials):
+            batched = {name for group in groups for name in group.names} if trial else set()
+            # All are built before one is trained, so that a wrong setting costs no training.
+            names = [name for name in self.config.optimizers if name not in batched]
+            for job in list(self._jobs(trial, names)):
+                self._run_job(job, display)
+            if trial == 0:
+                for group in groups:
+                    self._run_together(group, display)
+
+    def _run_together(self, group: Together, display: ProgressDisplay | None) -> None:
+        """Train a group in all trials after the first, and keep what each chunk of them found."""
+        left = [
+            trial
+            for trial in range(1, self.config.trials)
+            if not all(self._is_through(name, trial) for name in group.names)
+        ]
+        if not left:
+            return
+        label = f"trials {left[0] + 1} to {self.config.trials}"
+        task = display.start(label, label, len(left)) if display else None
+        started = time.perf_counter()
+        with noted() as sentences:
+            for trials, found in group.chunks(left, self.device):
+                self._take(group, trials, found)
+                if display is not None and task is not None:
+                    last = self.history.records[-1]
+                    display.update(task, last, completed=trials[-1] + 1 - left[0])
+        spent = time.perf_counter() - started
+        self.results.note(sentences)
+        self.results.note(
+            [
+                f"{', '.join(group.names)}: {label} were computed at once, in {spent:.1f} s; "
+                "seconds and steps per second are those of the first trial (together=false: one by "
+                "one)"
+            ]
+        )
+
+    def _take(self, group: Together, trials: Sequence[int], found: Trials) -> None:
+        for row, trial in enumerate(trials):
+            for name in group.names:
+                # What a run that broke off had of it.
+                self.results.forget(name, trial)
+                records = records_of(name, trial, found, row)
+                failure = failure_of(name, self.config.seed + trial, found)
+                if failure is None:
+                    self.results.complete(name, trial, [])
+                else:
+                    self.results.fail(f"{self._label(name, trial)}: {failure}")
+                self._log(name, trial, records)
+        if self._checkpoint is not None:
+            self._checkpoint.note(self.results.state_dict())
+        self.history.write_csv(self.folder / "history.csv")
+
+    def _is_through(self, name: str, trial: int) -> bool:
+        return self.results.is_through(name, trial, self._label(name, trial))
+
+    def _log(self, name: str, trial: int, records: Sequence[Record]) -> None:
+        config = with_seed(self.config, self.config.seed + trial)
+        with self._tracker(config, name, trial) as tracker:
+            for record in records:
+                self.history.append(record)
+                tracker.log(record)
+            tracker.summarise(self.results.figures(name, trial))
+
+    def _label(self, name: str, trial: int) -> str:
+        """An optimizer and trial to the user."""
+        trials = self.config.trials
+        return name if trials == 1 else f"{name} {trial + 1}/{trials}"
+
     def _predict(self) -> None:
         split = make_split(with_seed(self.config, self.config.seed))
         progress = self.config.tracking.progress
         self.theory = predicted(self.config, split, self.device, progress=progress)
         self.results.note(deviations(self.theory, self.history))
 
-    def _jobs(self, trial: int) -> Iterator[_Job]:
-        """The optimizers of a trial that are not yet through."""
+    def _jobs(self, trial: int, names: list[str]) -> Iterator[_Job]:
+        """Those of some optimizers of a trial that are not yet through."""
+        if not names:
+            return
         config = with_seed(self.config, self.config.seed + trial)
         split = make_split(config).to(self.device)
         if config.get("theory", False):
@@ -196,29 +264,31 @@ class Experiment:
         initial = make_model(config, split)
         kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
         states = {} if kept is None else kept["optimizers"]
-        checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, states)
-        names = list(config.optimizers)
+        self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, states)
         for name in names if kept is None else names[names.index(kept["optimizer"]) :]:
             model = copy.deepcopy(initial).to(self.device)
             optimizer = make_optimizer(config, name, model, split)
             state = states.get(name)
             if state is not None:
                 _load(state, model, optimizer)
-            yield _Job(name, trial, config, model, optimizer, split, batches, checkpoint, state)
+            yield _Job(
+                name, trial, config, model, optimizer, split, batches, self._checkpoint, state
+            )
 
     def _run_job(self, job: _Job, display: ProgressDisplay | None) -> None:
+        label = self._label(job.name, job.trial)
         with noted() as sentences:
             recorder = self._recorder(job, display, sentences)
             try:
                 self._train(job, recorder)
             except TrainingStopped as error:
-                self.failures.append(f"{job.label}: {error}")
+                self.results.fail(f"{label}: {error}")
         # What is said of the sizes is the same in every trial.
         self.results.note([f"{job.name}: {sentence}" for sentence in sentences])
         if isinstance(job.optimizer, DecoupledDescent):
             self.noise.setdefault(job.name, str(job.optimizer.noise))
         if recorder.edge.crossing is not None:
-            self.results.note([f"{job.label}: {recorder.edge.crossing}"])
+            self.results.note([f"{label}: {recorder.edge.crossing}"])
 
     def _recorder(
         self, job: _Job, display: ProgressDisplay | None, sentences: list[str]
@@ -228,12 +298,19 @@ class Experiment:
             name=job.name,
             trial=job.trial,
             results=self.results,
-            tracker=self._tracker(job),
+            tracker=self._tracker(
+                job.config,
+                job.name,
+                job.trial,
+                None if job.kept is None else job.kept["progress"]["wandb"],
+            ),
             checkpoint=job.checkpoint,
             edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
             sentences=sentences,
             display=display,
-            task=display.start(job.name, job.label, self.schedule.steps) if display else None,
+            task=display.start(job.name, self._label(job.name, job.trial), self.schedule.steps)
+            if display
+            else None,
         )
         if job.kept is not None:
             recorder.restore(job.kept["progress"], optimizer)
@@ -254,20 +331,21 @@ class Experiment:
             )
             recorder.finish()
 
-    def _tracker(self, job: _Job) -> WandbRun:
-        config = job.config
+    def _tracker(
+        self, config: DictConfig, name: str, trial: int, run_id: str | None = None
+    ) -> WandbRun:
         settings: Any = OmegaConf.to_container(config, resolve=True)
-        settings["optimizer"] = optimizer_settings(config, job.name)
+        settings["optimizer"] = optimizer_settings(config, name)
         del settings["available"]
         return WandbRun(
             mode=config.tracking.wandb.mode,
             directory=self.folder,
             project=config.tracking.wandb.project,
-            optimizer=job.name,
+            optimizer=name,
             config=settings,
-            trial=job.trial,
+            trial=trial,
             trials=config.trials,
-            run_id=None if job.kept is None else job.kept["progress"]["wandb"],
+            run_id=run_id,
         )
 
     def _claim_folder(self) -> None:

@@ -41,10 +41,26 @@ class Results:
         Args:
             name: of the optimizer.
             trial: which repetition.
-            seconds: of each update.
+            seconds: of each update; none where the trial was not timed by itself.
         """
-        self.times[name, trial] = sum(seconds), 1 / median(seconds)
+        timed = (sum(seconds), 1 / median(seconds)) if seconds else (math.nan, math.nan)
+        self.times[name, trial] = timed
         self.history.completed.add((name, trial))
+
+    def fail(self, sentence: str) -> None:
+        """Take down that an optimizer and trial turned non-finite."""
+        if sentence not in self.failures:
+            self.failures.append(sentence)
+
+    def is_through(self, name: str, trial: int, label: str) -> bool:
+        """Whether an optimizer and trial is completed, or failed under this label."""
+        failed = any(sentence.startswith(f"{label}:") for sentence in self.failures)
+        return failed or (name, trial) in self.times
+
+    def forget(self, name: str, trial: int) -> None:
+        """Drop the records of an optimizer and trial."""
+        records = self.history.records
+        records[:] = [r for r in records if (r.optimizer, r.trial) != (name, trial)]
 
     def note(self, notes: Sequence[str]) -> None:
         """Add sentences that were not said before."""

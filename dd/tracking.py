@@ -59,6 +59,8 @@ class Record:
 
 
 COLUMNS: tuple[str, ...] = tuple(column.name for column in fields(Record))
+# Figures that not every trial has.
+TIMES = ("seconds", "steps_per_second")
 METRICS: tuple[str, ...] = COLUMNS[3:]
 
 
@@ -185,6 +187,8 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
 def aggregate(trials: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return the mean over trials of every figure, and several trials themselves as ``per_trial``.
 
+    Times are means over the trials that were timed.
+
     Raises:
         ValueError: if there are no trials, or their keys differ.
     """
@@ -194,8 +198,18 @@ def aggregate(trials: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         )
     if len(trials) == 1:
         return dict(trials[0])
-    means: dict[str, Any] = {key: fmean(trial[key] for trial in trials) for key in trials[0]}
+    means: dict[str, Any] = {
+        key: _measured_mean([trial[key] for trial in trials])
+        if key in TIMES
+        else fmean(trial[key] for trial in trials)
+        for key in trials[0]
+    }
     return {**means, "per_trial": [dict(trial) for trial in trials]}
+
+
+def _measured_mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
