@@ -81,8 +81,10 @@ class Results:
 
     def _interval(self, name: str, error: float) -> dict[str, float]:
         """The 90 % interval of the test error from a decoupled optimizer's training error."""
-        if name not in self.noise or self.num_train < 2 or not math.isfinite(error):
+        if name not in self.noise or self.num_train < 2:
             return {}
+        if not math.isfinite(error):
+            return {"final_error_lower": math.nan, "final_error_upper": math.nan}
         wrong = torch.tensor(error * self.num_train, dtype=torch.float64).round()
         found = Estimate.of_sums(wrong, wrong, self.num_train, 0.9)
         return {"final_error_lower": float(found.lower), "final_error_upper": float(found.upper)}

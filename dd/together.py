@@ -136,7 +136,8 @@ def records_of(name: str, trial: int, found: Trials, row: int) -> list[Record]:
     columns = [found.metrics[name][metric][row].tolist() for metric in METRICS]
     records = []
     for step, *figures in zip(found.steps.tolist(), *columns, strict=True):
-        if all(math.isnan(value) for value in figures):
+        # The first stays, so that a trial that failed at once is seen among the others.
+        if records and all(math.isnan(value) for value in figures):
             break
         records.append(Record(name, trial, step, *figures))
     return records

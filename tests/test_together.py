@@ -1,0 +1,260 @@
+"""Trials of an experiment computed at once, and the curves of state evolution beside them."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from dd import figures, together
+from dd.data import xor
+from dd.experiment import Experiment
+from dd.models import informed_two_layer
+from dd.resume import resumed
+from dd.together import groups_of
+from dd.tracking import METRICS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = [
+    "data.num_train=120",
+    "data.num_test=100",
+    "data.dimension=40",
+    "steps=12",
+    "trials=4",
+    "tracking.record_every=5",
+    "tracking.progress=false",
+    "tracking.wandb.mode=disabled",
+]
+
+
+def configure(*overrides: str, experiment: str = "xor"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", [f"experiment={experiment}", *SMALL, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    monkeypatch.setattr(figures, "train_vs_test", lambda *arguments: None)
+
+
+def run(folder: Path, *overrides: str, experiment: str = "xor") -> Experiment:
+    found = Experiment(configure(*overrides, experiment=experiment), folder)
+    found.run()
+    return found
+
+
+def numbers(experiment: Experiment):
+    """Every record by its optimizer, trial and step."""
+    return {
+        (r.optimizer, r.trial, r.step): [getattr(r, metric) for metric in METRICS]
+        for r in experiment.history.records
+    }
+
+
+def assert_same(first: Experiment, second: Experiment):
+    left, right = numbers(first), numbers(second)
+    assert left.keys() == right.keys()
+    for key, row in left.items():
+        # Losses and errors of order one in float32; twelve steps amplify rounding little.
+        assert row == pytest.approx(right[key], abs=1e-5, nan_ok=True), key
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["steps=3"],
+        ["optimizers=[gd,dd]", "components=known", "optimizer.momentum=0.5"],
+        ["optimizers=[gd,dd]", "optimizer.curvature=stein"],
+        ["optimizers=[gd,dd]", "optimizer.seed=3"],
+        ["optimizers=[gd]"],
+    ],
+)
+def test_histories_are_those_of_trials_one_by_one(tmp_path, overrides):
+    at_once = run(tmp_path / "a", *overrides)
+    assert_same(at_once, run(tmp_path / "b", "together=false", *overrides))
+    figures_of = at_once.summary["gd"]
+    assert figures_of["completed_trials"] == 4
+    assert figures_of["seconds"] > 0
+    assert all(math.isnan(t["seconds"]) for t in figures_of["per_trial"][1:])
+    assert any("trials 2 to 4 were computed at once" in note for note in at_once.notes)
+
+
+def test_damped_trials_of_the_paper_figure_too(tmp_path):
+    settings = ["theory=false", "trials=3"]
+    at_once = run(tmp_path / "a", *settings, experiment="xor_paper")
+    one_by_one = run(tmp_path / "b", *settings, "together=false", experiment="xor_paper")
+    assert at_once.history.optimizers == ["gd", "dd", "dd_half", "dd_pure"]
+    assert_same(at_once, one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], [("gd", "dd")]),
+        (["trials=1"], []),
+        (["together=false"], []),
+        (["data.batch_size=50", "optimizers=[gd,dd]"], []),
+        (["correct_head=true"], [("gd",)]),
+        (["optimizer.curvature=probe_create_graph"], [("gd",)]),
+    ],
+)
+def test_what_cannot_run_at_once_runs_one_by_one(overrides, wanted):
+    config = configure("optimizers=[gd,dd,dd_auto]", *overrides)
+    assert [group.names for group in groups_of(config, 1)] == wanted
+    assert groups_of(config, 2) == []
+
+
+def test_optimizers_of_other_noise_models_are_groups_of_their_own():
+    config = configure("components=none", "optimizer.curvature=stein", experiment="xor_paper")
+    found = {group.names for group in groups_of(config, 1)}
+    assert found == {("gd", "dd"), ("dd_half", "dd_pure")}
+
+
+def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
+    make = together.make_model
+
+    def damaged(config, split):
+        model = make(config, split)
+        if config.seed == 2:
+            model[2].weight.data *= 1e38
+        return model
+
+    monkeypatch.setattr(together, "make_model", damaged)
+    found = run(tmp_path, "optimizers=[gd,dd]", "components=known")
+    assert [failure.split(":")[0] for failure in found.failures] == ["gd 3/4", "dd 3/4"]
+    assert "not finite at step" in found.failures[0]
+    assert found.summary["gd"]["completed_trials"] == 3
+    assert len(found.history.select("dd", 3)) == 4
+
+
+def test_an_interrupted_batch_goes_on_with_what_is_left(tmp_path, monkeypatch):
+    settings = ["optimizers=[gd,dd]"]
+    whole = run(tmp_path / "whole", *settings)
+    folder, chunks, seen = tmp_path / "run", together.Together.chunks, []
+
+    def interrupted(self, trials, device):
+        seen.append(list(trials))
+        for count, chunk in enumerate(chunks(self, trials, device)):
+            yield chunk
+            if len(seen) == 1 and count == 0:
+                shutil.copytree(folder, tmp_path / "copy")
+                raise KeyboardInterrupt
+
+    # One trial at a time.
+    monkeypatch.setattr("dd.trials._CACHED", 1)
+    monkeypatch.setattr(together.Together, "chunks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *settings)
+    for place in (folder, tmp_path / "copy"):
+        assert len({row["trial"] for row in _rows(place)}) == 2
+        experiment = resumed(place, [f"resume={place}"])
+        experiment.run()
+        assert_same(experiment, whole)
+        assert json.loads((place / "summary.json").read_text())["finished"]
+    assert seen == [[1, 2, 3], [2, 3], [2, 3]]
+
+
+def _rows(folder: Path):
+    with (folder / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_theory_is_drawn_written_and_compared(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "train_vs_test", lambda *arguments: drawn.append(arguments[3]))
+    found = run(tmp_path, "trials=2", experiment="xor_paper")
+    assert list(drawn[0]) == ["dd", "dd_half", "dd_pure"]
+    steps, values = drawn[0]["dd"]["loss"]
+    assert steps.tolist() == [0, 5, 10, 12]
+    with (tmp_path / "state_evolution.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["optimizer"] == "dd"]
+    assert [float(row["loss"]) for row in rows] == values.tolist()
+    (note,) = [note for note in found.notes if note.startswith("dd: state evolution")]
+    medians = np.median(found.history.curves("dd", "test_loss")[1], axis=0)
+    assert f"within {np.abs(medians - values).max():.4f} of the median test loss" in note
+
+
+def test_theory_of_one_trial_starts_from_its_weights(tmp_path):
+    found = run(tmp_path, "theory=true", "trials=1", "optimizers=[dd]", "data.num_test=20000")
+    start = found.history.records[0]
+    predicted = found.theory["dd"].loss
+    # The test set's and the paths' own errors, of losses that vary by some 0.2 from sample to
+    # sample: five standard deviations.
+    assert abs(float(predicted.mean[0]) - start.test_loss) < 5 * 0.2 * math.sqrt(2 / 20000)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["theory=true", "data.batch_size=50", "optimizers=[dd]"], "predicts full-batch training"),
+        (["theory=maybe"], "theory must be true or false, got 'maybe'"),
+        (["together=3"], "together must be true or false, got 3"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, *overrides)
+
+
+def test_theory_and_overlap_need_data_of_a_known_law(tmp_path, monkeypatch):
+    def unknown(**settings):
+        split = xor(**settings)
+        object.__setattr__(split, "mixture", None)
+        return split
+
+    monkeypatch.setattr("dd.data.xor", unknown)
+    with pytest.raises(ValueError, match="theory=true needs inputs of a known Gaussian mixture"):
+        run(tmp_path / "a", "theory=true")
+    with pytest.raises(ValueError, match=r"model\.overlap needs data of known"):
+        run(tmp_path / "b", "model=informed")
+
+
+def test_informed_starts_know_the_same_of_other_means():
+    def start(seed):
+        split = xor(dimension=300, num_train=1, num_test=1, seed=seed)
+        model = informed_two_layer(
+            300,
+            5,
+            2,
+            mixture=split.mixture,
+            overlap=0.7,
+            hidden_scale=0.5,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        overlaps = split.mixture.means @ model[0].weight.detach().T
+        return model, overlaps
+
+    (first, one), (second, other) = start(0), start(1)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert torch.equal(first[2].weight, second[2].weight)
+    assert not torch.equal(first[0].weight, second[0].weight)
+    # What lies beside the means has the scale that was asked for: 1500 entries, 5 deviations.
+    means = xor(dimension=300, num_train=1, num_test=1, seed=0).mixture.means
+    axes = means[::2] / means[::2].norm(dim=1, keepdim=True)
+    rest = first[0].weight.detach()
+    rest = rest - rest @ axes.T @ axes
+    assert abs(float(rest.std()) * 300**0.5 / 0.5 - 1) < 5 / math.sqrt(2 * 1500)
+
+
+def test_overlaps_of_informed_starts_have_the_deviation_asked_for():
+    split = xor(dimension=20, num_train=1, num_test=1)
+    found = torch.stack(
+        [
+            split.mixture.means
+            @ informed_two_layer(20, 10, 2, mixture=split.mixture, overlap=0.7, start_seed=seed)[0]
+            .weight.detach()
+            .T
+            for seed in range(200)
+        ]
+    )
+    # 200 · 10 · 2 independent numbers: five standard deviations.
+    assert abs(float(found.square().mean().sqrt()) / 0.7 - 1) < 5 / math.sqrt(2 * 4000)
+    with pytest.raises(ValueError, match="have 20 coordinates, the network 19"):
+        informed_two_layer(19, 10, 2, mixture=split.mixture, overlap=0.7)
+    with pytest.raises(ValueError, match="overlap must be a number"):
+        informed_two_layer(20, 10, 2, mixture=split.mixture, overlap=math.inf)
