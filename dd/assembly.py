@@ -46,8 +46,8 @@ def validate(config: DictConfig) -> None:
 
     Raises:
         ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins``,
-            ``theory``, ``together``,
-            ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
+            ``theory``, ``theory_paths``,
+            ``together``, ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):
@@ -55,6 +55,8 @@ def validate(config: DictConfig) -> None:
     for name in SWITCHES:
         if not isinstance(config.get(name, False), bool):
             raise ValueError(f"{name} must be true or false, got {config[name]!r}")
+    if "theory_paths" in config:
+        check_count("theory_paths", config.theory_paths, least=1000)
     if config.get("resume") is not None:
         raise ValueError("resume= belongs on the command line, beside no other settings")
     check_seed(config.seed)

@@ -81,6 +81,7 @@ def _predicted(
         steps=config.steps,
         lr=settings["lr"],
         **{key: settings[key] for key in RULE if key in settings},
+        paths=config.theory_paths,
         record_every=config.tracking.record_every,
         seed=config.seed,
         device=device,

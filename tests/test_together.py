@@ -26,6 +26,7 @@ SMALL = [
     "data.dimension=40",
     "steps=12",
     "trials=4",
+    "theory_paths=2000",
     "tracking.record_every=5",
     "tracking.progress=false",
     "tracking.wandb.mode=disabled",
@@ -180,7 +181,14 @@ def test_theory_is_drawn_written_and_compared(tmp_path, monkeypatch):
 
 
 def test_theory_of_one_trial_starts_from_its_weights(tmp_path):
-    found = run(tmp_path, "theory=true", "trials=1", "optimizers=[dd]", "data.num_test=20000")
+    found = run(
+        tmp_path,
+        "theory=true",
+        "trials=1",
+        "optimizers=[dd]",
+        "data.num_test=20000",
+        "theory_paths=20000",
+    )
     start = found.history.records[0]
     predicted = found.theory["dd"].loss
     # The test set's and the paths' own errors, of losses that vary by some 0.2 from sample to
@@ -194,6 +202,7 @@ def test_theory_of_one_trial_starts_from_its_weights(tmp_path):
         (["theory=true", "data.batch_size=50", "optimizers=[dd]"], "predicts full-batch training"),
         (["theory=maybe"], "theory must be true or false, got 'maybe'"),
         (["together=3"], "together must be true or false, got 3"),
+        (["theory_paths=10"], "theory_paths must be an integer of at least 1000"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, overrides, words):
