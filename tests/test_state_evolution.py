@@ -476,3 +476,12 @@ def test_decoupled_descent_of_finite_size_comes_near_the_prediction(damping, mom
             assert off < FAR * known, (dimension, column, off, known)
         # The two sources of error are small enough to see a wrong recursion.
         assert float(spread.standard_error[1]) < 0.006
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_simulations_on_cuda_agree_with_those_on_the_cpu():
+    run = partial(dd.state_evolution, _network(), _xor(), alpha=2, steps=20, lr=0.4)
+    here, there = run(device="cpu"), run(device="cuda")
+    error = here.loss.standard_error.square() + there.loss.standard_error.square()
+    assert bool(((here.loss.mean - there.loss.mean).abs() <= FAR * error.sqrt()).all())
