@@ -35,8 +35,8 @@ METRICS = (
     "uncorrected_train_error",
 )
 
-# Inputs that a chunk holds on a CPU: what stays in its cache from step to step is read faster.
-_CACHED = 2**24
+# Bytes of training inputs in a chunk on a CPU: enough trials that what a call costs is small.
+_AT_ONCE = 2**26
 # Share of a device's free memory that a chunk may take.
 _SHARE = 0.5
 
@@ -281,7 +281,7 @@ def _chunk_size(plan: _Plan, first: _First, memory: int | None) -> int:
     """How many trials are computed at once."""
     train, test = first.split.train_inputs, first.split.test_inputs
     if memory is None and plan.device.type != "cuda":
-        return max(1, _CACHED // (train.numel() * train.element_size()))
+        return max(1, _AT_ONCE // (train.numel() * train.element_size()))
     if memory is None:
         free, _ = torch.cuda.mem_get_info(plan.device)
         memory = int(_SHARE * free)
