@@ -366,6 +366,7 @@ class _Chunk:
             advance: is told how many trials have made a step.
         """
         recorded, seconds = set(self._plan.recorded), 0.0
+        self._model.train()
         for step in range(self._plan.recorded[-1] + 1):
             product = self._product(self._inputs)
             if step in recorded:
