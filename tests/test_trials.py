@@ -549,3 +549,21 @@ def test_too_few_samples_for_the_probes():
         )
 
     refused(ValueError, "3 samples do not resolve the curvature of 4 units", make_split=few)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("noise", [isotropic, with_components], ids=["probe", "stein"])
+def test_a_cuda_device_agrees_with_trials_one_at_a_time_there(noise):
+    """Probes are drawn on the device, so that the twin is trained there, too; rounding as above."""
+    seeds = [0, 4]
+    trials = dd.run_trials(
+        make_split, make_model, {"it": DD}, seeds=seeds, steps=STEPS, noise=noise, device="cuda"
+    )
+    for position, seed in enumerate(seeds):
+        on_cpu = make_split(seed)
+        split = Data(*(tensor.cuda() for tensor in vars(on_cpu).values()))
+        model = make_model(seed, on_cpu).cuda()
+        figures, weights = alone(DD, seed, split=split, model=model, noise=noise(on_cpu))
+        on_host = {key: weight.cpu() for key, weight in weights.items()}
+        assert_alike(trials, "it", position, figures, on_host, rtol=1e-8)
