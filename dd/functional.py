@@ -139,7 +139,9 @@ def centre_within_components(values: Tensor, components: Tensor, num_components:
     membership = torch.nn.functional.one_hot(components, num_components).to(values.dtype)
     counts = membership.sum(-2).clamp_min(1)
     means = membership.mT @ values / counts.unsqueeze(-1)
-    return values - torch.take_along_dim(means, components.unsqueeze(-1), -2)
+    if components.dim() == 1:
+        return values - means.index_select(-2, components)
+    return values - membership @ means
 
 
 def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> Tensor:

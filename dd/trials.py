@@ -1,5 +1,6 @@
 """Many trials of training on all samples as one computation: many seeds, many optimizers."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ METRICS = (
     "uncorrected_train_error",
 )
 
-# Inputs that a chunk holds on a CPU: what stays in its cache from step to step is read faster.
-_CACHED = 2**24
+# Bytes of training inputs in a chunk on a CPU: enough trials that what a call costs is small.
+_AT_ONCE = 2**26
 # Share of a device's free memory that a chunk may take.
 _SHARE = 0.5
 
@@ -281,13 +282,13 @@ def _chunk_size(plan: _Plan, first: _First, memory: int | None) -> int:
     """How many trials are computed at once."""
     train, test = first.split.train_inputs, first.split.test_inputs
     if memory is None and plan.device.type != "cuda":
-        return max(1, _CACHED // (train.numel() * train.element_size()))
+        return max(1, _AT_ONCE // (train.numel() * train.element_size()))
     if memory is None:
         free, _ = torch.cuda.mem_get_info(plan.device)
         memory = int(_SHARE * free)
     width, _ = next(first.model.parameters()).shape
-    # Rows of the width of the network that are held at once, of both sets.
-    rows = 24 * len(train) + 6 * len(test)
+    # Rows of the width of the network that are held at once, shadows of twelve bins among them.
+    rows = 80 * len(train) + 6 * len(test)
     numbers = train.numel() + test.numel() + rows * len(plan.optimizers) * width
     return max(1, memory // (numbers * train.element_size()))
 
@@ -365,22 +366,23 @@ class _Chunk:
         Args:
             advance: is told how many trials have made a step.
         """
-        recorded, seconds = set(self._plan.recorded), 0.0
-        for step in range(self._plan.recorded[-1] + 1):
-            product = self._product(self._inputs)
-            if step in recorded:
-                self._record(product, step)
-            if step == self._plan.recorded[-1]:
-                break
+        recorded, seconds = self._plan.recorded, 0.0
+        self._model.train()
+        products = self._products(self._inputs)
+        for start, stop in itertools.pairwise(recorded):
+            self._record(products, start)
             started = time.perf_counter()
-            self._step(product, step)
+            for step in range(start, stop):
+                self._step(products, step)
+                products = self._products(self._inputs)
+                advance(len(self._seeds))
             if self._plan.device.type == "cuda":
                 torch.cuda.synchronize(self._plan.device)
             seconds += time.perf_counter() - started
-            advance(len(self._seeds))
+        self._record(products, recorded[-1])
         return self._result(seconds)
 
-    def _product(self, inputs: Tensor) -> list[Tensor]:
+    def _products(self, inputs: Tensor) -> list[Tensor]:
         """XW of every optimizer, each of shape (S, n, k), from one pass over the inputs."""
         weights = [optimizer.network.weight for optimizer in self._optimizers.values()]
         # Rows of W before columns of X: the faster of the orders for few units.
@@ -405,7 +407,7 @@ class _Chunk:
         self._failed.masked_fill_(fresh, step)
 
     def _record(self, products: list[Tensor], step: int) -> None:
-        tests = self._product(self._test_inputs)
+        tests = self._products(self._test_inputs)
         figures = torch.stack(
             [
                 self._measured(optimizer, product, test)

@@ -190,6 +190,13 @@ def frozen(seed, split):
     return model
 
 
+class Loud(nn.Module):
+    """Louder in train mode."""
+
+    def forward(self, scores):
+        return 1.5 * scores if self.training else scores
+
+
 MODELS = {
     "relu": partial(make_model, activation=nn.ReLU),
     "in place": partial(make_model, activation=partial(nn.ReLU, inplace=True)),
@@ -197,6 +204,7 @@ MODELS = {
     "no bias": partial(make_model, bias=False),
     "deep": deep,
     "frozen head": frozen,
+    "another in train mode": lambda *which: nn.Sequential(*make_model(*which), Loud()),
 }
 
 
@@ -207,11 +215,15 @@ def test_any_network_that_begins_with_a_linear_layer(network, noise):
     model = MODELS[network]
     # SiLU has no forward-mode derivatives; through the graph the probes are the same.
     make = DD if noise is with_components else partial(DD, curvature="probe_create_graph")
-    trials = dd.run_trials(make_split, model, {"it": DD}, seeds=[0, 1], steps=8, noise=noise)
+    trials = dd.run_trials(
+        make_split, model, {"gd": SGD, "it": DD}, seeds=[0, 1], steps=5, noise=noise
+    )
     for position, seed in enumerate([0, 1]):
         split = make_split(seed)
-        twin = alone(make, seed, split=split, model=model(seed, split), noise=noise(split), steps=8)
-        assert_alike(trials, "it", position, *twin)
+        twin = partial(alone, seed=seed, split=split, steps=5)
+        by_dd = twin(make, model=model(seed, split), noise=noise(split))
+        assert_alike(trials, "it", position, *by_dd)
+        assert_alike(trials, "gd", position, *twin(SGD, model=model(seed, split)))
 
 
 def smoothed(scores, targets):
@@ -352,7 +364,7 @@ def test_progress_is_shown_on_request():
     for show in (False, True):
         out = io.StringIO()
         with redirect_stdout(out):
-            run(progress=show, memory=1)
+            run(progress=show)
         assert ("5 trials" in out.getvalue()) == show
         assert ("60/60" in out.getvalue()) == show
 
@@ -537,3 +549,21 @@ def test_too_few_samples_for_the_probes():
         )
 
     refused(ValueError, "3 samples do not resolve the curvature of 4 units", make_split=few)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("noise", [isotropic, with_components], ids=["probe", "stein"])
+def test_a_cuda_device_agrees_with_trials_one_at_a_time_there(noise):
+    """Probes are drawn on the device, so that the twin is trained there, too; rounding as above."""
+    seeds = [0, 4]
+    trials = dd.run_trials(
+        make_split, make_model, {"it": DD}, seeds=seeds, steps=STEPS, noise=noise, device="cuda"
+    )
+    for position, seed in enumerate(seeds):
+        on_cpu = make_split(seed)
+        split = Data(*(tensor.cuda() for tensor in vars(on_cpu).values()))
+        model = make_model(seed, on_cpu).cuda()
+        figures, weights = alone(DD, seed, split=split, model=model, noise=noise(on_cpu))
+        on_host = {key: weight.cpu() for key, weight in weights.items()}
+        assert_alike(trials, "it", position, figures, on_host, rtol=1e-8)
