@@ -15,7 +15,8 @@ from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
 from dd.state_evolution import state_evolution
 from dd.strain import StrainWarning
-from dd.trials import Trials, run_trials
+from dd.trial_results import Trials
+from dd.trials import run_trials
 
 __version__ = "0.1.0"
 

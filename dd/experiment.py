@@ -44,7 +44,7 @@ from dd.state_evolution import StateEvolution
 from dd.together import Together, failure_of, groups_of, records_of
 from dd.tracking import History, Record, remove_scratch, replacing, write_json
 from dd.training import Schedule, TrainingStopped, train
-from dd.trials import Trials
+from dd.trial_results import Trials
 from dd.wandb_logging import WandbRun, check_mode
 
 __all__ = ["Experiment"]

@@ -19,7 +19,8 @@ from dd.assembly import (
 from dd.lineup import AUTO
 from dd.optimizer import DecoupledDescent
 from dd.tracking import Record
-from dd.trials import METRICS, Trials, trial_chunks
+from dd.trial_results import METRICS, Trials
+from dd.trials import trial_chunks
 
 __all__ = ["Together", "failure_of", "groups_of", "records_of"]
 
@@ -134,7 +135,7 @@ def records_of(name: str, trial: int, found: Trials, row: int) -> list[Record]:
         row: of this one among them.
     """
     columns = [found.metrics[name][metric][row].tolist() for metric in METRICS]
-    records = []
+    records: list[Record] = []
     for step, *figures in zip(found.steps.tolist(), *columns, strict=True):
         # The first stays, so that a trial that failed at once is seen among the others.
         if records and all(math.isnan(value) for value in figures):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import dd
 from dd.training import measure
-from dd.trials import METRICS, trial_chunks
+from dd.trial_results import METRICS
+from dd.trials import trial_chunks
 
 N, N_TEST, D, K, C = 200, 50, 60, 4, 2
 STEPS = 20

@@ -1,0 +1,94 @@
+"""What many trials have shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["METRICS", "Failure", "Trials"]
+
+METRICS = (
+    "train_loss",
+    "test_loss",
+    "train_error",
+    "test_error",
+    "uncorrected_train_loss",
+    "uncorrected_train_error",
+)
+
+
+class Failure(NamedTuple):
+    """A trial whose training loss turned non-finite.
+
+    Attributes:
+        name: of the optimizer.
+        seed: of the trial.
+        step: number of updates after which it was first seen.
+    """
+
+    name: str
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """What trials have shown.
+
+    Attributes:
+        seeds: of the trials.
+        steps: number of updates before each record, shape (records,), int64.
+        metrics: for every optimizer its losses and errors by the names in :data:`METRICS`, each of
+            shape (trials, records), float64, on the CPU; not a number from where a trial has
+            failed. The training figures are the corrected ones under decoupled descent.
+        weights: for every optimizer the last parameters by their name in the model, each of shape
+            (trials, ...), on the CPU.
+        failures: the trials that turned non-finite.
+        seconds: spent on updates, of all trials and optimizers together.
+    """
+
+    seeds: tuple[int, ...]
+    steps: Tensor
+    metrics: dict[str, dict[str, Tensor]]
+    weights: dict[str, dict[str, Tensor]]
+    failures: tuple[Failure, ...]
+    seconds: float
+
+    @classmethod
+    def joined(cls, parts: Sequence["Trials"]) -> "Trials":
+        """Put the trials of several chunks together, in their order.
+
+        Raises:
+            ValueError: if there are none, or they were recorded at other steps or of other
+                optimizers.
+        """
+        if not parts:
+            raise ValueError("Trials: nothing to join, got no parts")
+        first = parts[0]
+        for part in parts:
+            if (
+                not torch.equal(part.steps, first.steps)
+                or part.metrics.keys() != first.metrics.keys()
+            ):
+                raise ValueError(
+                    "Trials: only trials of the same optimizers and recorded steps can be joined, "
+                    f"got {list(first.metrics)} at {len(first.steps)} steps and "
+                    f"{list(part.metrics)} at {len(part.steps)}"
+                )
+        return cls(
+            seeds=tuple(seed for part in parts for seed in part.seeds),
+            steps=first.steps,
+            metrics=_joined([part.metrics for part in parts]),
+            weights=_joined([part.weights for part in parts]),
+            failures=tuple(failure for part in parts for failure in part.failures),
+            seconds=sum(part.seconds for part in parts),
+        )
+
+
+def _joined(parts: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
+        for name, tensors in parts[0].items()
+    }
