@@ -248,8 +248,8 @@ class Experiment:
     def _predict(self) -> None:
         split = make_split(with_seed(self.config, self.config.seed))
         progress = self.config.tracking.progress
-        self.theory = predicted(self.config, split, self.device, progress=progress)
-        self.results.note(deviations(self.theory, self.history))
+        self.theory, notes = predicted(self.config, split, self.device, progress=progress)
+        self.results.note([*notes, *deviations(self.theory, self.history)])
 
     def _jobs(self, trial: int, names: list[str]) -> Iterator[_Job]:
         """Those of some optimizers of a trial that are not yet through."""

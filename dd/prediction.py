@@ -42,8 +42,8 @@ def check_theory(config: DictConfig, split: Split) -> None:
 
 def predicted(
     config: DictConfig, split: Split, device: torch.device, *, progress: bool
-) -> dict[str, StateEvolution]:
-    """Predict the curves of every decoupled optimizer of a numeric rate.
+) -> tuple[dict[str, StateEvolution], list[str]]:
+    """Predict the curves of every decoupled optimizer of a numeric rate, and say where none is.
 
     Several trials are predicted as a mean over the law of their initial weights, a single one from
     its own.
@@ -54,11 +54,15 @@ def predicted(
         device: where to compute.
         progress: whether to show it.
     """
-    return {
-        name: _predicted(config, name, split, device, progress=progress)
-        for name in config.optimizers
-        if _is_predictable(optimizer_settings(config, name))
-    }
+    found, notes = {}, []
+    for name in config.optimizers:
+        if not _is_predictable(optimizer_settings(config, name)):
+            continue
+        try:
+            found[name] = _predicted(config, name, split, device, progress=progress)
+        except FloatingPointError as error:
+            notes.append(f"{name} has no prediction: {error}")
+    return found, notes
 
 
 def _is_predictable(settings: Mapping[str, object]) -> bool:

@@ -196,6 +196,18 @@ def test_theory_of_one_trial_starts_from_its_weights(tmp_path):
     assert abs(float(predicted.mean[0]) - start.test_loss) < 5 * 0.2 * math.sqrt(2 / 20000)
 
 
+def test_a_prediction_that_overflows_costs_no_result(tmp_path, monkeypatch):
+    def overflowing(*arguments, **settings):
+        raise FloatingPointError("state_evolution: the loss is not finite at step 3")
+
+    monkeypatch.setattr("dd.prediction.state_evolution", overflowing)
+    found = run(tmp_path, "theory=true", "trials=1", "optimizers=[gd,dd]")
+    note = "dd has no prediction: state_evolution: the loss is not finite at step 3"
+    assert note in found.notes
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"]
+    assert not (tmp_path / "state_evolution.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
