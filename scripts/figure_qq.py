@@ -1,0 +1,196 @@
+"""Draw Q-Q plots of training pre-activations, whitened within their components, against N(0, 1).
+
+After some steps the corrected pre-activations R = XW + Q of decoupled descent should be, in every
+component, Gaussian with the means M and covariance K that state evolution predicts from the very
+start of the run; XW without the correction should not. There is no prediction for plain gradient
+descent: its XW is held against the exact law of a fresh sample given its weights, N(Wᵀμ_a, WᵀW).
+Decoupled descent is held against that law as well, which knows of the run's own finite size. All
+principal coordinates are pooled. The lower row is the upper one less the normal quantiles, in the
+pointwise 99 % band of as many independent normal numbers. The layer's bias is left out everywhere.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _drawing import COLOURS, canvas, count, options, save, show
+from _xor import Xor, noise
+from scipy import stats
+from torch import Tensor, nn
+
+import dd
+from dd.data import Split
+from dd.progress import progress_bar
+from dd.tracking import Array, write_json
+
+PREDICTED, OWN = "state evolution", "fresh, given W"
+# Panels: name of the optimizer, of the pre-activations, and what they are.
+PANELS = (
+    ("dd", "corrected", "DD, corrected XW + Q"),
+    ("dd", "uncorrected", "DD, uncorrected XW"),
+    ("gd", "uncorrected", "Gradient descent, XW"),
+)
+MOST_POINTS = 400
+
+
+class Law(NamedTuple):
+    """Means (A, k) and covariance (k, k) of pre-activations, float64."""
+
+    means: Tensor
+    covariance: Tensor
+
+
+def whitened(rows: Tensor, components: Tensor, law: Law) -> Array:
+    """All principal coordinates of rows (n, k) under a law, in its standard deviations, sorted."""
+    variances, axes = torch.linalg.eigh(law.covariance)
+    centred = rows.double() - law.means[components]
+    return np.sort((centred @ axes / variances.sqrt()).flatten().numpy())
+
+
+def ranks(total: int) -> Array:
+    """Ranks from 1 of the order statistics that are drawn, dense at both ends, ascending."""
+    ends = np.geomspace(1, (total + 1) / 2, MOST_POINTS // 2).astype(int)
+    return np.unique(np.concatenate([ends, total + 1 - ends]))
+
+
+def band(total: int, rank: Array) -> tuple[Array, Array]:
+    """Where an order statistic of so many normal numbers lies with probability 0.99."""
+    low, high = (stats.beta.ppf(p, rank, total + 1 - rank) for p in (0.005, 0.995))
+    return stats.norm.ppf(low), stats.norm.ppf(high)
+
+
+def trained(problem: Xor, start: nn.Sequential, split: Split, name: str) -> dict[str, Tensor]:
+    """Weights (d, k) and pre-activations (n, k) after training."""
+    model = deepcopy(start)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr)
+    if name == "dd":
+        optimizer = dd.DecoupledDescent(model, lr=problem.lr, noise=noise(split))
+    with progress_bar(name, problem.steps, show=True) as advance:
+        for _ in range(problem.steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(split.train_inputs), split.train_targets).backward()
+            optimizer.step()
+            advance(1)
+    weight = model[0].weight.detach().T
+    found = {"weight": weight, "uncorrected": split.train_inputs @ weight}
+    if isinstance(optimizer, dd.DecoupledDescent):
+        found["corrected"] = found["uncorrected"] + optimizer.shadow.sum(0)
+    return found
+
+
+def samples(problem: Xor, seed: int, paths: int) -> dict[tuple[str, str, str], Array]:
+    """Whitened coordinates of each optimizer's pre-activations under each law."""
+    split = problem.split(seed)
+    start, mixture = problem.model(seed, split), split.mixture
+    theory = dd.state_evolution(
+        start,
+        mixture,
+        alpha=problem.alpha,
+        steps=problem.steps,
+        lr=problem.lr,
+        paths=paths,
+        replicates=2,
+        record_every=problem.steps,
+        progress=True,
+    )
+    predicted = Law(theory.overlaps.mean[-1], theory.covariance.mean[-1])
+    fresh, _, fresh_components = mixture.sample(problem.num_train, torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("dd", "gd"):
+        run = trained(problem, start, split, name)
+        weight = run.pop("weight").double()
+        own = Law(mixture.means.double() @ weight, weight.T @ weight)
+        rows = {kind: (values, split.train_components) for kind, values in run.items()}
+        rows["fresh sample"] = (fresh.double() @ weight, fresh_components)
+        for kind, (values, components) in rows.items():
+            found[name, kind, OWN] = whitened(values, components, own)
+            if name == "dd":
+                found[name, kind, PREDICTED] = whitened(values, components, predicted)
+    return found
+
+
+def moments(found: dict[tuple[str, str, str], Array]) -> list[dict[str, Any]]:
+    """How far each sample is from N(0, 1)."""
+    return [
+        {
+            "optimizer": name,
+            "preactivation": kind,
+            "law": law,
+            "deviation": float(values.std()),
+            "excess_kurtosis": float(stats.kurtosis(values)),
+            "kolmogorov_smirnov": float(stats.kstest(values, "norm").statistic),
+        }
+        for (name, kind, law), values in found.items()
+    ]
+
+
+def quantiles(found: dict[tuple[str, str, str], Array]) -> list[dict[str, Any]]:
+    """Some order statistics of each sample that is drawn, and the band of a normal sample."""
+    rows = []
+    for (name, kind, law), values in found.items():
+        rank = ranks(len(values))
+        normal = stats.norm.ppf((rank - 0.5) / len(values))
+        columns = (normal, values[rank - 1], *band(len(values), rank))
+        rows += [
+            dict(
+                zip(
+                    ("optimizer", "preactivation", "law", "normal", "sample", "low", "high"),
+                    (name, kind, law, *map(float, point)),
+                    strict=True,
+                )
+            )
+            for point in zip(*columns, strict=True)
+        ]
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, whiten, print, draw."""
+    parser = options(__doc__, "qq", steps=100)
+    parser.add_argument("--dimension", type=count, default=2000, help="d; n is 4 d")
+    parser.add_argument("--paths", type=count, default=100_000, help="of state evolution")
+    args = parser.parse_args(arguments)
+    problem = Xor(args.dimension, lr=args.lr, steps=args.steps, num_test=1)
+    found = samples(problem, args.seed, args.paths)
+    rows, table = quantiles(found), moments(found)
+    with canvas(7, 4.4) as figure:
+        axes = figure.subplots(2, 3, sharex=True, sharey="row", height_ratios=(3, 2))
+        for column, (name, kind, title) in zip(axes.T, PANELS, strict=True):
+            own = [row for row in rows if (row["optimizer"], row["preactivation"]) == (name, kind)]
+            _panels(column, own)
+            column[0].set_title(title, loc="left")
+        axes[0, 0].set_ylabel("whitened pre-activation")
+        axes[1, 0].set_ylabel("minus normal")
+        axes[0, 0].legend(loc="upper left")
+        axes[0, 2].legend(loc="upper left")
+        axes[1, 1].set_xlabel("standard normal quantile")
+        figure.suptitle(
+            "Training pre-activations are distributed as a fresh sample's where they are corrected"
+            f"\nXOR, n = {problem.num_train}, d = {args.dimension}, after {args.steps} steps"
+        )
+        save(figure, args.out, rows)
+    write_json(args.out.with_suffix(".json"), {"moments": table})
+    show(table, args.out)
+
+
+def _panels(axes, rows: list[dict[str, Any]]) -> None:
+    normal, low, high = _columns(rows, OWN, "normal", "low", "high")
+    for panel, base in zip(axes, (np.zeros_like(normal), normal), strict=True):
+        panel.fill_between(
+            normal, low - base, high - base, color="#BBBBBB", linewidth=0, label="99 % of N(0, 1)"
+        )
+        for law, colour, style in ((PREDICTED, COLOURS["dd"], "-"), (OWN, COLOURS["gd"], "--")):
+            points = _columns(rows, law, "normal", "sample")
+            if len(points[0]):
+                panel.plot(points[0], points[1] - base, style, color=colour, label=f"law: {law}")
+
+
+def _columns(rows: list[dict[str, Any]], law: str, *names: str) -> Array:
+    return np.array([[row[name] for row in rows if row["law"] == law] for name in names])
+
+
+if __name__ == "__main__":
+    main()
