@@ -99,6 +99,15 @@ def _number(text: str, kind: type, expected: str, valid: Any) -> Any:
 
 
 @contextmanager
+def explained(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Have what the library says of numbers that do not go together said by the program."""
+    try:
+        yield
+    except (FloatingPointError, ValueError) as error:
+        parser.error(str(error))
+
+
+@contextmanager
 def canvas(width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of so many inches, in the style of all figures."""
     with matplotlib.rc_context(STYLE):

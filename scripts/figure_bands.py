@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _drawing import Rows, count, options, show, write_rows
+from _drawing import Rows, count, explained, options, show, write_rows
 from _xor import DAMPING, Xor
 
 import dd
@@ -101,8 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--out: this picture is written as .png, got {args.out}")
     if args.folder is not None and not (args.folder / "history.csv").exists():
         parser.error(f"{args.folder} holds no history.csv; give the folder of a run")
-    history, theory = trained(args) if args.folder is None else read(args.folder)
-    rows = table(history, theory)
+    with explained(parser):
+        history, theory = trained(args) if args.folder is None else read(args.folder)
+        rows = table(history, theory)
     write_rows(args.out, rows)
     train_vs_test(history, args.out, "XOR: decoupled descent follows state evolution", theory)
     shown = ("train_error_median", "test_error_median", "theory_error")

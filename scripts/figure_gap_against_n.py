@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch.nn.functional as F
-from _drawing import COLOURS, Rows, canvas, count, options, positive, save, show
+from _drawing import COLOURS, Rows, canvas, count, explained, options, positive, save, show
 from _xor import Xor
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--samples needs two different sizes or more")
     if args.trials < 2:
         parser.error("--trials must be 2 or more: standard errors are over trials")
-    rows = measured(args)
+    with explained(parser):
+        rows = measured(args)
     with canvas(7, 3) as figure:
         for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
             _panel(axes, [row for row in rows if row["metric"] == metric], metric)

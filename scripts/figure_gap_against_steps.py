@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from _drawing import Rows, canvas, count, options, positive, save, show
+from _drawing import Rows, canvas, count, explained, options, positive, save, show
 from _xor import Xor
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.samples = sorted(set(args.samples))
     if args.trials < 2:
         parser.error("--trials must be 2 or more: standard errors are over trials")
-    rows = list(measured(args))
+    with explained(parser):
+        rows = list(measured(args))
     with canvas(7, 3) as figure:
         panels = figure.subplots(1, 2)
         for axes, metric in zip(panels, METRICS, strict=True):

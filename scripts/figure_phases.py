@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from _drawing import Rows, canvas, count, options, positive, save, show
+from _drawing import Rows, canvas, count, explained, options, positive, save, show
 from _xor import Xor
 from torch import Tensor
 
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.trials < 2:
         parser.error("--trials must be 2 or more: standard errors are over trials")
     args.alphas, args.separations = sorted(set(args.alphas)), sorted(set(args.separations))
-    rows = measured(args)
+    with explained(parser):
+        rows = measured(args)
     step = "after the last step" if args.at == "final" else "at the lowest training error"
     with canvas(6.4, 5.6) as figure:
         _draw(figure, rows, args)

@@ -4,9 +4,10 @@ After some steps the corrected pre-activations R = XW + Q of decoupled descent s
 component, Gaussian with the means M and covariance K that state evolution predicts from the very
 start of the run; XW without the correction should not. There is no prediction for plain gradient
 descent: its XW is held against the exact law of a fresh sample given its weights, N(Wᵀμ_a, WᵀW).
-Decoupled descent is held against that law as well, which knows of the run's own finite size. All
-principal coordinates are pooled. The lower row is the upper one less the normal quantiles, in the
-pointwise 99 % band of as many independent normal numbers. The layer's bias is left out everywhere.
+Drawn is the leading principal coordinate of K, one curve a component (upper row), and less the
+normal quantiles (lower row), in the pointwise 99 % band of as many independent normal numbers. The
+table is of all coordinates, and holds decoupled descent against the law given its weights as well,
+which knows of the run's own finite size. The layer's bias is left out everywhere.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _drawing import COLOURS, canvas, count, options, save, show
+from _drawing import canvas, count, explained, options, save, show
 from _xor import Xor, noise
 from scipy import stats
 from torch import Tensor, nn
@@ -26,13 +27,16 @@ from dd.data import Split
 from dd.progress import progress_bar
 from dd.tracking import Array, write_json
 
-PREDICTED, OWN = "state evolution", "fresh, given W"
-# Panels: name of the optimizer, of the pre-activations, and what they are.
+PREDICTED, OWN = "state evolution", "fresh sample, given W"
+# Panels: optimizer, pre-activations, the law they are held against, heading.
 PANELS = (
-    ("dd", "corrected", "DD, corrected XW + Q"),
-    ("dd", "uncorrected", "DD, uncorrected XW"),
-    ("gd", "uncorrected", "Gradient descent, XW"),
+    ("dd", "corrected", PREDICTED, "DD, corrected XW + Q"),
+    ("dd", "uncorrected", PREDICTED, "DD, uncorrected XW"),
+    ("gd", "uncorrected", OWN, "Gradient descent, XW"),
 )
+# Of the four components, two a label.
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")
+COMPONENTS = (r"$+\mu_a$", r"$-\mu_a$", r"$+\mu_b$", r"$-\mu_b$")
 MOST_POINTS = 400
 
 
@@ -43,11 +47,29 @@ class Law(NamedTuple):
     covariance: Tensor
 
 
-def whitened(rows: Tensor, components: Tensor, law: Law) -> Array:
-    """All principal coordinates of rows (n, k) under a law, in its standard deviations, sorted."""
+class Sample(NamedTuple):
+    """Whitened pre-activations (n, k), the leading coordinate first, and their components (n,)."""
+
+    values: Array
+    components: Array
+
+    @property
+    def leading(self) -> list[Array]:
+        """The leading coordinate of each component, sorted."""
+        kinds = range(self.components.max() + 1)
+        return [np.sort(self.values[self.components == kind, 0]) for kind in kinds]
+
+
+Samples = dict[tuple[str, str, str], Sample]
+
+
+def whitened(rows: Tensor, components: Tensor, law: Law) -> Sample:
+    """All principal coordinates of rows (n, k) under a law, in its standard deviations."""
     variances, axes = torch.linalg.eigh(law.covariance)
-    centred = rows.double() - law.means[components]
-    return np.sort((centred @ axes / variances.sqrt()).flatten().numpy())
+    # An axis has no sign of its own.
+    scaled = axes * axes.sum(0).sign() / variances.sqrt()
+    coordinates = (rows.double() - law.means[components]) @ scaled
+    return Sample(coordinates.flip(1).numpy(), components.numpy())
 
 
 def ranks(total: int) -> Array:
@@ -81,7 +103,7 @@ def trained(problem: Xor, start: nn.Sequential, split: Split, name: str) -> dict
     return found
 
 
-def samples(problem: Xor, seed: int, paths: int) -> dict[tuple[str, str, str], Array]:
+def samples(problem: Xor, seed: int, paths: int) -> Samples:
     """Whitened coordinates of each optimizer's pre-activations under each law."""
     split = problem.split(seed)
     start, mixture = problem.model(seed, split), split.mixture
@@ -112,38 +134,42 @@ def samples(problem: Xor, seed: int, paths: int) -> dict[tuple[str, str, str], A
     return found
 
 
-def moments(found: dict[tuple[str, str, str], Array]) -> list[dict[str, Any]]:
+def moments(found: Samples) -> list[dict[str, Any]]:
     """How far each sample is from N(0, 1)."""
-    return [
-        {
-            "optimizer": name,
-            "preactivation": kind,
-            "law": law,
-            "deviation": float(values.std()),
-            "excess_kurtosis": float(stats.kurtosis(values)),
-            "kolmogorov_smirnov": float(stats.kstest(values, "norm").statistic),
-        }
-        for (name, kind, law), values in found.items()
-    ]
-
-
-def quantiles(found: dict[tuple[str, str, str], Array]) -> list[dict[str, Any]]:
-    """Some order statistics of each sample that is drawn, and the band of a normal sample."""
     rows = []
-    for (name, kind, law), values in found.items():
-        rank = ranks(len(values))
-        normal = stats.norm.ppf((rank - 0.5) / len(values))
-        columns = (normal, values[rank - 1], *band(len(values), rank))
-        rows += [
-            dict(
-                zip(
-                    ("optimizer", "preactivation", "law", "normal", "sample", "low", "high"),
-                    (name, kind, law, *map(float, point)),
-                    strict=True,
-                )
-            )
-            for point in zip(*columns, strict=True)
-        ]
+    for (name, kind, law), sample in found.items():
+        pooled = sample.values.ravel()
+        rows.append(
+            {
+                "optimizer": name,
+                "preactivation": kind,
+                "law": law,
+                "deviation": float(pooled.std()),
+                "kurtosis": float(stats.kurtosis(pooled)),
+                "ks": distance(pooled),
+                "leading_shift": max(abs(float(part.mean())) for part in sample.leading),
+                "leading_ks": float(np.mean([distance(part) for part in sample.leading])),
+            }
+        )
+    return rows
+
+
+def distance(values: Array) -> float:
+    """Kolmogorov-Smirnov distance of values from N(0, 1)."""
+    return float(stats.kstest(values, "norm").statistic)
+
+
+def quantiles(found: Samples) -> list[dict[str, Any]]:
+    """Some order statistics of what is drawn, and the band of a normal sample."""
+    columns = ("normal", "sample", "low", "high")
+    rows = []
+    for name, kind, law, _ in PANELS:
+        for component, values in enumerate(found[name, kind, law].leading):
+            rank = ranks(len(values))
+            normal = stats.norm.ppf((rank - 0.5) / len(values))
+            points = zip(normal, values[rank - 1], *band(len(values), rank), strict=True)
+            same = {"optimizer": name, "preactivation": kind, "law": law, "component": component}
+            rows += [same | dict(zip(columns, map(float, point), strict=True)) for point in points]
     return rows
 
 
@@ -154,22 +180,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--paths", type=count, default=100_000, help="of state evolution")
     args = parser.parse_args(arguments)
     problem = Xor(args.dimension, lr=args.lr, steps=args.steps, num_test=1)
-    found = samples(problem, args.seed, args.paths)
+    with explained(parser):
+        found = samples(problem, args.seed, args.paths)
     rows, table = quantiles(found), moments(found)
-    with canvas(7, 4.4) as figure:
+    with canvas(7, 4.6) as figure:
         axes = figure.subplots(2, 3, sharex=True, sharey="row", height_ratios=(3, 2))
-        for column, (name, kind, title) in zip(axes.T, PANELS, strict=True):
+        for column, (name, kind, law, title) in zip(axes.T, PANELS, strict=True):
             own = [row for row in rows if (row["optimizer"], row["preactivation"]) == (name, kind)]
             _panels(column, own)
-            column[0].set_title(title, loc="left")
+            column[0].set_title(f"{title}\nlaw: {law}", loc="left")
         axes[0, 0].set_ylabel("whitened pre-activation")
-        axes[1, 0].set_ylabel("minus normal")
+        axes[1, 0].set_ylabel("the same, less normal")
         axes[0, 0].legend(loc="upper left")
-        axes[0, 2].legend(loc="upper left")
         axes[1, 1].set_xlabel("standard normal quantile")
         figure.suptitle(
-            "Training pre-activations are distributed as a fresh sample's where they are corrected"
-            f"\nXOR, n = {problem.num_train}, d = {args.dimension}, after {args.steps} steps"
+            f"Training pre-activations within components of XOR, n = {problem.num_train}, "
+            f"d = {args.dimension}, after {args.steps} steps"
         )
         save(figure, args.out, rows)
     write_json(args.out.with_suffix(".json"), {"moments": table})
@@ -177,19 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _panels(axes, rows: list[dict[str, Any]]) -> None:
-    normal, low, high = _columns(rows, OWN, "normal", "low", "high")
-    for panel, base in zip(axes, (np.zeros_like(normal), normal), strict=True):
-        panel.fill_between(
-            normal, low - base, high - base, color="#BBBBBB", linewidth=0, label="99 % of N(0, 1)"
-        )
-        for law, colour, style in ((PREDICTED, COLOURS["dd"], "-"), (OWN, COLOURS["gd"], "--")):
-            points = _columns(rows, law, "normal", "sample")
-            if len(points[0]):
-                panel.plot(points[0], points[1] - base, style, color=colour, label=f"law: {law}")
-
-
-def _columns(rows: list[dict[str, Any]], law: str, *names: str) -> Array:
-    return np.array([[row[name] for row in rows if row["law"] == law] for name in names])
+    for component, (colour, label) in enumerate(zip(COLOURS, COMPONENTS, strict=True)):
+        own = [row for row in rows if row["component"] == component]
+        names = ("normal", "sample", "low", "high")
+        normal, sample, low, high = (np.array([row[name] for row in own]) for name in names)
+        for panel, base in zip(axes, (np.zeros_like(normal), normal), strict=True):
+            if component == 0:
+                shown = {"color": "#BBBBBB", "linewidth": 0, "label": "99 % band"}
+                panel.fill_between(normal, low - base, high - base, **shown)
+            panel.plot(normal, sample - base, color=colour, linewidth=1.1, label=label)
 
 
 if __name__ == "__main__":
