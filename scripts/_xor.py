@@ -119,6 +119,11 @@ class Xor:
         )
 
 
+def repetitions(trials: int, largest: int, n: int) -> int:
+    """Trials of size n that hold as many samples in all as so many of the largest size."""
+    return trials * largest // n
+
+
 def noise(split: Split) -> dd.NoiseModel:
     """Isotropic noise around the known clusters."""
     return dd.NoiseModel.isotropic(split.train_inputs, split.train_components)

@@ -1,9 +1,10 @@
 """Draw |train − test| of gradient descent and of decoupled descent against n at fixed α = n/d.
 
-Means over trials and recorded steps, with standard errors, beside the floor: what the error or
-loss rates of two independent samples of n and n_test would differ by on average, √(2/π) times
+Means over trials and recorded steps, with standard errors, beside the floor: what the errors or
+losses of two independent samples of n and n_test = 2 n would differ by on average, √(2/π) times
 √(v (1/n + 1/n_test)), v the variance of one sample's error or loss, from state evolution. A gap at
-the floor is that of a training set which is as good as fresh. The start is informed.
+the floor is that of a training set which is as good as fresh. Smaller sizes get more trials, so
+that all have as many samples in all. The start is informed.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch.nn.functional as F
 from _drawing import COLOURS, Rows, canvas, count, explained, options, positive, save, show
-from _xor import Xor
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from _xor import Xor, repetitions
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from dd.figures import LABELS
@@ -52,7 +53,8 @@ def measured(args: argparse.Namespace) -> Rows:
     spread = variances(problems[-1], range(args.seed, args.seed + args.simulations))
     rows = []
     for problem in problems:
-        seeds = range(args.seed, args.seed + args.trials)
+        trials = repetitions(args.trials, problems[-1].num_train, problem.num_train)
+        seeds = range(args.seed, args.seed + trials)
         found = problem.trials(["gd", "dd"], seeds).metrics
         for metric in METRICS:
             lowest = floor(spread[metric], problem.num_train, problem.num_test)
@@ -64,6 +66,7 @@ def measured(args: argparse.Namespace) -> Rows:
                         "optimizer": name,
                         "n": problem.num_train,
                         "d": problem.dimension,
+                        "trials": trials,
                         "gap": float(gap.mean()),
                         "standard_error": float(gap.std() / math.sqrt(len(gap))),
                         "floor": lowest,
@@ -90,13 +93,13 @@ def slope(rows: Rows) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, draw."""
-    parser = options(__doc__, "gap_against_n", steps=200, trials=20)
+    parser = options(__doc__, "gap_against_n", steps=200, trials=10)
     parser.add_argument(
         "--samples",
         type=count,
         nargs="+",
         default=[200, 400, 800, 1600, 3200, 6400],
-        help="training samples n, two sizes or more",
+        help="training samples n, two sizes or more; --trials is of the largest",
     )
     parser.add_argument("--alpha", type=positive, default=4.0, help="n/d")
     parser.add_argument("--simulations", type=count, default=8, help="of state evolution")
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _panel(axes, [row for row in rows if row["metric"] == metric], metric)
         figure.suptitle(
             f"Gap between train and test on XOR at α = n/d = {args.alpha:g}\n"
-            f"mean over steps 0 to {args.steps} and {args.trials} trials ± standard error"
+            f"mean over steps 0 to {args.steps} and over trials ± standard error"
         )
         save(figure, args.out, rows)
     show(rows, args.out)
@@ -133,7 +136,7 @@ def _panel(axes, rows: Rows, metric: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="training samples n", xticks=n)
     axes.set_ylabel(f"mean |train − test| {metric}")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-    axes.xaxis.set_minor_locator(LogLocator(subs=()))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0.6 * min(lowest), 8 * max(row["gap"] for row in rows))
     axes.legend(loc="upper right")

@@ -13,15 +13,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 SMALL = {
     "bands": ["--dimension", "40", "--steps", "10", "--trials", "2", "--simulations", "1"],
     "gap_against_n": [
-        "--samples",
-        "60",
-        "120",
-        "--steps",
-        "10",
-        "--trials",
-        "2",
-        "--simulations",
-        "1",
+        *("--samples", "60", "120", "--steps", "10", "--trials", "2", "--simulations", "1"),
     ],
     "gap_against_steps": ["--samples", "60", "120", "--steps", "10", "--trials", "2"],
     "phases": [
