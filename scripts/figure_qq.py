@@ -12,12 +12,13 @@ which knows of the run's own finite size. The layer's bias is left out everywher
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from _drawing import canvas, count, explained, options, save, show
+from _gaussianity import Law, Sample, band, distance, ranks, whitened
 from _xor import Xor, noise
 from scipy import stats
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import dd
 from dd.data import Split
 from dd.progress import progress_bar
-from dd.tracking import Array, write_json
+from dd.tracking import write_json
 
 PREDICTED, OWN = "state evolution", "fresh sample, given W"
 # Panels: optimizer, pre-activations, the law they are held against, heading.
@@ -37,51 +38,9 @@ PANELS = (
 # Of the four components, two a label.
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")
 COMPONENTS = (r"$+\mu_a$", r"$-\mu_a$", r"$+\mu_b$", r"$-\mu_b$")
-MOST_POINTS = 400
-
-
-class Law(NamedTuple):
-    """Means (A, k) and covariance (k, k) of pre-activations, float64."""
-
-    means: Tensor
-    covariance: Tensor
-
-
-class Sample(NamedTuple):
-    """Whitened pre-activations (n, k), the leading coordinate first, and their components (n,)."""
-
-    values: Array
-    components: Array
-
-    @property
-    def leading(self) -> list[Array]:
-        """The leading coordinate of each component, sorted."""
-        kinds = range(self.components.max() + 1)
-        return [np.sort(self.values[self.components == kind, 0]) for kind in kinds]
 
 
 Samples = dict[tuple[str, str, str], Sample]
-
-
-def whitened(rows: Tensor, components: Tensor, law: Law) -> Sample:
-    """All principal coordinates of rows (n, k) under a law, in its standard deviations."""
-    variances, axes = torch.linalg.eigh(law.covariance)
-    # An axis has no sign of its own.
-    scaled = axes * axes.sum(0).sign() / variances.sqrt()
-    coordinates = (rows.double() - law.means[components]) @ scaled
-    return Sample(coordinates.flip(1).numpy(), components.numpy())
-
-
-def ranks(total: int) -> Array:
-    """Ranks from 1 of the order statistics that are drawn, dense at both ends, ascending."""
-    ends = np.geomspace(1, (total + 1) / 2, MOST_POINTS // 2).astype(int)
-    return np.unique(np.concatenate([ends, total + 1 - ends]))
-
-
-def band(total: int, rank: Array) -> tuple[Array, Array]:
-    """Where an order statistic of so many normal numbers lies with probability 0.99."""
-    low, high = (stats.beta.ppf(p, rank, total + 1 - rank) for p in (0.005, 0.995))
-    return stats.norm.ppf(low), stats.norm.ppf(high)
 
 
 def trained(problem: Xor, start: nn.Sequential, split: Split, name: str) -> dict[str, Tensor]:
@@ -152,11 +111,6 @@ def moments(found: Samples) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def distance(values: Array) -> float:
-    """Kolmogorov-Smirnov distance of values from N(0, 1)."""
-    return float(stats.kstest(values, "norm").statistic)
 
 
 def quantiles(found: Samples) -> list[dict[str, Any]]:

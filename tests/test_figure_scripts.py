@@ -133,10 +133,10 @@ def test_sizes_share_one_budget_of_samples(script, tmp_path):
 
 def test_order_statistics_lie_in_their_band(script):
     """In 99 % of 20 000 normal samples, up to four binomial deviations of 0.0007."""
-    figure = script("figure_qq")
+    gaussian = script("_gaussianity")
     values = np.sort(np.random.default_rng(0).standard_normal((20_000, 50)), axis=1)
-    rank = figure.ranks(50)
-    low, high = figure.band(50, rank)
+    rank = gaussian.ranks(50)
+    low, high = gaussian.band(50, rank)
     chosen = values[:, rank - 1]
     inside = ((low < chosen) & (chosen < high)).mean(0)
     np.testing.assert_allclose(inside, 0.99, atol=4 * 0.0007)
@@ -144,29 +144,29 @@ def test_order_statistics_lie_in_their_band(script):
 
 @pytest.mark.parametrize("total", [1, 2, 7, 10_000])
 def test_ranks_ascend_from_the_least_to_the_largest(script, total):
-    rank = script("figure_qq").ranks(total)
+    rank = script("_gaussianity").ranks(total)
     assert (rank[0], rank[-1]) == (1, total)
     assert (np.diff(rank) > 0).all()
 
 
 def test_whitening_by_the_right_law_and_by_a_shifted_one(script):
     """Moments of 40 000 draws, known up to 0.005, within five errors."""
-    figure = script("figure_qq")
+    gaussian = script("_gaussianity")
     generator = torch.Generator().manual_seed(0)
     root = torch.tensor([[2.0, 0.0], [1.5, 0.3]], dtype=torch.float64)
-    law = figure.Law(torch.tensor([[1.0, 2.0], [-3.0, 0.0]]).double(), root @ root.T)
+    law = gaussian.Law(torch.tensor([[1.0, 2.0], [-3.0, 0.0]]).double(), root @ root.T)
     components = torch.arange(40_000) % 2
     noise = torch.randn(40_000, 2, generator=generator, dtype=torch.float64)
     rows = noise @ root.T + law.means[components]
-    sample = figure.whitened(rows, components, law)
+    sample = gaussian.whitened(rows, components, law)
     np.testing.assert_allclose(np.cov(sample.values.T), np.eye(2), atol=0.025)
     assert max(abs(part.mean()) for part in sample.leading) < 5 * 2**0.5 * 0.005
-    assert figure.distance(sample.values.ravel()) < 0.01
+    assert gaussian.distance(sample.values.ravel()) < 0.01
 
     # A shift by one deviation along the leading axis, all of it seen there.
     axis = torch.linalg.eigh(law.covariance).eigenvectors[:, 1]
     axis = axis * axis.sum().sign() * torch.linalg.eigvalsh(law.covariance)[1].sqrt()
-    moved = figure.whitened(rows + axis, components, law)
+    moved = gaussian.whitened(rows + axis, components, law)
     np.testing.assert_allclose(moved.values - sample.values, [[1.0, 0.0]] * 40_000, atol=1e-9)
 
 
