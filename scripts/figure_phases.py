@@ -1,9 +1,9 @@
 """Draw test errors over a grid of α = n/d and ‖μ‖: gradient descent, decoupled descent, theory.
 
-Every cell is the mean over trials of the test error, after the last step (--at final) or after that
-of lowest training error (--at selected; corrected under decoupled descent). Theory is state
-evolution from the trials' own starts. The last panel is decoupled descent less theory. The start is
-informed.
+Every cell is the mean over trials of the test error at the step of lowest training error, which is
+the corrected one under decoupled descent (--at selected), or after the last step (--at final); the
+numbers beside the picture are of both. Theory is state evolution from the trials' own starts. The
+last panel is decoupled descent less theory. The start is informed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dd.progress import progress_bar
 
+STEPS = {"selected": "at the lowest training error", "final": "after the last step"}
 PANELS = {"gd": "Gradient descent", "dd": "Decoupled descent", "theory": "State evolution of DD"}
 
 
@@ -38,13 +39,12 @@ def cell(args: argparse.Namespace, alpha: float, separation: float) -> dict[str,
     limit = problem.theory(seeds, paths=args.paths, progress=False).error.values
     theory = {"train_error": limit, "test_error": limit}
     row: dict[str, Any] = {"alpha": alpha, "separation": separation, "n": problem.num_train}
-    for name, curves in {**found, "theory": theory}.items():
-        errors = chosen(curves, args.at)
-        row[name] = float(errors.mean())
-        row[f"{name}_standard_error"] = float(errors.std() / math.sqrt(len(errors)))
-    difference = chosen(found["dd"], args.at) - chosen(theory, args.at)
-    row["difference"] = float(difference.mean())
-    row["difference_standard_error"] = float(difference.std() / math.sqrt(len(difference)))
+    for at in STEPS:
+        errors = {name: chosen(curves, at) for name, curves in (found | {"theory": theory}).items()}
+        errors["difference"] = errors["dd"] - errors["theory"]
+        for name, values in errors.items():
+            row[f"{name}_{at}"] = float(values.mean())
+            row[f"{name}_{at}_standard_error"] = float(values.std() / math.sqrt(len(values)))
     return row
 
 
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dimension", type=count, default=250, help="d")
     parser.add_argument("--num-test", type=count, default=4000, help="test samples")
-    parser.add_argument("--paths", type=count, default=4000, help="of theory, for each trial")
+    parser.add_argument("--paths", type=count, default=2500, help="of theory, for each trial")
     parser.add_argument(
-        "--at", choices=["final", "selected"], default="final", help="which step's test error"
+        "--at", choices=list(STEPS), default="selected", help="which step's test error is drawn"
     )
     args = parser.parse_args(arguments)
     if args.trials < 2:
@@ -81,25 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.alphas, args.separations = sorted(set(args.alphas)), sorted(set(args.separations))
     with explained(parser):
         rows = measured(args)
-    step = "after the last step" if args.at == "final" else "at the lowest training error"
     with canvas(6.4, 5.6) as figure:
         _draw(figure, rows, args)
         figure.suptitle(
-            f"Test error on XOR {step}: {args.steps} steps, d = {args.dimension}, "
-            f"mean of {args.trials} trials, informed start"
+            f"Test error on XOR {STEPS[args.at]} of {args.steps} steps\n"
+            f"d = {args.dimension}, mean of {args.trials} trials, informed start"
         )
         save(figure, args.out, rows)
-    show(rows, args.out)
+    hidden = ["_standard_error", *(f"_{at}" for at in STEPS if at != args.at)]
+    shown = [key for key in rows[0] if not any(end in key for end in hidden)]
+    show([{key: row[key] for key in shown} for row in rows], args.out)
 
 
 def _draw(figure, rows: Rows, args: argparse.Namespace) -> None:
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    top = max(row[name] for row in rows for name in PANELS)
+    top = max(row[f"{name}_{args.at}"] for row in rows for name in PANELS)
     for axes, (name, title) in zip(panels.flat, PANELS.items(), strict=False):
         shades = _heat_map(axes, args, rows, name, cmap="cividis", vmin=0, vmax=top)
         axes.set_title(title, loc="left")
     figure.colorbar(shades, ax=panels[0], label="test error (also of state evolution)")
-    largest = max(abs(row["difference"]) for row in rows)
+    largest = max(abs(row[f"difference_{args.at}"]) for row in rows)
     scale = {"cmap": "PuOr", "vmin": -largest, "vmax": largest}
     shades = _heat_map(panels[1, 1], args, rows, "difference", **scale)
     panels[1, 1].set_title("Decoupled descent − state evolution", loc="left")
@@ -111,12 +112,12 @@ def _draw(figure, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def _heat_map(axes, args: argparse.Namespace, rows: Rows, name: str, **scale: Any):
-    values = np.array([row[name] for row in rows]).reshape(len(args.alphas), -1).T
+    values = np.array([row[f"{name}_{args.at}"] for row in rows]).reshape(len(args.alphas), -1).T
     shades = axes.imshow(values, origin="lower", aspect="auto", **scale)
     for (y, x), value in np.ndenumerate(values):
         red, green, blue, _ = shades.to_rgba(value)
         ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-        text = f"{value:.2f}" if name != "difference" else f"{value:+.3f}"
+        text = f"{value:.2f}" if name != "difference" else f"{value:+.3f}".replace("-", "−")
         axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7)
     axes.set_xticks(range(len(args.alphas)), [f"{alpha:g}" for alpha in args.alphas])
     axes.set_yticks(range(len(args.separations)), [f"{norm:g}" for norm in args.separations])

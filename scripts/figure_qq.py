@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own = [row for row in rows if (row["optimizer"], row["preactivation"]) == (name, kind)]
             _panels(column, own)
             column[0].set_title(f"{title}\nlaw: {law}", loc="left")
-        axes[0, 0].set_ylabel("whitened pre-activation")
+        axes[0, 0].set_ylabel("leading coordinate, whitened")
         axes[1, 0].set_ylabel("the same, less normal")
         axes[0, 0].legend(loc="upper left")
         axes[1, 1].set_xlabel("standard normal quantile")
