@@ -43,12 +43,12 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, draw."""
-    parser = options(__doc__, "gap_against_steps", steps=400, trials=20)
+    parser = options(__doc__, "gap_against_steps", steps=400, trials=120)
     parser.add_argument(
         "--samples",
         type=count,
         nargs="+",
-        default=[200, 400, 800, 1600, 3200],
+        default=[200, 400, 800, 1600],
         help="training samples n; --trials is of the largest",
     )
     parser.add_argument("--alpha", type=positive, default=4.0, help="n/d")
