@@ -1,8 +1,8 @@
 """Draw test errors over a grid of α = n/d and ‖μ‖: gradient descent, decoupled descent, theory.
 
-Every cell is the mean over trials of the test error at the step of lowest training error, which is
-the corrected one under decoupled descent (--at selected), or after the last step (--at final); the
-numbers beside the picture are of both. Theory is state evolution from the trials' own starts. The
+Every cell is the mean over trials of the test error at the step of lowest training error, of
+lowest training loss among equals, both corrected under decoupled descent (--at selected); or after
+the last step (--at final). The numbers beside the picture are of both. Theory is state evolution from the trials' own starts. The
 last panel is decoupled descent less theory. The start is informed.
 """
 
@@ -26,7 +26,11 @@ def chosen(curves: Mapping[str, Tensor], at: str) -> Tensor:
     """Test error of every trial at the step that is looked at, shape (trials,)."""
     if at == "final":
         return curves["test_error"][:, -1]
-    return curves["test_error"].gather(1, curves["train_error"].argmin(1, keepdim=True))[:, 0]
+    error = curves["train_error"]
+    # As dd.tracking.selected_step: of lowest training loss among equal errors.
+    lowest = error == error.min(1, keepdim=True).values
+    step = curves["train_loss"].where(lowest, math.inf).argmin(1, keepdim=True)
+    return curves["test_error"].gather(1, step)[:, 0]
 
 
 def cell(args: argparse.Namespace, alpha: float, separation: float) -> dict[str, Any]:
@@ -36,8 +40,9 @@ def cell(args: argparse.Namespace, alpha: float, separation: float) -> dict[str,
     )
     seeds = range(args.seed, args.seed + args.trials)
     found = problem.trials(["gd", "dd"], seeds, progress=False).metrics
-    limit = problem.theory(seeds, paths=args.paths, progress=False).error.values
-    theory = {"train_error": limit, "test_error": limit}
+    limit = problem.theory(seeds, paths=args.paths, progress=False)
+    error, loss = limit.error.values, limit.loss.values
+    theory = {"train_error": error, "test_error": error, "train_loss": loss}
     row: dict[str, Any] = {"alpha": alpha, "separation": separation, "n": problem.num_train}
     for at in STEPS:
         errors = {name: chosen(curves, at) for name, curves in (found | {"theory": theory}).items()}
