@@ -2,8 +2,8 @@
 
 Every cell is the mean over trials of the test error at the step of lowest training error, of
 lowest training loss among equals, both corrected under decoupled descent (--at selected); or after
-the last step (--at final). The numbers beside the picture are of both. Theory is state evolution from the trials' own starts. The
-last panel is decoupled descent less theory. The start is informed.
+the last step (--at final). The numbers beside the picture are of both. Theory is state evolution
+from the trials' own starts. The last panel is decoupled descent less theory. The start is informed.
 """
 
 import argparse
