@@ -46,8 +46,8 @@ def validate(config: DictConfig) -> None:
 
     Raises:
         ValueError: if ``optimizers``, ``trials``, ``seed``, ``components``, ``noise_bins``,
-            ``theory``, ``theory_paths``,
-            ``together``, ``data.batch_size``, ``resume`` or a number of an optimizer cannot be.
+            ``theory``, ``theory_paths``, ``together``, ``data.batch_size``, ``resume`` or a number
+            of an optimizer cannot be.
     """
     for group in GROUPS:
         if not OmegaConf.is_dict(config[group]):

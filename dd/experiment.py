@@ -173,8 +173,10 @@ class Experiment:
         self._write_results(finished=True)
 
     def _train_all(self, display: ProgressDisplay | None) -> None:
-        groups = groups_of(self.config, self.processes.size)
         first = 0 if self.kept is None else self.kept["trial"]
+        groups = groups_of(self.config, self.processes.size)
+        if first > 0:
+            groups = [group for group in groups if not self._left(group)]
         for trial in range(first, self.config.trials):
             batched = {name for group in groups for name in group.names} if trial else set()
             # All are built before one is trained, so that a wrong setting costs no training.
@@ -182,42 +184,64 @@ class Experiment:
             for job in list(self._jobs(trial, names)):
                 self._run_job(job, display)
             if trial == 0:
-                for group in groups:
-                    self._run_together(group, display)
+                groups = [group for group in groups if self._ran_together(group, display)]
 
-    def _run_together(self, group: Together, display: ProgressDisplay | None) -> None:
-        """Train a group in all trials after the first, and keep what each chunk of them found."""
-        left = [
+    def _left(self, group: Together) -> list[int]:
+        """Trials after the first that a group has not been through."""
+        return [
             trial
             for trial in range(1, self.config.trials)
             if not all(self._is_through(name, trial) for name in group.names)
         ]
+
+    def _ran_together(self, group: Together, display: ProgressDisplay | None) -> bool:
+        """Train a group in all trials after the first; False where they have to go one by one.
+
+        Raises:
+            TypeError: if what some trials allowed, another one does not.
+            ValueError: likewise.
+        """
+        left = self._left(group)
         if not left:
-            return
-        label = f"trials {left[0] + 1} to {self.config.trials}"
+            return True
+        try:
+            self._run_together(group, left, display)
+        except (TypeError, ValueError) as error:
+            if len(self._left(group)) < len(left):
+                raise
+            self.results.note([f"{', '.join(group.names)} ran one trial at a time: {error}"])
+            return False
+        return True
+
+    def _run_together(
+        self, group: Together, left: list[int], display: ProgressDisplay | None
+    ) -> None:
+        """Train a group in the trials left, and keep what each chunk of them found."""
+        last = self.config.trials
+        label = f"trials {left[0] + 1} to {last}" if len(left) > 1 else f"trial {last}"
+        verb = "were computed at once" if len(left) > 1 else "was batched"
         task = display.start(label, label, len(left)) if display else None
         started = time.perf_counter()
         with noted() as sentences:
             for trials, found in group.chunks(left, self.device):
                 self._take(group, trials, found)
                 if display is not None and task is not None:
-                    last = self.history.records[-1]
-                    display.update(task, last, completed=trials[-1] + 1 - left[0])
+                    record = self.history.records[-1]
+                    display.update(task, record, completed=trials[-1] + 1 - left[0])
         spent = time.perf_counter() - started
         self.results.note(sentences)
         self.results.note(
             [
-                f"{', '.join(group.names)}: {label} were computed at once, in {spent:.1f} s; "
+                f"{', '.join(group.names)}: {label} {verb}, in {spent:.1f} s; "
                 "seconds and steps per second are those of the first trial (together=false: one by "
                 "one)"
             ]
         )
+        self._note_progress()
 
     def _take(self, group: Together, trials: Sequence[int], found: Trials) -> None:
         for row, trial in enumerate(trials):
             for name in group.names:
-                # What a run that broke off had of it.
-                self.results.forget(name, trial)
                 records = records_of(name, trial, found, row)
                 failure = failure_of(name, self.config.seed + trial, found)
                 if failure is None:
@@ -225,9 +249,12 @@ class Experiment:
                 else:
                     self.results.fail(f"{self._label(name, trial)}: {failure}")
                 self._log(name, trial, records)
+        self._note_progress()
+        self.history.write_csv(self.folder / "history.csv")
+
+    def _note_progress(self) -> None:
         if self._checkpoint is not None:
             self._checkpoint.note(self.results.state_dict())
-        self.history.write_csv(self.folder / "history.csv")
 
     def _is_through(self, name: str, trial: int) -> bool:
         return self.results.is_through(name, trial, self._label(name, trial))

@@ -10,6 +10,7 @@ from dd.checks import check_count, check_number
 from dd.fresh_paths import FreshPaths, Start
 from dd.functional import centre_within_components, solved_curvature
 from dd.layers import find_layer
+from dd.limit_checks import check_loss, check_network
 from dd.mixture import GaussianMixture
 from dd.replay import forward_replaced
 
@@ -44,7 +45,8 @@ class Training:
         check_number("state_evolution: alpha", self.alpha)
         if self.alpha == 0:
             raise ValueError("state_evolution: alpha = n/d must be positive, got 0")
-        if not 0 <= self.damping <= 1:
+        check_number("state_evolution: damping", self.damping)
+        if self.damping > 1:
             raise ValueError(f"state_evolution: damping must lie in [0, 1], got {self.damping}")
         if self.damping < 1 and len(self.mixture.eigenvalues) > 1:
             raise ValueError(
@@ -115,12 +117,9 @@ class MeanField:
         mixture = training.mixture
         self._training, self._model = training, model.train()
         name, self._layer = find_layer(model, layer)
+        check_network(model, name, self._layer, mixture.dimension)
+        model.zero_grad()
         weight = self._layer.weight
-        if self._layer.in_features != mixture.dimension:
-            raise ValueError(
-                f"state_evolution: layer {name!r} takes {self._layer.in_features} inputs, but the "
-                f"mixture's means have {mixture.dimension} coordinates"
-            )
         counts = _counts(mixture.probabilities, count)
         self._shares = (mixture.probabilities / counts).to(weight)
         self._sizes = counts.tolist()
@@ -139,20 +138,32 @@ class MeanField:
         others = [p for p in model.parameters() if p.requires_grad and p is not weight]
         self._optimizer = training.optimizer([self._paths.weight, *others])
 
+    @torch.enable_grad()
     def look(self, step: int) -> Snapshot:
         """Find losses, errors and gradients of the present state.
 
         Raises:
-            FloatingPointError: if the loss is not finite.
-            ValueError: if the model uses its inputs beside the decoupled layer.
+            FloatingPointError: if the loss or its gradient is not finite.
+            ValueError: if the model uses its inputs or the decoupled weight beside the decoupled
+                layer, or the loss is no mean over samples.
         """
         self._optimizer.zero_grad()
         self._preactivation = self._paths.preactivation().requires_grad_()
         outputs = self._outputs()
+        if step == 0:
+            check_loss(self._training.loss, outputs.detach(), self._targets, self._sizes)
         loss = self._expected_loss(outputs)
         if not bool(loss.isfinite()):
             raise self._not_finite(step)
         loss.backward()
+        gradient = self._preactivation.grad
+        if gradient is None or not bool(gradient.isfinite().all()):
+            raise self._not_finite(step)
+        if self._layer.weight.grad is not None:
+            raise ValueError(
+                "state_evolution: the decoupled weight is used beside its layer, as a tied or a "
+                "penalised one; that is outside of the theory"
+            )
         return Snapshot(
             float(loss.detach()),
             self._expected_error(outputs.detach()),
@@ -173,22 +184,35 @@ class MeanField:
         self._optimizer.step()
 
     def _outputs(self) -> Tensor:
-        """The model's outputs on samples of these pre-activations."""
+        """The model's outputs on samples of these pre-activations.
+
+        Raises:
+            ValueError: if the decoupled layer does not get the inputs themselves, once.
+        """
         rows = self._preactivation
         # Whatever else takes the inputs finds them to be no numbers.
         nowhere = rows.new_full((1, 1), torch.nan).expand(len(rows), self._layer.in_features)
-        bias = self._layer.bias
+        bias, calls = self._layer.bias, 0
 
         def forward(inputs: Tensor) -> Tensor:
-            if inputs.shape != nowhere.shape:
+            nonlocal calls
+            calls += 1
+            if inputs.data_ptr() != nowhere.data_ptr() or inputs.shape != nowhere.shape:
                 raise ValueError(
-                    f"state_evolution: the decoupled layer got inputs of shape "
-                    f"{tuple(inputs.shape)}, expected {tuple(nowhere.shape)}: each sample's own"
+                    "state_evolution: something before the decoupled layer changes its inputs; "
+                    "apply it to the mixture instead"
                 )
-            return rows if bias is None else rows + bias
+            # A module after the layer may work in place.
+            return rows.clone() if bias is None else rows + bias
 
         with forward_replaced(self._layer, forward):
-            return self._model(nowhere)
+            outputs = self._model(nowhere)
+        if calls != 1:
+            raise ValueError(
+                f"state_evolution: the decoupled layer ran {calls} times in one forward, expected "
+                "once"
+            )
+        return outputs
 
     def _expected_loss(self, outputs: Tensor) -> Tensor:
         parts = zip(outputs.split(self._sizes), self._targets.split(self._sizes), strict=True)
@@ -198,11 +222,17 @@ class MeanField:
     def _expected_error(self, outputs: Tensor) -> float:
         error = self._training.error
         if error is None:
-            if self._targets.is_floating_point() or self._targets.ndim != 1 or outputs.ndim != 2:
+            scores = outputs.ndim == 2 and outputs.shape[1] > 1
+            if self._targets.is_floating_point() or self._targets.ndim != 1 or not scores:
                 return torch.nan
             wrong = outputs.argmax(1) != self._targets
         else:
             wrong = error(outputs, self._targets)
+            if wrong.shape != (len(outputs),):
+                raise ValueError(
+                    f"state_evolution: expected error to return a number for each of "
+                    f"{len(outputs)} samples, got shape {tuple(wrong.shape)}"
+                )
         return float(wrong.to(self._shares) @ self._shares[self._components])
 
     def _curvature(self, preactivation: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
@@ -215,12 +245,13 @@ class MeanField:
     def _not_finite(self, step: int) -> Exception:
         if step == 0 and bool(self._preactivation.isfinite().all()):
             return ValueError(
-                "state_evolution: the loss is not finite at the start. Either the model uses its "
-                "inputs beside the decoupled layer (these are NaN here), or the loss overflows"
+                "state_evolution: the loss or its gradient is not finite at the start. Either the "
+                "model uses its inputs beside the decoupled layer (these are NaN here), or the "
+                "loss overflows"
             )
         return FloatingPointError(
-            f"state_evolution: the loss is not finite at step {step}; the likely cause is a "
-            "learning rate that is too large"
+            f"state_evolution: the loss or its gradient is not finite at step {step}; the likely "
+            "cause is a learning rate that is too large"
         )
 
 

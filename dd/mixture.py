@@ -26,6 +26,7 @@ class GaussianMixture:
         weights: p, shape (A,), positive with sum 1; None: all alike.
 
     Raises:
+        TypeError: if means, targets or weights are no tensors.
         ValueError: if shapes disagree, a number is not finite, the weights are no probabilities, or
             the noise model is not that of one Gaussian around each mean.
     """
@@ -36,6 +37,13 @@ class GaussianMixture:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("means", "targets", "weights"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and (name, value) != ("weights", None):
+                raise TypeError(
+                    f"GaussianMixture: expected {name} in a tensor, got {type(value)}; use "
+                    "torch.as_tensor"
+                )
         if self.means.ndim != 2 or self.means.numel() == 0:
             raise ValueError(
                 "GaussianMixture: expected means of shape (components, dimension), neither zero, "

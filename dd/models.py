@@ -122,8 +122,11 @@ def informed_two_layer(
     nn.init.normal_(head.weight, std=1 / math.sqrt(width), generator=alike)
     means = mixture.means.double().cpu()
     # Through the inner products alone, so that a rotation of the means rotates the start.
-    inverse = torch.linalg.pinv(means @ means.T, hermitian=True)
-    share = max(1, int(torch.linalg.matrix_rank(means))) / len(means)
+    gram = means @ means.T
+    # Means in single precision are dependent up to its rounding alone.
+    inverse = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True)
+    rank = int(torch.linalg.matrix_rank(gram, rtol=1e-6, hermitian=True))
+    share = max(1, rank) / len(means)
     drawn = torch.randn(len(means), width, generator=alike, dtype=torch.float64)
     wanted = overlap / math.sqrt(share) * drawn
     with torch.no_grad():

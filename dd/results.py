@@ -57,11 +57,6 @@ class Results:
         failed = any(sentence.startswith(f"{label}:") for sentence in self.failures)
         return failed or (name, trial) in self.times
 
-    def forget(self, name: str, trial: int) -> None:
-        """Drop the records of an optimizer and trial."""
-        records = self.history.records
-        records[:] = [r for r in records if (r.optimizer, r.trial) != (name, trial)]
-
     def note(self, notes: Sequence[str]) -> None:
         """Add sentences that were not said before."""
         for note in notes:

@@ -107,8 +107,9 @@ def state_evolution(
         model: with its initial weights; or a function of a CPU generator that draws one, called
             for every simulation: curves are then means over the law of the initialisation. The
             inputs may be used by the decoupled layer alone.
-        mixture: law of the inputs.
-        loss: mean loss of outputs and targets, differentiable once.
+        mixture: law of the inputs. Of several bins it is in the eigenbasis of Σ, and so must the
+            weights of the decoupled layer be.
+        loss: of outputs and targets, the mean over samples of each one's own; differentiable once.
         alpha: α = n/d, training samples per input.
         steps: number of updates.
         lr: learning rate, or a function of the number of updates made.
@@ -131,10 +132,19 @@ def state_evolution(
         progress: whether to show a progress bar (needs rich).
 
     Raises:
-        ValueError: if an argument is out of range, the model does not fit the mixture, or it uses
-            its inputs elsewhere than in the decoupled layer.
+        TypeError: if the mixture or the model is of another kind.
+        ValueError: if an argument is out of range, the loss is no mean over samples, or the model
+            does not fit the mixture, changes its inputs before the decoupled layer or uses them
+            elsewhere, uses the decoupled weight elsewhere, or has dropout.
         FloatingPointError: if the loss or a gradient is not finite.
     """
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(f"state_evolution: expected a dd.GaussianMixture, got {type(mixture)}")
+    if not callable(model):
+        raise TypeError(
+            "state_evolution: expected a module or a function of a generator that returns one, got "
+            f"{type(model)}"
+        )
     check_count("state_evolution: replicates", replicates)
     check_count("state_evolution: paths", paths, least=2 * replicates * len(mixture.means))
     check_count("state_evolution: record_every", record_every)
@@ -165,7 +175,7 @@ def state_evolution(
             # A seed of its own for every pair, as NumPy's spawned sequences have.
             (drawn,) = np.random.SeedSequence((seed, replicate)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(drawn))
-            own = copy.deepcopy(model) if isinstance(model, nn.Module) else model(generator)
+            own = copy.deepcopy(model if isinstance(model, nn.Module) else model(generator))
             system = MeanField(
                 training, own.to(device, dtype), layer, paths // replicates, generator
             )
@@ -190,7 +200,9 @@ def _snapshots(
 
 def _collected(recorded: Sequence[int], runs: Sequence[Sequence[Snapshot]]) -> StateEvolution:
     def stacked(name: str) -> MonteCarlo:
-        rows = [[torch.as_tensor(getattr(s, name)) for s in run] for run in runs]
+        rows = [
+            [torch.as_tensor(getattr(s, name), dtype=torch.float64) for s in run] for run in runs
+        ]
         return MonteCarlo(torch.stack([torch.stack(row) for row in rows]).double().cpu())
 
     return StateEvolution(

@@ -58,7 +58,7 @@ class Together:
                 return make_noise(config, settings, split)
 
         def probe_seed(seed: int) -> int:
-            return int(optimizer_settings(with_seed(config, seed), decoupled[0])["seed"])
+            return int(optimizer_settings(with_seed(config, seed), decoupled[0]).get("seed", 0))
 
         def model(seed: int, split: Any) -> Any:
             return make_model(with_seed(config, seed), split)

@@ -17,6 +17,7 @@ from dd.trial_inputs import (
     TrialSplit,
     check_model,
     check_noise,
+    check_scores,
     check_split,
     made,
 )
@@ -62,6 +63,7 @@ def first_trial(plan: Plan, seed: int) -> FirstTrial:
     check_split(split, seed, split)
     model = plan.make_model(seed, split)
     check_model(model, seed, split)
+    check_scores(model, plan.loss, seed, split)
     return FirstTrial(seed, split, model)
 
 
@@ -271,10 +273,10 @@ def _check_alike(model: nn.Module, seed: int, first: nn.Module) -> None:
     Raises:
         ValueError: if it is not.
     """
-    expected = {name: p.shape for name, p in first.named_parameters()}
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    expected = {name: (p.shape, p.requires_grad) for name, p in first.named_parameters()}
+    shapes = {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}
     if shapes != expected or str(model) != str(first):
         raise ValueError(
-            f"run_trials: the networks of all trials must be of one architecture, but that of "
-            f"seed {seed} is {model}, and that of the first {first}"
+            "run_trials: the networks of all trials must be of one architecture, the same "
+            f"parameters trained, but that of seed {seed} is {model}, and that of the first {first}"
         )

@@ -15,6 +15,7 @@ __all__ = [
     "TrialSplit",
     "check_model",
     "check_noise",
+    "check_scores",
     "check_split",
     "checked_optimizers",
     "made",
@@ -76,6 +77,11 @@ def made(name: str, make: MakeOptimizer, parameters: list[Tensor]) -> torch.opti
             f"{len(optimizer.param_groups)}; leave per-parameter settings to one trial at a time"
         )
     group = optimizer.param_groups[0]
+    if [id(p) for p in group["params"]] != [id(p) for p in parameters]:
+        raise ValueError(
+            f"run_trials: optimizers[{name!r}] must make an optimizer of all the parameters that "
+            "it is given, and of no others, such as functools.partial(dd.DecoupledDescent, lr=0.5)"
+        )
     if group["differentiable"]:
         raise ValueError(
             f"run_trials: optimizers[{name!r}]: differentiable=True keeps every step in a graph; "
@@ -199,6 +205,29 @@ def check_model(model: Any, seed: int, split: TrialSplit) -> None:
         obstacle = "parameters that several modules share"
     if obstacle is not None:
         raise ValueError(f"{whose} has {obstacle}; train it one trial at a time")
+
+
+def check_scores(
+    model: nn.Sequential, loss: Callable[[Tensor, Tensor], Tensor], seed: int, split: TrialSplit
+) -> None:
+    """Check what a network and the loss return for two samples.
+
+    Raises:
+        ValueError: if it is no score for each of several classes, or no loss of one number.
+    """
+    with torch.no_grad():
+        scores = model(split.train_inputs[:2])
+    if scores.dim() != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"run_trials: the network of seed {seed} must return scores of two classes or more, "
+            f"shape (samples, classes), got {tuple(scores.shape)} for two samples"
+        )
+    value = loss(scores, split.train_targets[:2])
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else str(type(value))
+        raise ValueError(
+            f"run_trials: loss must return the mean over samples, one number in a tensor, got {got}"
+        )
 
 
 def check_noise(

@@ -37,6 +37,8 @@ def run_trials(
 ) -> Trials:
     """Train networks on many data sets by several optimizers, many at a time.
 
+    :func:`dd.trials.trial_chunks` yields trials as they are done, where none is to be lost.
+
     Every trial comes out as it would by itself, with an optimizer of its own and all samples in
     every step, up to rounding. All optimizers of a trial start from the same weights and share
     every pass over its inputs. The warnings of :class:`DecoupledDescent` are not given.
@@ -54,7 +56,8 @@ def run_trials(
         make_split: makes the data of a seed, such as a :class:`dd.data.Split`; of one shape in all
             trials.
         make_model: makes the network of a seed and its data on the CPU: an ``nn.Sequential`` that
-            begins with the decoupled ``nn.Linear``; of one architecture in all trials.
+            begins with the decoupled ``nn.Linear``; of one architecture in all trials. All but
+            the parameters is that of the first trial's.
         optimizers: for every name what makes an optimizer of a list of parameters, a
             ``torch.optim.SGD`` or a ``DecoupledDescent``.
         seeds: of the trials.
@@ -116,6 +119,15 @@ def trial_chunks(
         ValueError: as :func:`run_trials`.
         TypeError: as :func:`run_trials`.
     """
+    if not isinstance(seeds, Iterable):
+        raise TypeError(
+            f"run_trials: seeds must be some integers, got {seeds!r}; try range({seeds})"
+        )
+    if noise is not None and not callable(noise):
+        raise TypeError(
+            "run_trials: noise must make a noise model from a trial's data, got "
+            f"{type(noise)}; try noise=lambda split: dd.NoiseModel.isotropic(split.train_inputs)"
+        )
     chosen = tuple(seeds)
     if not chosen:
         raise ValueError("run_trials: seeds is empty; give at least one, such as range(100)")

@@ -36,8 +36,8 @@ def drawn(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Figure, "savefig", keep)
 
-    def draw(history):
-        train_vs_test(history, tmp_path / "train_vs_test.png", "a title")
+    def draw(history, theory=None):
+        train_vs_test(history, tmp_path / "train_vs_test.png", "a title", theory)
         return kept[-1]
 
     return draw
@@ -152,3 +152,13 @@ def test_failure_leaves_no_file(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         train_vs_test(make(), tmp_path / "x.png", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_theory_is_drawn_over_the_optimizers_it_predicts(drawn):
+    steps = np.array([0.0, 5.0, 10.0])
+    theory = {"dd": {"error": (steps, steps / 50), "loss": (steps, steps / 20)}}
+    gd_error, dd_error, gd_loss, dd_loss = drawn(make(), theory).axes[:4]
+    np.testing.assert_array_equal(line(dd_error, "theory").get_ydata(), steps / 50)
+    np.testing.assert_array_equal(line(dd_loss, "theory").get_ydata(), steps / 20)
+    for axes in (gd_error, gd_loss):
+        assert "theory" not in [drawn.get_label() for drawn in axes.lines]

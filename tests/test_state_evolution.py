@@ -1,5 +1,6 @@
 """State evolution against closed forms, quadrature, and decoupled descent of finite size."""
 
+import copy
 import math
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import dd
 from dd.fresh_paths import FreshPaths, Start
-from dd.models import two_layer
+from dd.models import informed_two_layer, two_layer
 from dd.state_evolution import MonteCarlo
 from tests.reference import LinearCase, linear_state_evolution
 
@@ -268,10 +269,13 @@ def test_schedule_and_recorded_steps():
     assert still.covariance.mean.shape == (4, 3, 3)
 
 
-def test_momentum_without_noise_is_the_population_gradient():
+@pytest.mark.parametrize(
+    "rule", [{"momentum": 0.8, "nesterov": True}, {"momentum": 0.8, "dampening": 0.4}]
+)
+def test_momentum_without_noise_is_the_population_gradient(rule):
     """At α → ∞ nothing but the population gradient is left, and SGD on many samples follows it."""
     model, mixture = _network(), _xor()
-    settings = {"momentum": 0.8, "nesterov": True, "weight_decay": 0.05}
+    settings = {"weight_decay": 0.05} | rule
     found = dd.state_evolution(
         model, mixture, alpha=1e9, steps=12, lr=0.3, paths=80_000, **settings
     )
@@ -326,14 +330,77 @@ class _Skip(nn.Module):
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64"),
         ({"momentum": -1.0}, "Invalid momentum value"),
+        ({"damping": "half"}, "damping must be a number"),
         ({"model": two_layer(5, 2, 2)}, "takes 5 inputs, but the mixture's means have 6"),
+        ({"model": nn.Sequential(nn.ReLU(), *_network())}, "something before the decoupled layer"),
+        ({"model": nn.Sequential(*_network(), nn.Dropout(0.5))}, "drawn anew at every forward"),
+        ({"model": nn.utils.parametrizations.weight_norm(_network()[0])}, "of its own"),
+        ({"loss": partial(F.cross_entropy, reduction="sum")}, "must be the mean over samples"),
+        ({"loss": partial(F.cross_entropy, reduction="none")}, "expected a loss of one number"),
+        ({"loss": lambda outputs, targets: 1.0}, "expected a loss of one number"),
+        ({"error": lambda outputs, targets: torch.ones(1)}, "a number for each of"),
         ({"model": _Skip(), "layer": "first"}, "uses its inputs beside the decoupled layer"),
     ],
 )
 def test_bad_arguments_are_refused(settings, words):
     arguments = {"model": _network(), "alpha": 2, "steps": 2, "lr": 0.1} | settings
+    arguments.setdefault("loss", F.cross_entropy)
     with pytest.raises(ValueError, match=words):
-        dd.state_evolution(arguments.pop("model"), _xor(), **arguments)
+        dd.state_evolution(arguments.pop("model"), _xor(), arguments.pop("loss"), **arguments)
+
+
+class _Tied(nn.Module):
+    def __init__(self, *, twice):
+        super().__init__()
+        self.first, self.twice = nn.Linear(6, 6, bias=False), twice
+
+    def forward(self, inputs):
+        rows = self.first(inputs)
+        return rows + self.first(inputs) if self.twice else rows.tanh() @ self.first.weight
+
+
+@pytest.mark.parametrize(("twice", "words"), [(True, "ran 2 times"), (False, "beside its layer")])
+def test_a_weight_with_two_uses_is_refused(twice, words):
+    with pytest.raises(ValueError, match=words):
+        dd.state_evolution(_Tied(twice=twice), _xor(), alpha=2, steps=1, lr=0.1, paths=800)
+
+
+def test_class_weights_are_refused():
+    weights = torch.tensor([1.0, 9.0])
+    loss = partial(F.cross_entropy, weight=weights)
+    with pytest.raises(ValueError, match="no class weights"):
+        dd.state_evolution(_network(), _xor(), loss, alpha=2, steps=1, lr=0.1, paths=800)
+
+
+@pytest.mark.parametrize(
+    ("model", "mixture", "words"),
+    [(None, _xor(), "expected a module or"), (_network(), (1, 2), r"expected a dd\.GaussianMix")],
+)
+def test_other_kinds_are_refused(model, mixture, words):
+    with pytest.raises(TypeError, match=words):
+        dd.state_evolution(model, mixture, alpha=2, steps=1, lr=0.1)
+    with pytest.raises(TypeError, match="expected targets in a tensor"):
+        dd.GaussianMixture(_xor_means(), [0, 0, 1, 1])
+
+
+def test_what_a_caller_may_do_changes_nothing():
+    run = partial(dd.state_evolution, mixture=_xor(), alpha=2, steps=3, lr=0.4, paths=800)
+    wanted = run(_network()).loss.values
+    used = _network()
+    F.cross_entropy(used(torch.randn(5, 6)), torch.zeros(5, dtype=torch.long)).backward()
+    assert torch.equal(run(used).loss.values, wanted)
+    assert torch.equal(run(lambda generator: used).loss.values, wanted)
+    attached = _network()
+    dd.DecoupledDescent(attached, lr=0.1)
+    assert torch.equal(run(attached).loss.values, wanted)
+    with torch.no_grad():
+        assert torch.equal(run(_network()).loss.values, wanted)
+    in_place = _network(activation="relu")
+    in_place[0].bias = None
+    in_place[1].inplace = True
+    other = _network(activation="relu")
+    other[0].bias = None
+    assert torch.equal(run(in_place).loss.values, run(other).loss.values)
 
 
 def test_damping_needs_isotropic_noise():
@@ -476,6 +543,61 @@ def test_decoupled_descent_of_finite_size_comes_near_the_prediction(damping, mom
             assert off < FAR * known, (dimension, column, off, known)
         # The two sources of error are small enough to see a wrong recursion.
         assert float(spread.standard_error[1]) < 0.006
+
+
+LAWS = {
+    "bins": (
+        dd.NoiseModel(torch.tensor([2.2, 0.4]), torch.tensor([200, 400])),
+        {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.02},
+    ),
+    "noisier": (1.4, {"momentum": 0.6, "nesterov": True, "weight_decay": 0.02, "damping": 0.5}),
+    "quieter": (0.6, {"damping": 0.0}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS)
+def test_other_laws_and_rules_are_those_of_finite_size(law):
+    noise, rule = LAWS[law]
+    dimension, alpha, steps = 600, 2.5, 30
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(4, dimension, generator=generator) * 2.2 / math.sqrt(dimension)
+    means[:, :200] *= 1.5
+    weights = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    mixture = dd.GaussianMixture(means, torch.tensor([0, 1, 2, 0]), noise, weights)
+    model = informed_two_layer(
+        dimension, 4, 3, mixture=mixture, overlap=0.5, hidden_scale=0.5, generator=generator
+    )
+    nn.init.constant_(model[0].bias, 0.1)
+
+    def rate(step):
+        return 0.3 * (1 - step / 40)
+
+    predicted = dd.state_evolution(
+        model, mixture, alpha=alpha, steps=steps, lr=rate, paths=40_000, record_every=10, **rule
+    )
+    found = []
+    for _ in range(8):
+        inputs, targets, components = mixture.sample(int(alpha * dimension), generator)
+        fresh, wanted, _ = mixture.sample(6000, generator)
+        twin = copy.deepcopy(model)
+        known = dd.NoiseModel(
+            mixture.eigenvalues.float(), torch.tensor(mixture.multiplicities), components
+        )
+        optimizer = dd.DecoupledDescent(twin, lr=0.3, noise=known, **rule)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.zero_grad()
+            F.cross_entropy(twin(inputs), targets).backward()
+            optimizer.step()
+        with torch.no_grad():
+            found.append(float(F.cross_entropy(twin.eval()(fresh), wanted)))
+    spread = MonteCarlo(torch.tensor(found, dtype=torch.float64))
+    off = abs(float(spread.mean - predicted.loss.mean[-1]))
+    known_error = math.hypot(spread.standard_error, predicted.loss.standard_error[-1])
+    # t of seven degrees of freedom; what finite size adds is below these errors.
+    assert off < FAR * known_error, (off, known_error)
+    assert known_error < 0.02
 
 
 @pytest.mark.cuda

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+import dd
 from dd import figures, together
+from dd.assembly import make_model, make_split
 from dd.data import xor
 from dd.experiment import Experiment
 from dd.models import informed_two_layer
@@ -168,7 +170,7 @@ def _rows(folder: Path):
 def test_theory_is_drawn_written_and_compared(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "train_vs_test", lambda *arguments: drawn.append(arguments[3]))
-    found = run(tmp_path, "trials=2", experiment="xor_paper")
+    found = run(tmp_path, "trials=3", experiment="xor_paper")
     assert list(drawn[0]) == ["dd", "dd_half", "dd_pure"]
     steps, values = drawn[0]["dd"]["loss"]
     assert steps.tolist() == [0, 5, 10, 12]
@@ -177,7 +179,63 @@ def test_theory_is_drawn_written_and_compared(tmp_path, monkeypatch):
     assert [float(row["loss"]) for row in rows] == values.tolist()
     (note,) = [note for note in found.notes if note.startswith("dd: state evolution")]
     medians = np.median(found.history.curves("dd", "test_loss")[1], axis=0)
-    assert f"within {np.abs(medians - values).max():.4f} of the median test loss" in note
+    furthest = np.abs(medians - values).max()
+    error = float(found.theory["dd"].loss.standard_error.max())
+    assert f"{furthest:.4f} (Monte-Carlo error up to {error:.4f}) of the median test loss" in note
+
+
+def test_theory_knows_the_rule_of_every_optimizer(tmp_path):
+    rule = {"momentum": 0.6, "weight_decay": 0.1, "damping": 0.7}
+    settings = [f"optimizer.{key}={value}" for key, value in rule.items()]
+    settings += ["+optimizer.dampening=0.2", "optimizer.lr=0.3", "lr=0.1"]
+    config = configure("theory=true", "trials=1", "optimizers=[gd,dd]", *settings)
+    found = Experiment(config, tmp_path)
+    found.run()
+    split = make_split(config)
+    wanted = dd.state_evolution(
+        make_model(config, split),
+        split.mixture,
+        alpha=120 / 40,
+        steps=12,
+        lr=0.3,
+        dampening=0.2,
+        record_every=5,
+        paths=2000,
+        **rule,
+    )
+    assert list(found.theory) == ["dd"]
+    assert torch.equal(found.theory["dd"].loss.values, wanted.loss.values)
+    assert torch.equal(found.theory["dd"].error.values, wanted.error.values)
+
+
+def test_a_rule_that_theory_does_not_know_has_no_prediction(tmp_path):
+    found = run(
+        tmp_path,
+        *("theory=true", "trials=1", "optimizers=[dd]"),
+        *("optimizer.weight_decay=0.1", "+optimizer.decoupled_weight_decay=true"),
+    )
+    assert not found.theory
+    assert any("does not know decoupled_weight_decay" in note for note in found.notes)
+
+
+def test_what_the_batch_refuses_runs_one_by_one(tmp_path):
+    found = run(tmp_path, "optimizers=[gd,dd]", "model.width=121", "trials=2")
+    assert any("ran one trial at a time" in note for note in found.notes)
+    assert found.history.trials("dd") == [0, 1]
+    assert found.summary["gd"]["completed_trials"] == 2
+
+
+def test_a_setting_left_out_is_its_default_in_every_trial(tmp_path):
+    settings = ["~optimizer.seed", "optimizers=[dd]", "trials=2", "steps=5"]
+    assert_same(run(tmp_path / "a", *settings), run(tmp_path / "b", "together=false", *settings))
+
+
+def test_one_optimizer_may_fail_alone(tmp_path):
+    settings = ["optimizers=[gd,dd]", "available.gd.lr=1e38", "components=known"]
+    found = run(tmp_path, *settings)
+    assert {failure.split(" ")[0] for failure in found.failures} == {"gd"}
+    assert found.summary["dd"]["completed_trials"] == 4
+    assert found.summary["gd"]["completed_trials"] == 0
 
 
 def test_theory_of_one_trial_starts_from_its_weights(tmp_path):
@@ -212,6 +270,7 @@ def test_a_prediction_that_overflows_costs_no_result(tmp_path, monkeypatch):
     ("overrides", "words"),
     [
         (["theory=true", "data.batch_size=50", "optimizers=[dd]"], "predicts full-batch training"),
+        (["theory=true", "optimizers=[gd]"], "none of optimizers=.* is; add dd"),
         (["theory=maybe"], "theory must be true or false, got 'maybe'"),
         (["together=3"], "together must be true or false, got 3"),
         (["theory_paths=10"], "theory_paths must be an integer of at least 1000"),

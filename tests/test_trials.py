@@ -479,6 +479,16 @@ def stuck(seed, split):
     return model
 
 
+def frozen_later(seed, split):
+    model = make_model(seed, split)
+    model[-1].weight.requires_grad_(seed == 0)
+    return model
+
+
+def one_output(seed, split):
+    return nn.Sequential(*make_model(seed, split)[:-1], nn.Linear(K, 1).double())
+
+
 def followed_by(*modules):
     return lambda seed, split: nn.Sequential(*make_model(seed, split), *modules)
 
@@ -495,7 +505,9 @@ def followed_by(*modules):
         (followed_by(nn.BatchNorm1d(C).double()), ValueError, r"buffers \(3.running_mean"),
         (followed_by(nn.Dropout()), ValueError, "Dropout.*drawn anew"),
         (tied, ValueError, "parameters that several modules share"),
-        (wide, ValueError, "one architecture, but that of seed 1 is"),
+        (wide, ValueError, "one architecture.*but that of seed 1 is"),
+        (frozen_later, ValueError, "the same parameters trained, but that of seed 1"),
+        (one_output, ValueError, r"two classes or more.*got \(2, 1\)"),
     ],
 )
 def test_networks_that_cannot_be_batched(make, kind, match):
@@ -568,3 +580,25 @@ def test_a_cuda_device_agrees_with_trials_one_at_a_time_there(noise):
         figures, weights = alone(DD, seed, split=split, model=model, noise=noise(on_cpu))
         on_host = {key: weight.cpu() for key, weight in weights.items()}
         assert_alike(trials, "it", position, figures, on_host, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "match"),
+    [
+        ({"seeds": 5}, TypeError, r"seeds must be some integers, got 5; try range\(5\)"),
+        ({"noise": dd.NoiseModel(torch.ones(1), torch.tensor([D]))}, TypeError, "noise must make"),
+        ({"loss": partial(F.cross_entropy, reduction="none")}, ValueError, "loss must return the"),
+        ({"loss": lambda scores, targets: 1.0}, ValueError, "one number in a tensor, got"),
+    ],
+)
+def test_arguments_of_other_kinds(settings, kind, match):
+    refused(kind, match, **settings)
+
+
+def test_optimizers_take_the_parameters_that_they_are_given():
+    other = [nn.Parameter(torch.zeros(3))]
+    refused(
+        ValueError,
+        "all the parameters that it is given, and of no others",
+        optimizers={"gd": lambda parameters: torch.optim.SGD(other, lr=0.1)},
+    )
