@@ -386,7 +386,8 @@ def test_labels_in_place_of_clusters_are_noted_and_found_ones_are_not(tmp_path):
 
 
 def test_strained_sizes_are_noted_once_over_all_trials(tmp_path):
-    strained = run(tmp_path, "data.num_train=20", "optimizers=[dd]", "trials=2", "model.width=4")
+    settings = ["data.num_train=20", "optimizers=[dd]", "trials=2", "model.width=4"]
+    strained = run(tmp_path, *settings, "together=false")
     assert len(strained.notes) == 2
     assert "20 samples of dimension 50" in strained.notes[0]
     assert "parameters beside the decoupled weight" in strained.notes[1]
