@@ -94,8 +94,9 @@ def print_report(
         noise: a line on the noise model, for the names of decoupled optimizers.
     """
     console = console or Console()
-    if summaries:
-        console.print(comparison(summaries))
+    names, most = list(summaries), _columns(console.width)
+    for first in range(0, len(names), most):
+        console.print(comparison({name: summaries[name] for name in names[first : first + most]}))
     for name, line in (noise or {}).items():
         console.print(f"{name}: {line}", markup=False, highlight=False)
     for note in notes:
@@ -104,12 +105,17 @@ def print_report(
         console.print(f"picture: {figure}", soft_wrap=True, markup=False, highlight=False)
 
 
+def _columns(width: int) -> int:
+    """How many optimizers fit beside the labels in so many characters."""
+    return max(1, (width - 32) // 16)
+
+
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table of one row a figure and one column an optimizer, means over trials."""
     trials = max((len(s.get("per_trial", "1")) for s in summaries.values()), default=1)
     table = Table(
         title=f"means over {trials} trials" if trials > 1 else None,
-        # Three optimizers fit into 80 columns.
+        # So that three optimizers fit into 80 characters.
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,

@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Models = nn.Module | Callable[[torch.Generator], nn.Module]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MonteCarlo:
     """A quantity found by several independent simulations.
 
@@ -30,6 +30,11 @@ class MonteCarlo:
     """
 
     values: Tensor
+
+    def __repr__(self) -> str:
+        """How many simulations of what shape."""
+        count, *shape = self.values.shape
+        return f"MonteCarlo({count} simulations of shape {tuple(shape)}: .mean, .standard_error)"
 
     @property
     def mean(self) -> Tensor:
@@ -45,7 +50,7 @@ class MonteCarlo:
         return self.values.std(0) / count**0.5
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StateEvolution:
     """Predicted curves at T recorded steps; all tensors float64 on the CPU.
 
@@ -63,6 +68,16 @@ class StateEvolution:
     error: MonteCarlo
     overlaps: MonteCarlo
     covariance: MonteCarlo
+
+    def __repr__(self) -> str:
+        """The curves' ends."""
+        ends = ", ".join(
+            f"{name} {float(curve.mean[0]):.4f} to {float(curve.mean[-1]):.4f} ± "
+            f"{float(curve.standard_error[-1]):.4f}"
+            for name, curve in (("loss", self.loss), ("error", self.error))
+        )
+        first, last = int(self.steps[0]), int(self.steps[-1])
+        return f"StateEvolution(steps {first} to {last}: {ends}; .overlaps, .covariance)"
 
 
 def state_evolution(

@@ -33,7 +33,7 @@ class Failure(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trials:
     """What trials have shown.
 
@@ -55,6 +55,18 @@ class Trials:
     weights: dict[str, dict[str, Tensor]]
     failures: tuple[Failure, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        """How many trials, and the mean test error of each optimizer at the end."""
+        ends = ", ".join(
+            f"{name} {float(found['test_error'][:, -1].nanmean()):.4f}"
+            for name, found in self.metrics.items()
+        )
+        failed = f"; {len(self.failures)} failed" if self.failures else ""
+        return (
+            f"Trials({len(self.seeds)} trials of {int(self.steps[-1])} steps; mean test error at "
+            f"the end: {ends}{failed}; .metrics, .weights)"
+        )
 
     @classmethod
     def joined(cls, parts: Sequence["Trials"]) -> "Trials":

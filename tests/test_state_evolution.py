@@ -256,6 +256,13 @@ def test_results_repeat_and_leave_model_and_global_generator_alone():
     assert not torch.equal(first.loss.values, run(seed=1).loss.values)
 
 
+def test_results_print_in_a_line():
+    found = dd.state_evolution(_network(), _xor(), alpha=2, steps=2, lr=0.4, paths=800)
+    assert f"loss {float(found.loss.mean[0]):.4f} to " in repr(found)
+    assert "steps 0 to 2" in repr(found)
+    assert repr(found.overlaps).startswith("MonteCarlo(8 simulations of shape (3, 4, 3)")
+
+
 def test_schedule_and_recorded_steps():
     model, mixture = _network(), _xor()
     run = partial(dd.state_evolution, model, mixture, alpha=2, paths=800)

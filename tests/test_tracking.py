@@ -367,6 +367,17 @@ def test_table_sets_optimizers_side_by_side():
     assert max(map(len, lines)) <= 80
 
 
+def test_more_optimizers_than_fit_are_tables_below_each_other():
+    figures = aggregate([{**summarise([record()]), "seconds": 2.0, "steps_per_second": 3.5}])
+    summaries = dict.fromkeys(["gd", "dd", "dd_half", "dd_pure"], figures)
+    lines = printed(lambda console: print_report(summaries, console=console)).splitlines()
+    assert sum("final error, train/test" in line for line in lines) == 2
+    assert any("GD" in line and "DD HALF" in line for line in lines)
+    (row,) = [line for line in lines if "DD PURE" in line]
+    assert "GD" not in row
+    assert max(map(len, lines)) <= 80
+
+
 def test_table_says_where_there_is_no_number():
     text = printed(lambda console: console.print(comparison({"dd": {"mean_loss_gap": NAN}})))
     (row,) = [line for line in text.splitlines() if "| loss" in line]

@@ -602,3 +602,9 @@ def test_optimizers_take_the_parameters_that_they_are_given():
         "all the parameters that it is given, and of no others",
         optimizers={"gd": lambda parameters: torch.optim.SGD(other, lr=0.1)},
     )
+
+
+def test_trials_print_in_a_line():
+    found = dd.run_trials(make_split, make_model, {"it": DD}, seeds=[0, 1], steps=2)
+    error = float(found.metrics["it"]["test_error"][:, -1].mean())
+    assert f"Trials(2 trials of 2 steps; mean test error at the end: it {error:.4f};" in repr(found)
