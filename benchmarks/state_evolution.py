@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--trials", type=int, nargs="+", default=[40, 20, 10, 6])
     parser.add_argument("--dampings", type=float, nargs="+", default=[1.0, 0.5, 0.0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=0.25)
+    parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--paths", type=int, default=80_000)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--check", action="store_true", help="fail where a threshold is passed")

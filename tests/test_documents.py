@@ -1,0 +1,24 @@
+"""What the documents say of the repository."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_exist_and_nothing_is_left_to_fill_in(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"@[A-Z0-9_]+@|TODO|FIXME", text)
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_programs_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for program in re.findall(r"\b((?:scripts|benchmarks|tests)/[\w/]+\.py)\b", text):
+        assert (REPOSITORY / program).exists(), program
