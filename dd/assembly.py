@@ -16,21 +16,25 @@ from dd.checks import check_count, check_number
 from dd.components import find_components
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
-from dd.lineup import AUTO, known_optimizers, takes_auto_rate
+from dd.lineup import AUTO, OURS, asked_for, is_decoupled, known_optimizers
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.selection import Candidate, Selection
 
 __all__ = [
+    "batch_size",
     "make_batches",
     "make_model",
     "make_noise",
     "make_optimizer",
+    "make_selection",
     "make_split",
     "optimizer_maker",
     "optimizer_settings",
     "refuse_idle_overrides",
     "settled",
     "validate",
+    "with_candidate",
     "with_seed",
 ]
 
@@ -78,7 +82,7 @@ def _check_optimizers(config: DictConfig) -> None:
             f"{config.optimizer.name!r}; choose an optimizer with optimizer=..."
         )
     known = known_optimizers(config)
-    names = list(known) if config.optimizers == AUTO else _listed(config.optimizers)
+    names = asked_for(config)
     if not names or len(set(names)) < len(names) or any(name not in known for name in names):
         raise ValueError(
             f"optimizers must list some of {', '.join(known)}, each once, for example "
@@ -88,17 +92,16 @@ def _check_optimizers(config: DictConfig) -> None:
         for rate in RATES:
             if rate in known[name]:
                 _check_rate(name, rate, known[name])
-
-
-def _listed(names: Any) -> list[Any]:
-    return list(names) if OmegaConf.is_list(names) else []
+        if known[name].get("batch_size") is not None:
+            check_count(f"batch_size of optimizer {name}", known[name].batch_size)
+        make_selection(config, name)
 
 
 def _check_rate(name: str, rate: str, settings: DictConfig) -> None:
     value = settings[rate]
     if (rate, value) != ("lr", AUTO):
         check_number(f"{rate} of optimizer {name}", value)
-    elif not takes_auto_rate(settings):
+    elif not is_decoupled(settings):
         raise ValueError(
             f"lr of optimizer {name} must be a number, finite and not negative, got {value!r}; "
             "only decoupled descent chooses its own steps: optimizers=[dd_auto]"
@@ -171,13 +174,45 @@ def make_split(config: DictConfig) -> Split:
     return split
 
 
-def make_batches(config: DictConfig, split: Split) -> Batches:
-    """Return the batches of every update, the same ones for every optimizer.
+def make_batches(config: DictConfig, name: str, split: Split) -> Batches:
+    """Return the batches of every update, the same ones for every optimizer of one batch size.
 
     Raises:
-        ValueError: if there are fewer samples than a batch is to have.
+        ValueError: if there are fewer samples than ``data.batch_size``.
     """
-    return Batches(len(split.train_inputs), config.data.get("batch_size"), config.seed)
+    samples, size = len(split.train_inputs), batch_size(config, name)
+    own = known_optimizers(config)[name].get("batch_size") is not None
+    return Batches(samples, min(size, samples) if own and size else size, config.seed)
+
+
+def batch_size(config: DictConfig, name: str) -> int | None:
+    """Return the samples of an update of the optimizer called ``name``: its own, or the data's."""
+    own = known_optimizers(config)[name].get("batch_size")
+    size: int | None = config.data.get("batch_size") if own is None else own
+    return size
+
+
+def make_selection(config: DictConfig, name: str) -> Selection | None:
+    """Return how the optimizer called ``name`` chooses its settings; None where it does not.
+
+    Raises:
+        ValueError: if what its settings say of it cannot be.
+    """
+    settings = optimizer_settings(config, name).get("selection")
+    if settings is None:
+        return None
+    try:
+        return Selection.of_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"optimizer {name}: {error}") from error
+
+
+def with_candidate(config: DictConfig, name: str, candidate: Candidate) -> DictConfig:
+    """Return a copy in which an optimizer has the settings of a candidate."""
+    copy = config.copy()
+    settings = known_optimizers(copy)[name]
+    settings.lr, settings.weight_decay = candidate.lr, candidate.weight_decay
+    return copy
 
 
 def make_model(config: DictConfig, split: Split) -> nn.Sequential:
@@ -204,9 +239,20 @@ def _informed(config: DictConfig, split: Split) -> dict[str, Any]:
 
 
 def make_optimizer(
-    config: DictConfig, name: str, model: nn.Module, split: Split
+    config: DictConfig,
+    name: str,
+    model: nn.Module,
+    split: Split,
+    noise: NoiseModel | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer called ``name``, attached to the model where it is a decoupled one.
+
+    Args:
+        config: of the run.
+        name: of the optimizer.
+        model: to train.
+        split: to train on.
+        noise: model of its training inputs, where there is one already.
 
     Raises:
         ValueError: if its settings are out of range.
@@ -215,14 +261,15 @@ def make_optimizer(
     with _explained(f"optimizer {name}"):
         optimizer: torch.optim.Optimizer = optimizer_maker(config, name)(model.parameters())
     if isinstance(optimizer, DecoupledDescent):
-        optimizer.attach(model, noise=make_noise(config, settings, split))
+        optimizer.attach(model, noise=noise or make_noise(config, settings, split))
     return optimizer
 
 
 def optimizer_maker(config: DictConfig, name: str) -> functools.partial[Any]:
     """Return what makes the optimizer called ``name`` from parameters."""
     settings = optimizer_settings(config, name)
-    settings.pop("name")
+    for key in OURS:
+        settings.pop(key, None)
     maker: functools.partial[Any] = _build(OmegaConf.create(settings))
     return maker
 

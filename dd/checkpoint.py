@@ -15,7 +15,7 @@ from dd.tracking import replacing
 __all__ = ["FORMAT", "Checkpoint", "read_checkpoint"]
 
 # Of the file's content; another one than this is refused.
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint:

@@ -97,12 +97,25 @@ def print_report(
     names, most = list(summaries), _columns(console.width)
     for first in range(0, len(names), most):
         console.print(comparison({name: summaries[name] for name in names[first : first + most]}))
+    console.print(methods(summaries))
     for name, line in (noise or {}).items():
         console.print(f"{name}: {line}", markup=False, highlight=False)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     if figure is not None:
         console.print(f"picture: {figure}", soft_wrap=True, markup=False, highlight=False)
+
+
+def methods(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table of one row an optimizer: the error it reaches, what it says, what it takes."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("optimizer")
+    for label, _, _ in METHOD_COLUMNS:
+        table.add_column(label, justify="right")
+    for name, summary in summaries.items():
+        cells = (_number(summary, key, digits) for _, key, digits in METHOD_COLUMNS)
+        table.add_row(name, *cells)
+    return table
 
 
 def _columns(width: int) -> int:
@@ -168,4 +181,14 @@ ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("steps", _single("steps", 0)),
     ("seconds", _single("seconds", 1)),
     ("steps per second", _single("steps_per_second", 1)),
+)
+
+# Label, figure, digits.
+METHOD_COLUMNS = (
+    ("test error", "reported_test_error", 4),
+    ("reported", "reported_error", 4),
+    ("off by", "reported_gap", 4),
+    ("seconds", "fit_seconds", 1),
+    ("passes", "passes", 0),
+    ("samples", "samples", 0),
 )

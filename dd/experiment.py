@@ -1,6 +1,5 @@
 """One run of an experiment: from its configuration to its folder of results."""
 
-import copy
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,26 +10,25 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 import dd
 from dd.assembly import (
-    make_batches,
     make_model,
-    make_optimizer,
+    make_selection,
     make_split,
     optimizer_settings,
     settled,
     validate,
     with_seed,
 )
-from dd.batches import Batches
 from dd.checkpoint import Checkpoint
 from dd.checks import check_count
+from dd.chosen import Chooser, rates
 from dd.console import ProgressDisplay
-from dd.data import Split
 from dd.device import choose_device
+from dd.fit import Fit
 from dd.folder_lock import alone_in
+from dd.jobs import Job, build_job, chooser
 from dd.launch import Processes, process_group
 from dd.line_settings import chooses_rate
 from dd.lineup import lined_up
@@ -42,28 +40,12 @@ from dd.results import Results
 from dd.stability import EdgeWatch
 from dd.state_evolution import StateEvolution
 from dd.together import Together, failure_of, groups_of, records_of
-from dd.tracking import History, Record, remove_scratch, replacing, write_json
+from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.training import Schedule, TrainingStopped, train
 from dd.trial_results import Trials
 from dd.wandb_logging import WandbRun, check_mode
 
 __all__ = ["Experiment"]
-
-
-@dataclass(eq=False)
-class _Job:
-    """One optimizer and trial, built and not yet trained."""
-
-    name: str
-    trial: int
-    config: DictConfig
-    model: nn.Sequential
-    optimizer: torch.optim.Optimizer
-    split: Split
-    batches: Batches
-    checkpoint: Checkpoint
-    # What the checkpoint says of it, where it is gone on with.
-    kept: Mapping[str, Any] | None
 
 
 @dataclass
@@ -245,7 +227,9 @@ class Experiment:
                 records = records_of(name, trial, found, row)
                 failure = failure_of(name, self.config.seed + trial, found)
                 if failure is None:
-                    self.results.complete(name, trial, [])
+                    samples = self.results.num_train
+                    fit = Fit(passes=self.config.steps, samples=samples)
+                    self.results.complete(name, trial, fit)
                 else:
                     self.results.fail(f"{self._label(name, trial)}: {failure}")
                 self._log(name, trial, records)
@@ -278,7 +262,7 @@ class Experiment:
         self.theory, notes = predicted(self.config, split, self.device, progress=progress)
         self.results.note([*notes, *deviations(self.theory, self.history)])
 
-    def _jobs(self, trial: int, names: list[str]) -> Iterator[_Job]:
+    def _jobs(self, trial: int, names: list[str]) -> Iterator[Job]:
         """Those of some optimizers of a trial that are not yet through."""
         if not names:
             return
@@ -287,27 +271,27 @@ class Experiment:
         if config.get("theory", False):
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
-        batches = make_batches(config, split)
         initial = make_model(config, split)
         kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
         states = {} if kept is None else kept["optimizers"]
         self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, states)
         for name in names if kept is None else names[names.index(kept["optimizer"]) :]:
-            model = copy.deepcopy(initial).to(self.device)
-            optimizer = make_optimizer(config, name, model, split)
-            state = states.get(name)
-            if state is not None:
-                _load(state, model, optimizer)
-            yield _Job(
-                name, trial, config, model, optimizer, split, batches, self._checkpoint, state
-            )
+            # What was chosen among candidates is kept only when it is through.
+            if make_selection(config, name) is None or not self._is_through(name, trial):
+                state = states.get(name)
+                yield build_job(name, trial, config, initial, split, self._checkpoint, state)
 
-    def _run_job(self, job: _Job, display: ProgressDisplay | None) -> None:
+    def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
         label = self._label(job.name, job.trial)
         with noted() as sentences:
             recorder = self._recorder(job, display, sentences)
             try:
-                self._train(job, recorder)
+                chosen_among = chooser(job, self.schedule)
+                with recorder.tracker:
+                    if chosen_among is None:
+                        self._train(job, recorder)
+                    else:
+                        self._choose(chosen_among, recorder)
             except TrainingStopped as error:
                 self.results.fail(f"{label}: {error}")
         # What is said of the sizes is the same in every trial.
@@ -318,7 +302,7 @@ class Experiment:
             self.results.note([f"{label}: {recorder.edge.crossing}"])
 
     def _recorder(
-        self, job: _Job, display: ProgressDisplay | None, sentences: list[str]
+        self, job: Job, display: ProgressDisplay | None, sentences: list[str]
     ) -> Recorder:
         split, model, optimizer = job.split, job.model, job.optimizer
         recorder = Recorder(
@@ -335,6 +319,7 @@ class Experiment:
             edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
             sentences=sentences,
             display=display,
+            setup=job.setup,
             task=display.start(job.name, self._label(job.name, job.trial), self.schedule.steps)
             if display
             else None,
@@ -343,20 +328,36 @@ class Experiment:
             recorder.restore(job.kept["progress"], optimizer)
         return recorder
 
-    def _train(self, job: _Job, recorder: Recorder) -> None:
+    def _train(self, job: Job, recorder: Recorder) -> None:
         kept = -1 if job.kept is None else job.kept["step"]
-        with recorder.tracker:
-            train(
-                job.model,
-                job.optimizer,
-                job.split,
-                self.schedule_auto if chooses_rate(job.optimizer) else self.schedule,
-                recorder,
-                job.batches,
-                kept,
-                self.processes,
+        stops = chooses_rate(job.optimizer)
+        train(
+            job.model,
+            job.optimizer,
+            job.split,
+            self.schedule_auto if stops else self.schedule,
+            recorder,
+            job.batches,
+            kept,
+            self.processes,
+        )
+        recorder.finish(ends_at_best=stops)
+
+    def _choose(self, chosen_among: Chooser, recorder: Recorder) -> None:
+        label = self._label(recorder.name, recorder.trial)
+        if recorder.display is not None:
+            recorder.task = recorder.display.start(recorder.name, label, chosen_among.most_steps)
+        chosen_among.shown = recorder.show
+        try:
+            chosen = chosen_among.choose(recorder.setup)
+        except TrainingStopped:
+            recorder.take_first()
+            raise
+        if chosen.diverged:
+            self.results.note(
+                [f"{label}: candidates diverged and were left out: {rates(chosen.diverged)}"]
             )
-            recorder.finish()
+        recorder.take(chosen)
 
     def _tracker(
         self, config: DictConfig, name: str, trial: int, run_id: str | None = None
@@ -395,6 +396,8 @@ class Experiment:
         from dd.figures import train_vs_test
 
         self.history.write_csv(self.folder / "history.csv")
+        if self.results.selection:
+            write_rows(self.folder / "selection.csv", self.results.selection)
         provenance = {"finished": finished, **self._provenance()}
         write_json(self.folder / "summary.json", {**self.summary, **provenance})
         if self.theory:
@@ -415,22 +418,6 @@ class Experiment:
             "noise": self.noise,
             "notes": self.notes,
         }
-
-
-def _load(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what a checkpoint holds.
-
-    Raises:
-        ValueError: if it is of another configuration.
-    """
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            "the checkpoint does not fit the config.yaml beside it, which must not be edited "
-            f"({' '.join(str(error).split())})"
-        ) from error
 
 
 def _describe(device: torch.device) -> str:

@@ -4,13 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dd.optimizer import DecoupledDescent
 
-__all__ = ["AUTO", "known_optimizers", "lined_up", "takes_auto_rate"]
+__all__ = [
+    "AUTO",
+    "OURS",
+    "asked_for",
+    "is_decoupled",
+    "known_optimizers",
+    "lined_up",
+]
 
 AUTO = "auto"
+
+# What optimizers=auto trains, where it can be.
+USUAL = ("gd", "dd", "dd_auto")
+
+# Settings of an optimizer that are the experiment's and not its own.
+OURS = ("name", "batch_size", "selection")
 
 _WHOLE = "it chooses every step on the loss of all training samples"
 _PROBES = (AUTO, "probe")
@@ -22,8 +35,16 @@ def known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
     return {**config.available, config.optimizer.name: config.optimizer}
 
 
-def takes_auto_rate(settings: Mapping[str, Any]) -> bool:
-    """Whether the optimizer of these settings can choose its own steps."""
+def asked_for(config: DictConfig) -> list[Any]:
+    """Return the names of ``optimizers``; "auto" is the usual ones and that of ``optimizer``."""
+    if config.optimizers != AUTO:
+        return list(config.optimizers) if OmegaConf.is_list(config.optimizers) else []
+    known = known_optimizers(config)
+    return [name for name in known if name in USUAL or name == config.optimizer.name]
+
+
+def is_decoupled(settings: Mapping[str, Any]) -> bool:
+    """Whether the optimizer of these settings is decoupled descent, which can choose its steps."""
     try:
         kind = hydra.utils.get_class(settings["_target_"])
     except (ImportError, KeyError, TypeError, ValueError):
@@ -36,7 +57,8 @@ def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]
     """Settle which optimizers a valid configuration trains.
 
     Args:
-        config: its ``optimizers`` is a list, or "auto" for all that can be trained.
+        config: its ``optimizers`` is a list, or "auto" for those of the usual ones that can be
+            trained.
         processes: that share the samples of every update.
 
     Returns:
@@ -48,7 +70,7 @@ def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]
     known = known_optimizers(config)
     everything = config.optimizers == AUTO
     names, left_out = [], []
-    for name in known if everything else config.optimizers:
+    for name in asked_for(config):
         obstacle = _obstacle(config, known[name], processes)
         if obstacle is None:
             names.append(name)
@@ -65,10 +87,26 @@ def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]
 
 
 def _obstacle(config: DictConfig, settings: DictConfig, processes: int) -> str | None:
-    """Why an optimizer that chooses its own steps cannot be trained, and how it could."""
+    """Why an optimizer cannot be trained, and how it could."""
+    if processes > 1 and ("selection" in settings or settings.get("batch_size") is not None):
+        return f"batches and candidates of its own need one process; there are {processes}"
+    selection = settings.get("selection")
+    tracked = selection is not None and selection.get("by") == "tracked"
+    if tracked and not is_decoupled(settings):
+        return (
+            "its training error is no estimate of the test error to choose by, as that of "
+            "decoupled descent is; selection.by should be holdout or kfold"
+        )
     if settings.get("lr") != AUTO:
         return None
-    batch_size = config.data.get("batch_size")
+    return _obstacle_to_auto(config, settings, processes)
+
+
+def _obstacle_to_auto(config: DictConfig, settings: DictConfig, processes: int) -> str | None:
+    """Why an optimizer that chooses its own steps cannot be trained, and how it could."""
+    if "selection" in settings:
+        return "lr: auto leaves no learning rate to select"
+    batch_size = settings.get("batch_size", config.data.get("batch_size"))
     if batch_size is not None:
         return f"{_WHOLE}; data.batch_size={batch_size} should be null"
     if processes > 1:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from dd.assembly import make_model, optimizer_settings, with_seed
 from dd.data import Split
-from dd.lineup import AUTO, takes_auto_rate
+from dd.lineup import AUTO, is_decoupled
 from dd.state_evolution import StateEvolution, state_evolution
 from dd.tracking import Array, History, replacing
 
@@ -80,7 +80,7 @@ def predicted(
 
 
 def _is_predictable(settings: Mapping[str, object]) -> bool:
-    return takes_auto_rate(settings) and settings["lr"] != AUTO
+    return is_decoupled(settings) and settings["lr"] != AUTO
 
 
 def _predicted(

@@ -1,14 +1,16 @@
 """Sends what one optimizer and trial shows where it belongs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from dd.checkpoint import Checkpoint
+from dd.chosen import Chosen
 from dd.console import ProgressDisplay
+from dd.fit import Fit, SelectionRow, fitted
 from dd.optimizer import DecoupledDescent
 from dd.results import Results
 from dd.stability import EdgeWatch
@@ -32,7 +34,9 @@ class Recorder:
         sentences: what the optimizer has warned of.
         display: shows the records, if there is one.
         task: this optimizer's bar in it.
+        setup: seconds of what came before the first update.
         seconds: of each update.
+        gradients: samples whose loss was differentiated.
     """
 
     name: str
@@ -44,7 +48,10 @@ class Recorder:
     sentences: list[str]
     display: ProgressDisplay | None = None
     task: Any = None
+    setup: float = 0.0
     seconds: list[float] = field(default_factory=list)
+    gradients: int = 0
+    _first: Record | None = None
 
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Take losses and errors."""
@@ -58,7 +65,9 @@ class Recorder:
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint, from which alone a run is resumed, and the history."""
         progress = {
+            "setup": self.setup,
             "seconds": self.seconds,
+            "gradients": self.gradients,
             "sentences": self.sentences,
             "edge": self.edge.state_dict(),
             "warned": _warned(optimizer),
@@ -68,16 +77,53 @@ class Recorder:
         self.checkpoint.keep(self.name, step, model, optimizer, progress, run)
         self.results.history.write_csv(self.checkpoint.path.with_name("history.csv"))
 
-    def spend(self, seconds: float) -> None:
-        """Take the time of one update."""
+    def spend(self, seconds: float, samples: int) -> None:
+        """Take the time of one update, and how many samples' loss it differentiated."""
         self.seconds.append(seconds)
+        self.gradients += samples
 
-    def finish(self) -> None:
-        """Take down that training is through, before the last step of the schedule or at it."""
-        self.results.complete(self.name, self.trial, self.seconds)
+    def finish(self, *, ends_at_best: bool) -> None:
+        """Take down that training is through, before the last step of the schedule or at it.
+
+        Args:
+            ends_at_best: whether the last weights are those to report.
+        """
+        step = self.results.history.select(self.name, self.trial)[-1].step if ends_at_best else None
+        samples = self.results.num_train
+        self._complete(fitted(self.seconds, self.setup, self.gradients, samples, step))
+
+    def take(self, chosen: Chosen) -> None:
+        """Take what was chosen among candidates, instead of records one by one."""
+        for step, figures in chosen.trained.run.records:
+            entry = Record(self.name, self.trial, step, **figures)
+            self.results.history.append(entry)
+            self.tracker.log(entry)
+        self.results.selection += [
+            SelectionRow(self.name, self.trial, *astuple(candidate), *astuple(judgement))
+            for candidate, curve in chosen.curves.items()
+            for judgement in curve
+        ]
+        self._complete(chosen.fit)
+        assert chosen.fit.step is not None
+        self.keep(chosen.fit.step, chosen.trained.run.model, chosen.trained.optimizer)
+
+    def _complete(self, fit: Fit) -> None:
+        self.results.complete(self.name, self.trial, fit)
         self.tracker.summarise(self.results.figures(self.name, self.trial))
         if self.display is not None:
             self.display.finish(self.task)
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
+        """Show the figures of a candidate after so many updates of all of them."""
+        record = Record(self.name, self.trial, step, **figures)
+        self._first = self._first or record
+        if self.display is not None:
+            self.display.update(self.task, record)
+
+    def take_first(self) -> None:
+        """Take the start alone, where no candidate came to its end."""
+        assert self._first is not None
+        self.results.history.append(self._first)
 
     def restore(self, progress: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Go on from what :meth:`keep` wrote.
@@ -86,6 +132,7 @@ class Recorder:
             progress: of this optimizer and trial.
             optimizer: with its state loaded.
         """
+        self.setup, self.gradients = progress["setup"], progress["gradients"]
         self.seconds[:] = progress["seconds"]
         self.sentences[:] = progress["sentences"]
         self.edge.load_state_dict(progress["edge"])

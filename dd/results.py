@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
 
 from dd.estimate import Estimate
-from dd.tracking import History, Record, aggregate, summarise
+from dd.fit import Fit, SelectionRow
+from dd.tracking import History, Record, aggregate, selected_step, summarise
 
 __all__ = ["Results"]
 
@@ -23,8 +23,8 @@ class Results:
         failures: one sentence for each optimizer and trial that turned non-finite.
         notes: what else the user should know of an optimizer and trial.
         noise: a line on the noise model of each decoupled optimizer, of the first trial.
-        times: of each optimizer and trial that was completed, the seconds of all its updates and
-            its updates a second.
+        fits: of each optimizer and trial that was completed, what it took and what it reports.
+        selection: validation curves of all candidates of optimizers that choose among several.
         num_train: number of training samples.
     """
 
@@ -32,19 +32,13 @@ class Results:
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     noise: dict[str, str] = field(default_factory=dict)
-    times: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    fits: dict[tuple[str, int], Fit] = field(default_factory=dict)
+    selection: list[SelectionRow] = field(default_factory=list)
     num_train: int = 0
 
-    def complete(self, name: str, trial: int, seconds: Sequence[float]) -> None:
-        """Take down that an optimizer and trial is completed.
-
-        Args:
-            name: of the optimizer.
-            trial: which repetition.
-            seconds: of each update; none where the trial was not timed by itself.
-        """
-        timed = (sum(seconds), 1 / median(seconds)) if seconds else (math.nan, math.nan)
-        self.times[name, trial] = timed
+    def complete(self, name: str, trial: int, fit: Fit) -> None:
+        """Take down that an optimizer and trial is completed."""
+        self.fits[name, trial] = fit
         self.history.completed.add((name, trial))
 
     def fail(self, sentence: str) -> None:
@@ -55,7 +49,7 @@ class Results:
     def is_through(self, name: str, trial: int, label: str) -> bool:
         """Whether an optimizer and trial is completed, or failed under this label."""
         failed = any(sentence.startswith(f"{label}:") for sentence in self.failures)
-        return failed or (name, trial) in self.times
+        return failed or (name, trial) in self.fits
 
     def note(self, notes: Sequence[str]) -> None:
         """Add sentences that were not said before."""
@@ -64,15 +58,16 @@ class Results:
                 self.notes.append(note)
 
     def figures(self, name: str, trial: int) -> dict[str, float]:
-        """Return the figures of one optimizer and trial; times are NaN where it was not completed.
+        """Return the figures of one optimizer and trial; what it took is NaN where not completed.
 
         Raises:
             KeyError: if it has no records.
         """
-        seconds, rate = self.times.get((name, trial), (math.nan, math.nan))
-        figures = summarise(self.history.select(name, trial))
+        fit = self.fits.get((name, trial), Fit())
+        records = self.history.select(name, trial)
+        figures = summarise(records)
         figures |= self._interval(name, figures["final_train_error"])
-        return figures | {"seconds": seconds, "steps_per_second": rate}
+        return figures | reported(records, fit) | fit.figures()
 
     def _interval(self, name: str, error: float) -> dict[str, float]:
         """The 90 % interval of the test error from a decoupled optimizer's training error."""
@@ -90,8 +85,11 @@ class Results:
 
     def _summarise(self, name: str) -> dict[str, Any]:
         trials = self.history.trials(name)
-        completed = sum((name, trial) in self.times for trial in trials)
-        figures = aggregate([self.figures(name, trial) for trial in trials])
+        completed = sum((name, trial) in self.fits for trial in trials)
+        found = [self.figures(name, trial) for trial in trials]
+        # A trial that failed has chosen nothing.
+        keys = dict.fromkeys(key for each in found for key in each)
+        figures = aggregate([{key: each.get(key, math.nan) for key in keys} for each in found])
         return figures | {"completed_trials": completed}
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,19 +99,42 @@ class Results:
             "failures": list(self.failures),
             "notes": list(self.notes),
             "noise": dict(self.noise),
-            "times": [(*key, *times) for key, times in self.times.items()],
+            "fits": [(*key, *astuple(fit)) for key, fit in self.fits.items()],
+            "selection": [astuple(row) for row in self.selection],
             "num_train": self.num_train,
         }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Results":
         """Return what :meth:`state_dict` described."""
-        times = {(name, trial): (total, rate) for name, trial, total, rate in state["times"]}
+        fits = {(name, trial): Fit(*rest) for name, trial, *rest in state["fits"]}
         return cls(
-            History([Record(*row) for row in state["history"]], set(times)),
+            History([Record(*row) for row in state["history"]], set(fits)),
             list(state["failures"]),
             list(state["notes"]),
             dict(state["noise"]),
-            times,
+            fits,
+            [SelectionRow(*row) for row in state["selection"]],
             state["num_train"],
         )
+
+
+def reported(records: Sequence[Record], fit: Fit) -> dict[str, float]:
+    """What an optimizer says of its error on new data without the test set, and how true it is.
+
+    That is the error by which it was chosen where there are candidates; else the training error
+    of the weights it ends with where it stops by itself, and of the step of the lowest otherwise.
+
+    Args:
+        records: of one optimizer and trial.
+        fit: what it took.
+    """
+    step = selected_step(records) if fit.step is None else fit.step
+    record = next(r for r in records if r.step == step)
+    error = record.train_error if fit.error is None else fit.error
+    return {
+        "reported_step": step,
+        "reported_error": error,
+        "reported_test_error": record.test_error,
+        "reported_gap": abs(error - record.test_error),
+    }

@@ -59,7 +59,7 @@ class EdgeWatch:
     """Notices when a learning rate passes the head's stability edge.
 
     Past it the head overshoots and the losses can spike, on training and test data alike. Of an
-    optimizer that chooses its own steps it says nothing.
+    optimizer that chooses or scales its own steps it says nothing.
 
     Args:
         model: a sequence whose first module is the decoupled layer.
@@ -80,7 +80,9 @@ class EdgeWatch:
     ) -> None:
         self.crossing: str | None = None
         self._layer, self._sharpness = model[0], HeadSharpness(model[1:])
-        self._group, self._chosen = optimizer.param_groups[0], chooses_rate(optimizer)
+        self._group = optimizer.param_groups[0]
+        # A rate that nobody gave, nobody can lower; its loss was looked at before the step.
+        self._silent = chooses_rate(optimizer) or not isinstance(optimizer, torch.optim.SGD)
         self._inputs, self._targets = inputs, targets
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,8 +99,7 @@ class EdgeWatch:
 
     def look(self, step: int) -> None:
         """Compare the learning rate with the edge, 2(1 + momentum) / curvature (heavy ball)."""
-        # A rate that nobody gave, nobody can lower; its loss was looked at before the step.
-        if self.crossing is not None or self._chosen:
+        if self.crossing is not None or self._silent:
             return
         with torch.no_grad():
             preactivation = self._layer(self._inputs)

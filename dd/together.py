@@ -105,6 +105,8 @@ def groups_of(config: DictConfig, processes: int) -> list[Together]:
 
 def _is_batchable(config: DictConfig, name: str) -> bool:
     settings, kind = optimizer_settings(config, name), optimizer_maker(config, name).func
+    if "selection" in settings or settings.get("batch_size") is not None:
+        return False
     if kind is torch.optim.SGD:
         return True
     return (

@@ -26,6 +26,7 @@ __all__ = [
     "selected_step",
     "summarise",
     "write_json",
+    "write_rows",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -60,7 +61,7 @@ class Record:
 
 COLUMNS: tuple[str, ...] = tuple(column.name for column in fields(Record))
 # Figures that not every trial has.
-TIMES = ("seconds", "steps_per_second")
+TIMES = ("seconds", "steps_per_second", "fit_seconds")
 METRICS: tuple[str, ...] = COLUMNS[3:]
 
 
@@ -137,10 +138,7 @@ class History:
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Write every record, floats to their last digit, whole or not at all."""
-        with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(map(astuple, self.records))
+        write_rows(path, self.records, COLUMNS)
 
 
 def selected_step(records: Sequence[Record]) -> int:
@@ -210,6 +208,23 @@ def aggregate(trials: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def _measured_mean(values: Sequence[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return fmean(known) if known else math.nan
+
+
+def write_rows(
+    path: str | os.PathLike[str], rows: Sequence[Any], columns: Sequence[str] | None = None
+) -> None:
+    """Write dataclass instances to a csv file, whole or not at all.
+
+    Args:
+        path: of the file.
+        rows: instances of one class.
+        columns: the header; None takes the fields' names of the first row.
+    """
+    header = [column.name for column in fields(rows[0])] if columns is None else columns
+    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(map(astuple, rows))
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from dd.data.split import Split
 from dd.launch import Processes
 from dd.line_settings import chooses_rate
 
-__all__ = ["Observer", "Schedule", "TrainingStopped", "measure", "train"]
+__all__ = ["Observer", "Schedule", "TrainingStopped", "loss_and_error", "measure", "train"]
 
 
 class TrainingStopped(RuntimeError):
@@ -32,8 +31,13 @@ class Observer(Protocol):
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep a good state."""
 
-    def spend(self, seconds: float) -> None:
-        """Take the time of one update, measuring not counted in."""
+    def spend(self, seconds: float, samples: int) -> None:
+        """Take the time of one update, measuring not counted in, and its gradients.
+
+        Args:
+            seconds: that it took.
+            samples: whose loss was differentiated, counted anew in every call of the closure.
+        """
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,8 @@ def train(
             break
         started = time.perf_counter()
         rows, weight = processes.part(batches.at(step), len(split.train_inputs))
-        _update(parallel, optimizer, split, rows, weight, step)
-        observer.spend(time.perf_counter() - started)
+        samples = _update(parallel, optimizer, split, rows, weight, step)
+        observer.spend(time.perf_counter() - started, samples)
 
 
 def _update(
@@ -121,43 +125,38 @@ def _update(
     rows: Tensor | None,
     weight: float,
     step: int,
-) -> None:
+) -> int:
+    """Make one update, and return the number of samples whose loss was differentiated for it.
+
+    Raises:
+        TrainingStopped: if the loss is not finite.
+    """
     inputs, targets = split.train_inputs, split.train_targets
     if rows is not None:
         rows = rows.to(inputs.device)
         inputs, targets = inputs[rows], targets[rows]
-    try:
-        optimizer.step(_closure(model, optimizer, inputs, targets, weight, step))
-    except FloatingPointError as error:
-        raise TrainingStopped(str(error)) from error
-    if split.train_inputs.is_cuda:
-        torch.cuda.synchronize()
+    calls = 0
 
-
-def _closure(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
-    weight: float,
-    step: int,
-) -> Callable[[], Any]:
-    looked = False
-
-    def closure() -> Tensor:
-        nonlocal looked
+    def closure() -> Any:
+        nonlocal calls
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs), targets)
         if weight != 1.0:
             loss = weight * loss
         # Later calls are trials of an optimizer that chooses its step, free to be infinite.
-        if not looked:
+        if calls == 0:
             _require_finite(float(loss.detach()), step, optimizer)
-        looked = True
+        calls += 1
         loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
         return loss
 
-    return closure
+    try:
+        optimizer.step(closure)
+    except FloatingPointError as error:
+        raise TrainingStopped(str(error)) from error
+    if split.train_inputs.is_cuda:
+        torch.cuda.synchronize()
+    return calls * len(inputs)
 
 
 @torch.no_grad()
@@ -165,13 +164,14 @@ def measure(model: nn.Module, split: Split) -> dict[str, float]:
     """Return losses and errors on both sets; the model is left in train mode.
 
     The training figures are over all samples, in train mode, which under decoupled descent gives
-    the corrected ones; the uncorrected and the test figures are those of the plain network.
+    the corrected ones; the uncorrected and the test figures are those of the plain network. Without
+    test samples the test figures are NaN.
     """
     model.eval()
-    test = _figures(model(split.test_inputs), split.test_targets)
-    plain = _figures(model(split.train_inputs), split.train_targets)
+    test = loss_and_error(model(split.test_inputs), split.test_targets)
+    plain = loss_and_error(model(split.train_inputs), split.train_targets)
     model.train()
-    corrected = _figures(model(split.train_inputs), split.train_targets)
+    corrected = loss_and_error(model(split.train_inputs), split.train_targets)
     return {
         "train_loss": corrected[0],
         "test_loss": test[0],
@@ -182,7 +182,13 @@ def measure(model: nn.Module, split: Split) -> dict[str, float]:
     }
 
 
-def _figures(scores: Tensor, targets: Tensor) -> tuple[float, float]:
+def loss_and_error(scores: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Return the mean cross-entropy and the fraction misclassified, NaN of no samples.
+
+    Args:
+        scores: shape (n, C).
+        targets: classes, shape (n,).
+    """
     errors = scores.argmax(1) != targets
     return float(F.cross_entropy(scores, targets)), float(errors.double().mean())
 

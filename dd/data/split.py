@@ -1,6 +1,6 @@
 """What every experiment trains and tests on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ __all__ = ["Split"]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A training set and a test set of one distribution.
+    """A training set and a test set of one distribution; the latter may be empty.
 
     Attributes:
         train_inputs: shape (n, d), float32.
@@ -25,7 +25,8 @@ class Split:
 
     Raises:
         TypeError: if a tensor has the wrong data type.
-        ValueError: if shapes disagree, a set is empty, an input is not finite or an id negative.
+        ValueError: if shapes disagree, there are no training samples, an input is not finite or an
+            id negative.
     """
 
     train_inputs: Tensor
@@ -41,8 +42,8 @@ class Split:
         Raises:
             ValueError: if they do not.
         """
-        _check_inputs("train_inputs", self.train_inputs)
-        _check_inputs("test_inputs", self.test_inputs)
+        _check_inputs("train_inputs", self.train_inputs, least=1)
+        _check_inputs("test_inputs", self.test_inputs, least=0)
         if self.test_inputs.shape[1] != self.dimension:
             raise ValueError(
                 f"test_inputs must have the {self.dimension} columns of train_inputs, "
@@ -59,9 +60,24 @@ class Split:
         return self.train_inputs.shape[1]
 
     @property
+    def is_tested(self) -> bool:
+        """Whether there are test samples."""
+        return len(self.test_targets) > 0
+
+    @property
     def num_classes(self) -> int:
         """One more than the largest class of either set."""
-        return 1 + int(max(self.train_targets.max(), self.test_targets.max()))
+        return 1 + int(torch.cat([self.train_targets, self.test_targets]).max())
+
+    def fitted_on(self, rows: Tensor) -> "Split":
+        """Return the same split with some of the training samples, rows of shape (m,)."""
+        components = self.train_components
+        return replace(
+            self,
+            train_inputs=self.train_inputs[rows],
+            train_targets=self.train_targets[rows],
+            train_components=None if components is None else components[rows],
+        )
 
     def to(self, device: torch.device | str) -> "Split":
         """Return the same split with every tensor on the device."""
@@ -76,8 +92,8 @@ class Split:
         )
 
 
-def _check_inputs(name: str, inputs: Tensor) -> None:
-    if inputs.ndim != 2 or inputs.numel() == 0:
+def _check_inputs(name: str, inputs: Tensor, least: int) -> None:
+    if inputs.ndim != 2 or len(inputs) < least or inputs.shape[1] == 0:
         raise ValueError(
             f"{name} must have shape (samples, dimension), neither of them zero, "
             f"got {tuple(inputs.shape)}; flatten each sample into a row"
@@ -100,7 +116,7 @@ def _check_ids(name: str, ids: Tensor, samples: int) -> None:
         )
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {ids.dtype}; convert with {name}.long()")
-    if int(ids.min()) < 0:
+    if len(ids) and int(ids.min()) < 0:
         raise ValueError(
             f"{name} must be integers from 0, got {int(ids.min())}; renumber them from 0"
         )
