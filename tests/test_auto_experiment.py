@@ -212,7 +212,7 @@ def test_trial_points_may_be_infinite_and_the_state_may_not(first, fails):
         with pytest.raises(TrainingStopped, match="the training loss is nan at step 0"):
             training._update(*arguments)
     else:
-        training._update(*arguments)
+        assert training._update(*arguments) == 2 * len(split.train_inputs)
     assert optimizer.calls == (1 if fails else 2)
 
 

@@ -40,7 +40,7 @@ SMALL = [
     "tracking.progress=false",
     "tracking.wandb.mode=disabled",
 ]
-TIMES = {"seconds", "steps_per_second", "times"}
+TIMES = {"seconds", "steps_per_second", "fit_seconds", "fits", "setup"}
 
 
 def configure(*overrides: str):
@@ -58,12 +58,12 @@ def run_with_snapshots(folder: Path, updates: set[int], *overrides: str) -> Expe
     """Run, and copy the folder right before some updates, counted over all optimizers."""
     update, count = training._update, 0
 
-    def watched(*arguments: Any) -> None:
+    def watched(*arguments: Any) -> int:
         nonlocal count
         if count in updates:
             shutil.copytree(folder, folder.with_name(f"at_{count}"))
         count += 1
-        update(*arguments)
+        return update(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_update", watched)
@@ -132,6 +132,17 @@ RUNS = {
             *("correct_head=true", "components=known", "noise_bins=3"),
         ],
     ),
+    # 22 updates of gd; 44 of gd_holdout; 44 of gd_kfold and its last fit; 22 of dd_tracked; dd.
+    "candidates": (
+        {30, 60, 70, 120, 150},
+        [
+            "optimizers=[gd,gd_holdout,gd_kfold,dd_tracked,dd]",
+            "available.gd_holdout.selection.lr_factors=[0.5,1]",
+            "available.gd_holdout.selection.weight_decays=[0]",
+            "available.gd_kfold.selection={by:kfold,folds:2,lr_factors:[1],weight_decays:[0]}",
+            "available.dd_tracked.selection={by:tracked,folds:2,lr_factors:[1],weight_decays:[0]}",
+        ],
+    ),
 }
 
 
@@ -184,10 +195,10 @@ def test_a_run_can_be_interrupted_again_and_again(tmp_path, monkeypatch):
     run_with_snapshots(tmp_path / "run", {5}, "data.batch_size=32")
     update = training._update
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any) -> int:
         if random.random() < 0.1:  # noqa: S311
             raise KeyboardInterrupt
-        update(*arguments)
+        return update(*arguments)
 
     monkeypatch.setattr(training, "_update", interrupted)
     for _ in range(50):

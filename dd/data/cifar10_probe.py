@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dd.data.backbone import backbone_features
 from dd.data.cifar10_images import cifar10_images
@@ -14,12 +13,12 @@ from dd.data.feature_file import LabelledArrays, load_features, load_images
 from dd.data.places import data_root
 from dd.data.seeding import generator
 from dd.data.split import Split
+from dd.data.standardise import check_scaling, standardise
 from dd.device import choose_device
 
 __all__ = ["cifar10_probe"]
 
 SOURCES = ("auto", "features", "backbone", "pixels")
-SCALINGS = ("coordinate", "global")
 FEATURE_FILE = "cifar10_efficientnet_lite0.npz"
 
 
@@ -77,8 +76,7 @@ def cifar10_probe(
         ValueError: if an argument is out of range, a file is not of its form, or more samples are
             asked for than exist.
     """
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+    check_scaling(scaling)
     source = _resolve(source, path, data_root(root))
     content = _load(source, path, data_root(root), download)
     train_rows = _rows("num_train", num_train, len(content.train), seed)
@@ -100,7 +98,7 @@ def cifar10_probe(
         train_inputs, test_inputs = features.split([len(train), len(test)])
     else:
         train_inputs, test_inputs = (torch.from_numpy(x).flatten(1) for x in (train, test))
-    train_inputs, test_inputs = _standardise(train_inputs, test_inputs, scaling)
+    train_inputs, test_inputs = standardise(train_inputs, test_inputs, scaling)
     targets = torch.from_numpy(content.train_labels[train_rows])
     return Split(
         train_inputs=train_inputs,
@@ -133,25 +131,3 @@ def _rows(name: str, asked: int | None, available: int, seed: int) -> np.ndarray
     count = sample_count(name, asked, available, "samples", remedy)
     order = torch.randperm(available, generator=generator(seed, f"data/subset/{name}"))
     return order[:count].numpy()
-
-
-def _standardise(train: Tensor, test: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
-    """Return float32 rows of mean 0 in each coordinate of the training rows and mean square 1.
-
-    Raises:
-        ValueError: if no coordinate varies.
-    """
-    # In float64 a constant coordinate cannot pass for one that varies, nor a sum overflow.
-    train, test = train.double(), test.double()
-    varies = train.amax(0) > train.amin(0)
-    if not bool(varies.any()):
-        raise ValueError(
-            f"the {len(train)} training samples are all equal and cannot be standardised; raise "
-            "num_train"
-        )
-    mean = train.mean(0)
-    variance = train.var(0, correction=0)
-    if scaling == "global":
-        variance = variance[varies].mean().expand_as(variance)
-    scale = torch.where(varies, variance.rsqrt(), 0.0)
-    return ((train - mean) * scale).float(), ((test - mean) * scale).float()
