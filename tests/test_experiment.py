@@ -140,7 +140,10 @@ def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizers=[dd,adam]", r"optimizers must list some of gd, sgd, .* dd_auto, .* or be auto"),
+        (
+            "optimizers=[dd,adam]",
+            r"optimizers must list some of gd, sgd, .* dd_auto, .* or be auto",
+        ),
         ("optimizers=[]", r"optimizers must list"),
         ("optimizers=[dd,dd]", r"each once"),
         ("optimizers=dd", r"for example optimizers=\[dd\]"),
