@@ -68,7 +68,7 @@ class ProgressDisplay:
             task,
             completed=record.step if completed is None else completed,
             train=f"{record.train_error:.3f}",
-            test=f"{record.test_error:.3f}",
+            test="-" if math.isnan(record.test_error) else f"{record.test_error:.3f}",
         )
 
     def finish(self, task: TaskID) -> None:
@@ -156,7 +156,11 @@ def _between(lower: str, upper: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def _at_step(value: str, step: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda summary: f"{_number(summary, value, 4)} (step {_number(summary, step, 0)})"
+    def cell(summary: Mapping[str, Any]) -> str:
+        found = _number(summary, value, 4)
+        return found if found == "-" else f"{found} (step {_number(summary, step, 0)})"
+
+    return cell
 
 
 def _single(key: str, digits: int) -> Callable[[Mapping[str, Any]], str]:

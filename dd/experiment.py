@@ -403,7 +403,8 @@ class Experiment:
         if self.theory:
             write_theory(self.theory, self.folder / "state_evolution.csv")
         theory = {name: curves(found) for name, found in self.theory.items()}
-        train_vs_test(self.history, self.figure, self.config.name, theory)
+        validation = self.results.validation()
+        train_vs_test(self.history, self.figure, self.config.name, theory, validation)
 
     def _provenance(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dd.estimate import Estimate
@@ -12,6 +14,8 @@ from dd.fit import Fit, SelectionRow
 from dd.tracking import History, Record, aggregate, selected_step, summarise
 
 __all__ = ["Results"]
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -79,6 +83,31 @@ class Results:
         found = Estimate.of_sums(wrong, wrong, self.num_train, 0.9)
         return {"final_error_lower": float(found.lower), "final_error_upper": float(found.upper)}
 
+    def validation(self) -> dict[str, dict[str, tuple[Array, Array]]]:
+        """Return what the chosen candidates were judged by on samples held out.
+
+        Returns:
+            For the name of each optimizer that held samples out, and "error" and "loss", the steps
+            that all trials judged, and medians over trials.
+        """
+        found = {name: self._chosen_rows(name) for name in self.history.optimizers}
+        return {name: _medians(trials) for name, trials in found.items() if trials}
+
+    def _chosen_rows(self, name: str) -> list[list[SelectionRow]]:
+        """Validation of the chosen candidate, trial after trial."""
+        trials = []
+        for (other, trial), fit in self.fits.items():
+            rows = [
+                row
+                for row in self.selection
+                if (row.optimizer, row.trial) == (name, trial)
+                and (row.lr, row.weight_decay) == (fit.lr, fit.weight_decay)
+            ]
+            # A tracked choice is judged by the training curve itself.
+            if other == name and rows and name not in self.noise:
+                trials.append(rows)
+        return trials
+
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each optimizer, as in ``summary.json``."""
         return {name: self._summarise(name) for name in self.history.optimizers}
@@ -117,6 +146,19 @@ class Results:
             [SelectionRow(*row) for row in state["selection"]],
             state["num_train"],
         )
+
+
+def _medians(trials: Sequence[Sequence[SelectionRow]]) -> dict[str, tuple[Array, Array]]:
+    common = set.intersection(*({row.step for row in rows} for rows in trials))
+    steps = np.array(sorted(common), dtype=np.float64)
+    curves = {}
+    for metric in ("error", "loss"):
+        values = [
+            [getattr(row, f"validation_{metric}") for row in rows if row.step in common]
+            for rows in trials
+        ]
+        curves[metric] = steps, np.median(np.array(values, dtype=np.float64), axis=0)
+    return curves
 
 
 def reported(records: Sequence[Record], fit: Fit) -> dict[str, float]:

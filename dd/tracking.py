@@ -157,7 +157,7 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     """Return the figures of ``summary.json`` for one optimizer and trial.
 
     Gaps are means over the records of |train - test|; they are NaN once a curve is. Steps are the
-    updates made up to the last record.
+    updates made up to the last record. Without a test set its figures are NaN.
 
     Raises:
         ValueError: if there are no records, or records of more than one optimizer or trial.
@@ -174,7 +174,7 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
         "final_train_loss": last.train_loss,
         "final_test_loss": last.test_loss,
         "best_test_error": best.test_error,
-        "best_test_step": best.step,
+        "best_test_step": math.nan if math.isnan(best.test_error) else best.step,
         "selected_step": chosen,
         "selected_test_error": next(r.test_error for r in records if r.step == chosen),
         "mean_error_gap": fmean(abs(r.train_error - r.test_error) for r in records),
