@@ -47,6 +47,11 @@ from dd.wandb_logging import WandbRun, check_mode
 
 __all__ = ["Experiment"]
 
+UNTESTED = (
+    "there are no test samples: reported is what each optimizer says of its error on new data, for "
+    "plain ones their training error, which is no estimate of it"
+)
+
 
 @dataclass
 class Experiment:
@@ -271,6 +276,8 @@ class Experiment:
         if config.get("theory", False):
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
+        if not split.is_tested:
+            self.results.note([UNTESTED])
         initial = make_model(config, split)
         kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
         states = {} if kept is None else kept["optimizers"]
