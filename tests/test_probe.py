@@ -135,6 +135,14 @@ def test_truth_values_are_labels(tmp_path):
     assert split.train_targets.tolist() == labels.tolist()
 
 
+def test_test_classes_have_the_numbers_of_the_training_classes(tmp_path):
+    features, labels = samples()
+    names = np.array(["ant", "bee", "cat"])[np.arange(60) % 3]
+    arrays = {"X_train": features, "y_train": names, "X_test": features[:4]}
+    split = probe(path=saved(tmp_path, **arrays, y_test=np.array(["cat", "bee", "cat", "cat"])))
+    assert split.test_targets.tolist() == [2, 1, 2, 2]
+
+
 # --- Test samples ----------------------------------------------------------------------------
 
 
@@ -349,7 +357,7 @@ def test_run_with_a_share_to_test_on(tmp_path):
 
 def test_command_names_the_setting_that_is_missing(tmp_path):
     command = [sys.executable, "-m", "dd", *SMALL, f"hydra.run.dir={tmp_path / 'run'}"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)  # noqa: S603
     assert found.returncode == 1
     assert found.stderr.startswith("error: data.path=... must name a file of features and labels")
     assert "Traceback" not in found.stderr
