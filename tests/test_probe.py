@@ -136,7 +136,7 @@ def test_truth_values_are_labels(tmp_path):
 
 
 def test_test_classes_have_the_numbers_of_the_training_classes(tmp_path):
-    features, labels = samples()
+    features, _ = samples()
     names = np.array(["ant", "bee", "cat"])[np.arange(60) % 3]
     arrays = {"X_train": features, "y_train": names, "X_test": features[:4]}
     split = probe(path=saved(tmp_path, **arrays, y_test=np.array(["cat", "bee", "cat", "cat"])))
