@@ -31,7 +31,7 @@ from dd.folder_lock import alone_in
 from dd.jobs import Job, build_job, chooser
 from dd.launch import Processes, process_group
 from dd.line_settings import chooses_rate
-from dd.lineup import lined_up
+from dd.lineup import is_decoupled, lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
 from dd.prediction import check_theory, curves, deviations, predicted, write_theory
@@ -43,7 +43,9 @@ from dd.together import Together, failure_of, groups_of, records_of
 from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.training import Schedule, TrainingStopped, train
 from dd.trial_results import Trials
-from dd.wandb_logging import WandbRun, check_mode
+from dd.wandb_comparison import compared, headline
+from dd.wandb_logging import WandbRun
+from dd.wandb_session import WandbSession, check_settings
 
 __all__ = ["Experiment"]
 
@@ -64,6 +66,7 @@ class Experiment:
             that begins.
         results: what was found so far.
         theory: predicted curves of each decoupled optimizer, where they are asked for.
+        wandb: starts the Weights & Biases runs.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -74,6 +77,7 @@ class Experiment:
     kept: Mapping[str, Any] | None = None
     results: Results = field(init=False)
     theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
+    wandb: WandbSession = field(init=False)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ class Experiment:
         every = tracking.get("record_every_auto", tracking.record_every)
         check_count("tracking.record_every_auto", every)
         self.schedule_auto = replace(self.schedule, record_every=every)
-        check_mode(tracking.wandb.mode)
+        check_settings(tracking.wandb)
         self.device = choose_device(self.processes.device(self.config.device))
         self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
         self.results.note(left_out)
@@ -145,8 +149,12 @@ class Experiment:
                 self._run()
 
     def _run(self) -> None:
+        self.wandb = WandbSession.of_settings(
+            self.config.tracking.wandb, self.config.name, self.folder, self.results.token
+        )
         display = ProgressDisplay() if self.config.tracking.progress else None
         try:
+            self.wandb.settle()
             with display or nullcontext():
                 self._train_all(display)
             # A run of an earlier version has no such setting.
@@ -158,6 +166,7 @@ class Experiment:
                 self._write_results(finished=False)
             raise
         self._write_results(finished=True)
+        self._compare()
 
     def _train_all(self, display: ProgressDisplay | None) -> None:
         first = 0 if self.kept is None else self.kept["trial"]
@@ -250,7 +259,7 @@ class Experiment:
 
     def _log(self, name: str, trial: int, records: Sequence[Record]) -> None:
         config = with_seed(self.config, self.config.seed + trial)
-        with self._tracker(config, name, trial) as tracker:
+        with self._tracker(config, name, trial, resumes=self.kept is not None) as tracker:
             for record in records:
                 self.history.append(record)
                 tracker.log(record)
@@ -316,12 +325,7 @@ class Experiment:
             name=job.name,
             trial=job.trial,
             results=self.results,
-            tracker=self._tracker(
-                job.config,
-                job.name,
-                job.trial,
-                None if job.kept is None else job.kept["progress"]["wandb"],
-            ),
+            tracker=self._tracker(job.config, job.name, job.trial, resumes=self.kept is not None),
             checkpoint=job.checkpoint,
             edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
             sentences=sentences,
@@ -366,22 +370,34 @@ class Experiment:
             )
         recorder.take(chosen)
 
-    def _tracker(
-        self, config: DictConfig, name: str, trial: int, run_id: str | None = None
-    ) -> WandbRun:
+    def _tracker(self, config: DictConfig, name: str, trial: int, *, resumes: bool) -> WandbRun:
         settings: Any = OmegaConf.to_container(config, resolve=True)
-        settings["optimizer"] = optimizer_settings(config, name)
+        settings["optimizer"] = own = optimizer_settings(config, name)
         del settings["available"]
-        return WandbRun(
-            mode=config.tracking.wandb.mode,
-            directory=self.folder,
-            project=config.tracking.wandb.project,
-            optimizer=name,
+        kind = "decoupled" if is_decoupled(own) else "plain"
+        return self.wandb.run(
+            name if config.trials == 1 else f"{name}-{trial}",
+            job_type=name,
             config=settings,
-            trial=trial,
-            trials=config.trials,
-            run_id=run_id,
+            tags=[name, kind, f"dd-{dd.__version__}"],
+            resumes=resumes,
         )
+
+    def _compare(self) -> None:
+        """Log what all optimizers have shown, side by side; there is nothing more to lose."""
+        settings: Any = OmegaConf.to_container(self.config, resolve=True)
+        self.wandb.settle()
+        with self.wandb.run(
+            "comparison",
+            job_type="comparison",
+            config=settings,
+            tags=[f"dd-{dd.__version__}"],
+            resumes=self.kept is not None,
+        ) as run:
+            run.show(lambda wandb: compared(wandb, self.history, self.summary, self.figure))
+            run.summarise(headline(self.summary))
+        if set(self.wandb.notes) - set(self.notes):
+            self._write_summary(finished=True)
 
     def _claim_folder(self) -> None:
         target = self.folder / "config.yaml"
@@ -405,13 +421,17 @@ class Experiment:
         self.history.write_csv(self.folder / "history.csv")
         if self.results.selection:
             write_rows(self.folder / "selection.csv", self.results.selection)
-        provenance = {"finished": finished, **self._provenance()}
-        write_json(self.folder / "summary.json", {**self.summary, **provenance})
+        self._write_summary(finished=finished)
         if self.theory:
             write_theory(self.theory, self.folder / "state_evolution.csv")
         theory = {name: curves(found) for name, found in self.theory.items()}
         validation = self.results.validation()
         train_vs_test(self.history, self.figure, self.config.name, theory, validation)
+
+    def _write_summary(self, *, finished: bool) -> None:
+        self.results.note(self.wandb.notes)
+        provenance = {"finished": finished, **self._provenance()}
+        write_json(self.folder / "summary.json", {**self.summary, **provenance})
 
     def _provenance(self) -> dict[str, Any]:
         return {

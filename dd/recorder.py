@@ -71,7 +71,6 @@ class Recorder:
             "sentences": self.sentences,
             "edge": self.edge.state_dict(),
             "warned": _warned(optimizer),
-            "wandb": self.tracker.id,
         }
         run = self.results.state_dict()
         self.checkpoint.keep(self.name, step, model, optimizer, progress, run)

@@ -1,6 +1,7 @@
 """What a run has found so far."""
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Results:
         fits: of each optimizer and trial that was completed, what it took and what it reports.
         selection: validation curves of all candidates of optimizers that choose among several.
         num_train: number of training samples.
+        token: that this run shares with no other.
     """
 
     history: History = field(default_factory=History)
@@ -39,6 +41,7 @@ class Results:
     fits: dict[tuple[str, int], Fit] = field(default_factory=dict)
     selection: list[SelectionRow] = field(default_factory=list)
     num_train: int = 0
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def complete(self, name: str, trial: int, fit: Fit) -> None:
         """Take down that an optimizer and trial is completed."""
@@ -131,6 +134,7 @@ class Results:
             "fits": [(*key, *astuple(fit)) for key, fit in self.fits.items()],
             "selection": [astuple(row) for row in self.selection],
             "num_train": self.num_train,
+            "token": self.token,
         }
 
     @classmethod
@@ -145,6 +149,7 @@ class Results:
             fits,
             [SelectionRow(*row) for row in state["selection"]],
             state["num_train"],
+            state["token"],
         )
 
 

@@ -5,8 +5,6 @@ import io
 import json
 import math
 import re
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,6 @@ from dd.tracking import (
     summarise,
     write_json,
 )
-from dd.wandb_logging import WandbRun
 
 NAN = float("nan")
 
@@ -189,158 +186,6 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 def test_tracking_needs_neither_torch_nor_wandb():
     source = (Path(__file__).parent.parent / "dd" / "tracking.py").read_text()
     assert not re.search(r"^\s*(import|from) (torch|wandb|rich|matplotlib)", source, re.MULTILINE)
-
-
-# Weights & Biases
-
-
-def transaction_log(path):
-    """Yield the records of an offline run, stored as a LevelDB log after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
-
-    data, position, parts = path.read_bytes(), 7, []
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = (
-            int.from_bytes(data[position + 4 : position + 6], "little"),
-            data[position + 6],
-        )
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if position > len(data):
-            return
-        if kind in (1, 4):
-            yield WandbRecord.FromString(b"".join(parts))
-            parts = []
-
-
-def logged(folder):
-    """Return the records of the only run in a folder, by type, once its last one is on disk.
-
-    wandb's service process may still be writing for a moment after ``finish`` has returned.
-    """
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 30
-    found = {}
-    while "exit" not in found and time.monotonic() < deadline:
-        time.sleep(0.02)
-        found = {}
-        for entry in transaction_log(path):
-            kind = entry.WhichOneof("record_type")
-            found.setdefault(kind, []).append(getattr(entry, kind))
-    return found
-
-
-def values(items):
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """Start a run in a folder of its own, with a home that holds no credentials."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_DISABLED"):
-        monkeypatch.delenv(name, raising=False)
-
-    def build(mode="offline", **changes):
-        arguments = {
-            "directory": tmp_path / "2026-11-23_0",
-            "project": "decoupled-descent",
-            "optimizer": "dd",
-            "config": {"data": {"dimension": 1000}, "seed": 0},
-        }
-        return WandbRun(mode=mode, **{**arguments, **changes})
-
-    return build
-
-
-def test_offline_run_holds_metrics_group_and_config(start, tmp_path):
-    made = [record(step=step, train=(0.5 / (1 + step), 0.25)) for step in (0, 10, 20)]
-    with start() as run:
-        for item in made:
-            run.log(item)
-        run.summarise({"mean_error_gap": 0.0125})
-    found = logged(tmp_path / "2026-11-23_0")
-
-    header = found["run"][0]
-    assert header.project == "decoupled-descent"
-    assert header.run_group == "2026-11-23_0"
-    assert (header.display_name, header.job_type) == ("dd", "dd")
-    config = values(header.config.update)
-    assert config["data"] == {"dimension": 1000}
-    assert config["seed"] == 0
-
-    rows = [values(entry.item) for entry in found["history"]]
-    assert [row["step"] for row in rows] == [0, 10, 20]
-    for row, item in zip(rows, made, strict=True):
-        assert {name: row[name] for name in METRICS} == {
-            name: getattr(item, name) for name in METRICS
-        }
-
-    steps = {metric.name or metric.glob_name: metric.step_metric for metric in found["metric"]}
-    assert steps["*"] == "step"
-    assert "step" in steps
-    summary = {}
-    for entry in found["summary"]:
-        summary.update(values(entry.update))
-    assert summary["mean_error_gap"] == 0.0125
-    assert [entry.exit_code for entry in found["exit"]] == [0]
-
-
-def test_run_that_raised_is_closed_as_failed(start, tmp_path):
-    with pytest.raises(FloatingPointError), start() as run:  # noqa: PT012
-        run.log(record(train=(NAN, 1.0)))
-        raise FloatingPointError
-    found = logged(tmp_path / "2026-11-23_0")
-    assert [entry.exit_code for entry in found["exit"]] == [1]
-    assert math.isnan(values(found["history"][0].item)["train_loss"])
-
-
-def test_offline_run_carries_nothing_but_what_was_logged(start, tmp_path, capfd):
-    with start(trial=2, trials=3) as run:
-        run.log(record())
-    folder = tmp_path / "2026-11-23_0"
-    found = logged(folder)
-    assert found["run"][0].display_name == "dd-2"
-    assert not found["run"][0].host
-    assert not found["run"][0].HasField("git")
-    assert not {"environment", "stats", "output", "output_raw", "artifact"} & set(found)
-    files = [p.name for p in folder.glob("wandb/*/files/**/*") if p.is_file()]
-    assert files == []
-    assert capfd.readouterr() == ("", "")
-
-
-def test_disabled_run_needs_no_wandb_and_leaves_nothing(start, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with start("disabled") as run:
-        run.log(record())
-        run.summarise({"mean_error_gap": 0.1})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_wandb_that_is_not_installed_is_named(start, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'decoupled-descent\[experiments\]'"):
-        start("offline").__enter__()
-
-
-def test_unknown_mode_is_refused_before_anything_starts(start, tmp_path):
-    with pytest.raises(ValueError, match="mode must be one of online, offline, disabled, got 'on'"):
-        start("on")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_online_without_credentials_names_the_remedy(start):
-    with pytest.raises(RuntimeError, match="wandb login") as caught, start("online"):
-        pass
-    message = str(caught.value)
-    assert "WANDB_API_KEY" in message
-    assert "tracking.wandb.mode=offline" in message
-    assert "\n" not in message
 
 
 # Console
