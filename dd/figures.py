@@ -83,7 +83,7 @@ def train_vs_test(
     axes = figure.subplots(2 * bands, columns, sharey="row", squeeze=False)
     for number, optimizer in enumerate(optimizers):
         band, column = divmod(number, columns)
-        pair = axes[2 * band : 2 * band + 2, column]
+        pair = list(axes[2 * band : 2 * band + 2, column])
         _column(pair, history, optimizer, {"theory": theory or {}, "validation": validation or {}})
     for empty in axes[-2:, len(optimizers) - columns * (bands - 1) :].flat:
         empty.remove()
