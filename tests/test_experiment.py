@@ -454,7 +454,8 @@ def test_command_writes_the_folder_and_prints_the_table(tmp_path):
     assert "dd: noise model: 1 bin" in done.stdout
     assert str(tmp_path / "train_vs_test.png") in done.stdout.replace("\n", "")
     assert "Warning" not in done.stdout + done.stderr
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
+    # One an optimizer, and one that compares them.
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 4
 
 
 def test_one_bad_job_does_not_end_a_multirun(tmp_path):
