@@ -1,16 +1,20 @@
 """``python -m dd experiment=xor``: train optimizers side by side and write a run folder."""
 
 import logging
+import math
 import os
+import secrets
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 try:
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import DictConfig
 
     from dd.assembly import refuse_idle_overrides
@@ -18,6 +22,8 @@ try:
     from dd.experiment import Experiment
     from dd.launch import Processes
     from dd.resume import named_folder, resumed
+    from dd.sweep_callback import failures
+    from dd.sweep_job import SweepJob, described, objective_of, tracked_loss
 except ModuleNotFoundError as error:
     sys.exit(
         f"python -m dd needs the package {error.name!r}: pip install "
@@ -38,20 +44,62 @@ failed: list[str] = []
     config_path=str(INSTALLED if INSTALLED.is_dir() else SOURCE),
     config_name="config",
 )
-def main(config: DictConfig) -> None:
-    """Run one configuration."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+def main(config: DictConfig) -> float | None:
+    """Run one configuration; in a multirun, return the tracked loss."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    overrides = list(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return _run_job(config, folder, overrides)
+    named = any("hydra.run.dir=" in override for override in hydra_config.overrides.hydra)
+    _run(lambda: _experiment(config, folder, overrides, moves_aside=not named), folder)
+    return None
 
-    def experiment() -> Experiment:
-        found = Experiment(config, folder)
-        refuse_idle_overrides(found.config, HydraConfig.get().overrides.task)
-        return found
 
-    _run(experiment, folder)
+def _experiment(
+    config: DictConfig, folder: Path, overrides: Sequence[str], *, moves_aside: bool = False
+) -> Experiment:
+    found = Experiment(config, folder, moves_aside=moves_aside)
+    refuse_idle_overrides(found.config, overrides)
+    return found
 
 
-def _run(make: Callable[[], Experiment], folder: Path) -> None:
-    """Run an experiment, and say in one sentence why where it cannot be done."""
+def _run_job(config: DictConfig, folder: Path, overrides: Sequence[str]) -> float:
+    """Run one job of a multirun; infinity where it has no tracked loss."""
+    hydra_config = HydraConfig.get()
+    searches = not hydra_config.sweeper["_target_"].endswith(".BasicSweeper")
+    parallel = not hydra_config.launcher["_target_"].endswith(".BasicLauncher")
+    try:
+        objective = objective_of(config) if searches else None
+    except ValueError as error:
+        # The same in all jobs, so that the search ends here.
+        sys.exit(f"error: {error}")
+    job = SweepJob.of_overrides(int(hydra_config.job.num), overrides)
+    job.write(folder)
+    if parallel:
+        # Bars of several processes would be drawn over one another.
+        config.tracking.progress = False
+    experiment = _run(lambda: _experiment(config, folder, overrides), folder, tells=not parallel)
+    if experiment is None:
+        replace(job, failed=failed[-1]).write(folder)
+        return math.inf
+    if parallel:
+        words = [f"{name} {described(own)}" for name, own in experiment.summary.items()]
+        sys.stdout.write(f"job {job.number}, {' '.join(overrides)}: {'; '.join(words)}\n")
+    if objective is None:
+        return math.inf
+    completed = [trial for name, trial in experiment.results.fits if name == objective]
+    return tracked_loss(experiment.history, objective, completed)
+
+
+def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) -> Experiment | None:
+    """Run an experiment, or say in one sentence why it cannot be done; then return None.
+
+    Args:
+        make: builds it.
+        folder: of the run.
+        tells: whether its report is printed.
+    """
     # Each run's noise model stands in its report.
     logging.getLogger("dd").setLevel(logging.WARNING)
     # torch's own forward-mode formulas still go through a deprecated compiler.
@@ -65,14 +113,16 @@ def _run(make: Callable[[], Experiment], folder: Path) -> None:
         experiment.run()
     except expected as error:
         _report(_sentence(error, folder))
-        return
+        return None
     if not Processes().leads:
-        return
-    print_report(
-        experiment.summary, str(experiment.figure), experiment.notes, noise=experiment.noise
-    )
+        return experiment
+    if tells:
+        print_report(
+            experiment.summary, str(experiment.figure), experiment.notes, noise=experiment.noise
+        )
     for failure in experiment.failures:
         _report(f"stopped early: {failure}")
+    return experiment
 
 
 def _sentence(error: BaseException, folder: Path) -> str:
@@ -96,6 +146,8 @@ def _go_on(folder: Path, arguments: Sequence[str], into: Path | None) -> None:
 def _start(arguments: Sequence[str], into: Path | None) -> None:
     if into is not None:
         sys.argv += [*QUIET, f"hydra.run.dir={into}"]
+    # Jobs that run in other processes find their sweep's folder by it.
+    os.environ["DD_SWEEP"] = secrets.token_hex(3)
     unfinished = named_folder(arguments)
     if unfinished is None:
         main()
@@ -121,4 +173,4 @@ if __name__ == "__main__":
         # The other processes of a run compute what the first one does, and write nothing to keep.
         with tempfile.TemporaryDirectory() as scratch:
             _start(given, Path(scratch))
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed or failures else 0)

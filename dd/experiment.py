@@ -1,5 +1,6 @@
 """One run of an experiment: from its configuration to its folder of results."""
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from dd.chosen import Chooser, rates
 from dd.console import ProgressDisplay
 from dd.device import choose_device
 from dd.fit import Fit
-from dd.folder_lock import alone_in
+from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
 from dd.launch import Processes, process_group
 from dd.line_settings import chooses_rate
@@ -64,6 +65,8 @@ class Experiment:
         folder: the run folder; it must not hold another run.
         kept: content of the checkpoint from which the run of this folder goes on, or None for a run
             that begins.
+        moves_aside: whether a folder that holds another run makes this one take the next of its
+            name, ``..._2``.
         results: what was found so far.
         theory: predicted curves of each decoupled optimizer, where they are asked for.
         wandb: starts the Weights & Biases runs.
@@ -75,6 +78,7 @@ class Experiment:
     config: DictConfig
     folder: Path
     kept: Mapping[str, Any] | None = None
+    moves_aside: bool = False
     results: Results = field(init=False)
     theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
     wandb: WandbSession = field(init=False)
@@ -131,15 +135,26 @@ class Experiment:
         """Train, and write the run folder; what was recorded is written even after an error.
 
         Raises:
-            FileExistsError: if the folder holds another run.
+            FolderTaken: if the folder holds another run, or its run is still going on.
             FileNotFoundError: if the data set is missing.
             OSError: if the folder cannot be written.
-            RuntimeError: if the data set is damaged, the tracking cannot start, or the folder's
-                run is still going on.
+            RuntimeError: if the data set is damaged, or the tracking cannot start.
             ValueError: if a part of the configuration is out of range, or the checkpoint is not of
                 this configuration.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._run_alone()
+            except FolderTaken:
+                if not self.moves_aside:
+                    raise
+                name = self.folder.name if number == 2 else self.folder.name.rpartition("_")[0]
+                self.folder = self.folder.with_name(f"{name}_{number}")
+            else:
+                return
+
+    def _run_alone(self) -> None:
         with alone_in(self.folder):
             if self.kept is None:
                 self._claim_folder()
@@ -404,7 +419,7 @@ class Experiment:
         try:
             target.touch(exist_ok=False)
         except FileExistsError:
-            raise FileExistsError(
+            raise FolderTaken(
                 f"{self.folder} holds another run; choose another folder with hydra.run.dir=..."
             ) from None
         with replacing(target) as scratch:

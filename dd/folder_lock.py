@@ -9,7 +9,11 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["alone_in"]
+__all__ = ["FolderTaken", "alone_in"]
+
+
+class FolderTaken(FileExistsError):
+    """The folder belongs to another run."""
 
 
 @contextmanager
@@ -19,7 +23,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Windows, which has no such locks, is left without.
 
     Raises:
-        RuntimeError: if another process holds it.
+        FolderTaken: if another process holds it.
     """
     if sys.platform == "win32":
         yield
@@ -29,7 +33,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"the run in {folder} is still going on") from None
+            raise FolderTaken(f"the run in {folder} is still going on") from None
         except OSError:
             # Some network file systems have no locks.
             pass

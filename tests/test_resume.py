@@ -25,6 +25,7 @@ from dd import figures, training
 from dd.assembly import settled
 from dd.checkpoint import Checkpoint
 from dd.experiment import Experiment
+from dd.folder_lock import FolderTaken
 from dd.resume import named_folder, resumed
 
 REPOSITORY = Path(__file__).parents[1]
@@ -40,7 +41,8 @@ SMALL = [
     "tracking.progress=false",
     "tracking.wandb.mode=disabled",
 ]
-TIMES = {"seconds", "steps_per_second", "fit_seconds", "fits", "setup"}
+# What two runs of one configuration do not share: times, and the token that is each run's own.
+OWN = {"seconds", "steps_per_second", "fit_seconds", "fits", "setup", "token"}
 
 
 def configure(*overrides: str):
@@ -72,11 +74,11 @@ def run_with_snapshots(folder: Path, updates: set[int], *overrides: str) -> Expe
     return experiment
 
 
-def without_times(content: Any) -> Any:
+def without_own(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: without_times(v) for key, v in content.items() if key not in TIMES}
+        return {key: without_own(v) for key, v in content.items() if key not in OWN}
     if isinstance(content, (list, tuple)):
-        return [without_times(value) for value in content]
+        return [without_own(value) for value in content]
     return content
 
 
@@ -93,9 +95,9 @@ def equal(one: Any, other: Any) -> bool:
 def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "history.csv").read_bytes() == (other / "history.csv").read_bytes()
     kept = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (one, other)]
-    assert equal(without_times(kept[0]), without_times(kept[1]))
+    assert equal(without_own(kept[0]), without_own(kept[1]))
     said = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    assert without_times(said[0]) == without_times(said[1])
+    assert without_own(said[0]) == without_own(said[1])
     assert said[1]["finished"] is True
     assert (one / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
     left = {path.name for path in other.iterdir()}
@@ -462,7 +464,7 @@ def test_a_run_that_is_still_going_on_is_not_resumed(interrupted, monkeypatch):
     second = resumed(interrupted, [f"resume={interrupted}"])
 
     def meanwhile(*_: Any) -> None:
-        with pytest.raises(RuntimeError, match="is still going on"):
+        with pytest.raises(FolderTaken, match="is still going on"):
             second.run()
         raise KeyboardInterrupt
 

@@ -1,0 +1,193 @@
+"""What the jobs of a multirun have found, in one table and one picture.
+
+``python -m dd.sweep outputs/xor/2026-01-31_12-00-00_sweep_ab12cd`` gathers them again.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dd.run_folder import RunFolder, read_run
+from dd.sweep_job import FILE, SweepJob, read_job
+from dd.tracking import replacing
+
+__all__ = ["FIGURES", "Sweep", "SweepRow", "gather", "main", "short", "swept"]
+
+# Column of the table, and the key of summary.json that it takes.
+FIGURES = {
+    "test_error": "reported_test_error",
+    "reported_error": "reported_error",
+    "off_by": "reported_gap",
+    "final_train_loss": "final_train_loss",
+    "final_test_loss": "final_test_loss",
+    "steps": "reported_step",
+    "seconds": "fit_seconds",
+}
+SHOWN = ("test_error", "reported_error", "off_by", "seconds")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One optimizer of one job, or a job that has no figures.
+
+    Attributes:
+        job: the job.
+        optimizer: its name; empty where the job has no figures.
+        figures: by the keys of :data:`FIGURES`; NaN where unknown.
+        failed: why the job, or this optimizer in it, did not come to its end; empty where it did.
+    """
+
+    job: SweepJob
+    optimizer: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All jobs of a multirun.
+
+    Attributes:
+        path: of its folder.
+        keys: settings that differ between jobs, in the order of the command line.
+        rows: in the order of the jobs.
+    """
+
+    path: Path
+    keys: list[str]
+    rows: list[SweepRow]
+
+    @property
+    def failures(self) -> list[str]:
+        """A sentence on each job and optimizer that did not come to its end."""
+        return [f"job {row.job.number}: {row.failed}" for row in self.rows if row.failed]
+
+    def write_csv(self) -> Path:
+        """Write ``sweep.csv``, whole or not at all, and return its path."""
+        path = self.path / "sweep.csv"
+        header = ["job", *self.keys, "optimizer", *FIGURES, "failed"]
+        with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            for row in self.rows:
+                settings = [row.job.overrides.get(key, "") for key in self.keys]
+                figures = [row.figures.get(name, math.nan) for name in FIGURES]
+                writer.writerow([row.job.number, *settings, row.optimizer, *figures, row.failed])
+        return path
+
+    def table(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        table.add_column("job", justify="right")
+        for key in self.keys:
+            table.add_column(key, justify="right")
+        table.add_column("optimizer")
+        for name in SHOWN:
+            table.add_column(name.replace("_", " "), justify="right")
+        for row in self.rows:
+            settings = [short(row.job.overrides.get(key, "")) for key in self.keys]
+            cells = [_number(row.figures.get(name, math.nan)) for name in SHOWN]
+            name = row.optimizer + (" (failed)" if row.failed else "")
+            table.add_row(str(row.job.number), *settings, name, *cells)
+        return table
+
+
+def gather(folder: Path) -> Sweep:
+    """Read the jobs of a multirun; those that failed or are not through are rows as well.
+
+    Args:
+        folder: of the multirun.
+
+    Raises:
+        FileNotFoundError: if there are no jobs in it.
+        ValueError: if a job's files are damaged.
+    """
+    folders = sorted(path.parent for path in folder.glob(f"*/{FILE}"))
+    if not folders:
+        raise FileNotFoundError(
+            f"{folder} holds no jobs; multiruns are outputs/<experiment>/<date>_<time>_sweep_..."
+        )
+    found = [(read_job(path), path) for path in folders]
+    found.sort(key=lambda pair: (pair[0].number, str(pair[1])))
+    rows = [row for job, path in found for row in _rows(job, path)]
+    return Sweep(folder, swept([job for job, _ in found]), rows)
+
+
+def swept(jobs: Sequence[SweepJob]) -> list[str]:
+    """Return the settings that differ between jobs; the seed where nothing else does."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def short(value: str) -> str:
+    """Return a setting in a few characters, numbers to three digits."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value
+
+
+def _rows(job: SweepJob, path: Path) -> list[SweepRow]:
+    if not (path / "summary.json").is_file():
+        return [SweepRow(job, failed=job.failed or f"{path} has no results: it is not through")]
+    run = read_run(path)
+    return [_row(job, run, name) for name in run.optimizers]
+
+
+def _row(job: SweepJob, run: RunFolder, name: str) -> SweepRow:
+    summary = run.optimizers[name]
+    figures = {column: _known(summary.get(key)) for column, key in FIGURES.items()}
+    own = [f for f in run.provenance.get("failures", []) if f.split(":")[0].split(" ")[0] == name]
+    if not own and not run.provenance.get("finished", True):
+        own = [job.failed or "interrupted"]
+    return SweepRow(job, name, figures, "; ".join(own))
+
+
+def _known(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
+
+
+def show(sweep: Sweep, console: Console | None = None) -> None:
+    """Write table and picture of a multirun, and print the table."""
+    # Imported here, because matplotlib would double the time to an error message.
+    from dd.sweep_figure import draw
+
+    console = console or Console()
+    table, picture = sweep.write_csv(), draw(sweep)
+    console.print(sweep.table())
+    for failure in sweep.failures:
+        console.print(f"failed: {failure}", markup=False, highlight=False)
+    for label, path in (("table", table), ("picture", picture)):
+        console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Gather the multirun that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dd.sweep", description="Gather the jobs of a multirun."
+    )
+    parser.add_argument("folder", type=Path, help="of the multirun")
+    given = parser.parse_args(arguments)
+    try:
+        sweep = gather(given.folder)
+        show(sweep)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(1 if sweep.failures else 0)
+
+
+if __name__ == "__main__":
+    main()
