@@ -82,12 +82,15 @@ def test_multirun_is_gathered_and_a_job_that_fails_is_named(tmp_path):
         ("2", "0.5", "dd"),
     ]
     assert "lr of optimizer" in rows[2]["failed"]
+    assert "lr of optimizer gd must be" in found.stderr
+    assert "Traceback" not in found.stderr
     assert "failed: job 1: error: lr of optimizer" in " ".join(found.stdout.split())
     summary = json.loads((sweep / "2_0" / "summary.json").read_text())
     assert float(rows[4]["reported_error"]) == summary["dd"]["reported_error"]
     assert (sweep / "sweep.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_jobs_of_other_processes_are_gathered_and_their_failures_counted(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     found = command(tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "lr=0.1,-1")
@@ -102,6 +105,7 @@ def test_jobs_of_other_processes_are_gathered_and_their_failures_counted(tmp_pat
     assert "best test error" not in found.stdout
 
 
+@pytest.mark.slow
 def test_search_minimises_the_tracked_loss(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     found = command(
