@@ -14,7 +14,15 @@ from dd.lineup import AUTO, is_decoupled
 from dd.state_evolution import StateEvolution, state_evolution
 from dd.tracking import Array, History, replacing
 
-__all__ = ["COLUMNS", "check_theory", "curves", "deviations", "predicted", "write_theory"]
+__all__ = [
+    "COLUMNS",
+    "check_theory",
+    "curves",
+    "deviations",
+    "predicted",
+    "read_theory",
+    "write_theory",
+]
 
 COLUMNS = ("optimizer", "step", "loss", "loss_standard_error", "error", "error_standard_error")
 
@@ -150,3 +158,32 @@ def write_theory(theory: Mapping[str, StateEvolution], path: Path) -> None:
             )
             rows = zip(*(curve.tolist() for curve in curves), strict=True)
             writer.writerows((name, *row) for row in rows)
+
+
+def read_theory(path: Path) -> dict[str, dict[str, tuple[Array, Array]]]:
+    """Read what :func:`write_theory` wrote.
+
+    Returns:
+        For the name of each optimizer, and "error" and "loss", steps and values, each of shape
+        (T,).
+
+    Raises:
+        ValueError: if the file is not of that form.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if tuple(header) != COLUMNS:
+            raise ValueError(
+                f"{path} must have the columns {', '.join(COLUMNS)}, got {', '.join(header)}"
+            )
+        rows = list(reader)
+    found = {}
+    try:
+        for name in dict.fromkeys(row[0] for row in rows):
+            own = np.array([row[1:] for row in rows if row[0] == name], dtype=np.float64)
+            steps, loss, _, error, _ = own.T
+            found[name] = {"error": (steps, error), "loss": (steps, loss)}
+    except (IndexError, ValueError) as broken:
+        raise ValueError(f"{path} is damaged ({broken})") from broken
+    return found

@@ -2,17 +2,24 @@
 
 import csv
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from dd.tracking import COLUMNS, History, Record
+from dd.fit import Fit, SelectionRow
+from dd.prediction import read_theory
+from dd.results import Results
+from dd.tracking import COLUMNS, Array, History, Record
 
 __all__ = ["RunFolder", "read_run"]
+
+Row = TypeVar("Row")
+SELECTION_COLUMNS = tuple(column.name for column in fields(SelectionRow))
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +32,22 @@ class RunFolder:
         optimizers: figures of ``summary.json`` for each optimizer's name; what was not finite is
             None.
         provenance: what stands beside them there: seed, device, versions, notes, failures.
-        history: every record.
+        results: what the run had found.
+        theory: for each optimizer that was predicted, and "error" and "loss", steps and values,
+            each of shape (steps,).
     """
 
     path: Path
     config: DictConfig
     optimizers: Mapping[str, Mapping[str, Any]]
     provenance: Mapping[str, Any]
-    history: History
+    results: Results
+    theory: Mapping[str, Mapping[str, tuple[Array, Array]]]
+
+    @property
+    def history(self) -> History:
+        """Every record."""
+        return self.results.history
 
 
 def read_run(folder: str | os.PathLike[str]) -> RunFolder:
@@ -55,7 +70,10 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     if not isinstance(config, DictConfig) or "name" not in config:
         raise ValueError(f"{path / 'config.yaml'} is not the configuration of a run")
     summary = _summary(path / "summary.json")
-    history = _history(path / "history.csv")
+    records = _rows(path / "history.csv", COLUMNS, _record)
+    if not records:
+        raise ValueError(f"{path / 'history.csv'} holds no records")
+    history = History(records)
     names = history.optimizers
     missing = [name for name in names if not isinstance(summary.get(name), dict)]
     if missing:
@@ -65,7 +83,54 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
         )
     optimizers = {name: summary[name] for name in names}
     provenance = {key: value for key, value in summary.items() if key not in optimizers}
-    return RunFolder(path, config, optimizers, provenance, history)
+    results = _results(path, history, optimizers, provenance)
+    predicted = path / "state_evolution.csv"
+    theory = read_theory(predicted) if predicted.is_file() else {}
+    return RunFolder(path, config, optimizers, provenance, results, theory)
+
+
+def _results(
+    path: Path,
+    history: History,
+    optimizers: Mapping[str, Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+) -> Results:
+    fits: dict[tuple[str, int], Fit] = {}
+    for name, figures in optimizers.items():
+        trials, found = history.trials(name), figures.get("per_trial", [figures])
+        if len(trials) != len(found):
+            raise ValueError(
+                f"{path / 'summary.json'} has {len(found)} trials of {name} and history.csv "
+                f"{len(trials)}; they are not of one run"
+            )
+        fits |= {
+            (name, trial): _fit(own)
+            for trial, own in zip(trials, found, strict=True)
+            if own.get("samples") is not None
+        }
+    history.completed.update(fits)
+    chosen = path / "selection.csv"
+    return Results(
+        history,
+        list(provenance.get("failures", [])),
+        list(provenance.get("notes", [])),
+        dict(provenance.get("noise", {})),
+        fits,
+        _rows(chosen, SELECTION_COLUMNS, _selection_row) if chosen.is_file() else [],
+    )
+
+
+def _fit(figures: Mapping[str, Any]) -> Fit:
+    """What a completed optimizer and trial took, from its figures of ``summary.json``."""
+    times = ("seconds", "steps_per_second", "fit_seconds", "passes", "samples")
+    known = {key: math.nan if figures.get(key) is None else figures[key] for key in times}
+    return Fit(
+        **known,
+        step=figures.get("reported_step"),
+        error=figures.get("reported_error"),
+        lr=figures.get("chosen_lr"),
+        weight_decay=figures.get("chosen_weight_decay"),
+    )
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -78,20 +143,32 @@ def _summary(path: Path) -> dict[str, Any]:
     return content
 
 
-def _history(path: Path) -> History:
+def _rows(
+    path: Path, columns: Sequence[str], of_cells: Callable[[Sequence[str]], Row]
+) -> list[Row]:
+    """Read a csv file of these columns, a row from its cells.
+
+    Raises:
+        ValueError: if it has other columns, or a row is damaged.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         header = next(reader, [])
-        if tuple(header) != COLUMNS:
+        if tuple(header) != tuple(columns):
             raise ValueError(
-                f"{path} must have the columns {', '.join(COLUMNS)}, got {', '.join(header)}"
+                f"{path} must have the columns {', '.join(columns)}, got {', '.join(header)}"
             )
         try:
-            records = [
-                Record(row[0], int(row[1]), int(row[2]), *map(float, row[3:])) for row in reader
-            ]
+            return [of_cells(row) for row in reader]
         except (IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged in line {reader.line_num} ({error})") from error
-    if not records:
-        raise ValueError(f"{path} holds no records")
-    return History(records)
+
+
+def _record(cells: Sequence[str]) -> Record:
+    return Record(cells[0], int(cells[1]), int(cells[2]), *map(float, cells[3:]))
+
+
+def _selection_row(cells: Sequence[str]) -> SelectionRow:
+    name, trial, lr, weight_decay, step, *found = cells
+    loss, error = map(float, found)
+    return SelectionRow(name, int(trial), float(lr), float(weight_decay), int(step), loss, error)

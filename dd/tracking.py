@@ -125,9 +125,14 @@ class History:
         Raises:
             KeyError: if there are no such records or no such column.
         """
-        single = {t: self.curve(optimizer, t, column) for t in self.trials(optimizer)}
-        if not single:
+        _check_column(column)
+        trials: dict[int, list[Record]] = {}
+        for record in self.records:
+            if record.optimizer == optimizer:
+                trials.setdefault(record.trial, []).append(record)
+        if not trials:
             raise KeyError(f"no records of {optimizer!r}; there are {self.optimizers}")
+        single = {t: (_column(own, "step"), _column(own, column)) for t, own in trials.items()}
         steps = np.unique(np.concatenate([own for own, _ in single.values()]))
         values = np.empty((len(single), len(steps)))
         for row, (trial, (own, recorded)) in zip(values, single.items(), strict=True):

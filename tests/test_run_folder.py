@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from dd.run_folder import read_run
+from dd.prediction import COLUMNS as THEORY_COLUMNS
+from dd.run_folder import SELECTION_COLUMNS, read_run
 from dd.tracking import History, Record, write_json
 
 ROW = Record("gd", 0, 0, 0.7, 0.71, 0.5, 0.51, 0.7, math.nan)
@@ -68,4 +69,19 @@ def test_a_cut_line_is_named(tmp_path):
     path = write_folder(tmp_path) / "history.csv"
     path.write_text(path.read_text() + "gd,0,5,0.1\n")
     with pytest.raises(ValueError, match="line 3"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["selection.csv", "state_evolution.csv"])
+@pytest.mark.parametrize("content", ["a,b\n", "{header}\ngd,x\n"])
+def test_a_damaged_file_that_not_every_run_has_is_named(tmp_path, name, content):
+    columns = {"selection.csv": SELECTION_COLUMNS, "state_evolution.csv": THEORY_COLUMNS}[name]
+    (write_folder(tmp_path) / name).write_text(content.format(header=",".join(columns)))
+    with pytest.raises(ValueError, match=name):
+        read_run(tmp_path)
+
+
+def test_a_summary_of_other_trials_is_refused(tmp_path):
+    write_folder(tmp_path, {"gd": {"per_trial": [{}, {}]}, "experiment": "xor"})
+    with pytest.raises(ValueError, match=r"has 2 trials of gd and history\.csv 1"):
         read_run(tmp_path)
