@@ -79,6 +79,9 @@ def _run_job(config: DictConfig, folder: Path, overrides: Sequence[str]) -> floa
     if parallel:
         # Bars of several processes would be drawn over one another.
         config.tracking.progress = False
+    if not any(override.startswith("tracking.report=") for override in overrides):
+        # One report compares all jobs.
+        config.tracking.report = False
     experiment = _run(lambda: _experiment(config, folder, overrides), folder, tells=not parallel)
     if experiment is None:
         replace(job, failed=failed[-1]).write(folder)
@@ -118,7 +121,11 @@ def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) ->
         return experiment
     if tells:
         print_report(
-            experiment.summary, str(experiment.figure), experiment.notes, noise=experiment.noise
+            experiment.summary,
+            str(experiment.figure),
+            experiment.notes,
+            noise=experiment.noise,
+            report=None if experiment.report is None else str(experiment.report),
         )
     for failure in experiment.failures:
         _report(f"stopped early: {failure}")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dd.tracking import Record
 
-__all__ = ["ProgressDisplay", "comparison", "print_report"]
+__all__ = ["METHOD_COLUMNS", "ROWS", "ProgressDisplay", "comparison", "number", "print_report"]
 
 
 class ProgressDisplay:
@@ -83,8 +83,9 @@ def print_report(
     notes: Sequence[str] = (),
     console: Console | None = None,
     noise: Mapping[str, str] | None = None,
+    report: str | None = None,
 ) -> None:
-    """Print the optimizers side by side, what else is worth knowing, and where the picture is.
+    """Print the optimizers side by side, what else is worth knowing, and where to see more.
 
     Args:
         summaries: figures of ``summary.json`` for each optimizer's name.
@@ -92,6 +93,7 @@ def print_report(
         notes: sentences to print below the table.
         console: where to print; None is the standard output.
         noise: a line on the noise model, for the names of decoupled optimizers.
+        report: path of the report, if there is one.
     """
     console = console or Console()
     names, most = list(summaries), _columns(console.width)
@@ -102,8 +104,9 @@ def print_report(
         console.print(f"{name}: {line}", markup=False, highlight=False)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    if figure is not None:
-        console.print(f"picture: {figure}", soft_wrap=True, markup=False, highlight=False)
+    for kind, path in (("picture", figure), ("report", report)):
+        if path is not None:
+            console.print(f"{kind}: {path}", soft_wrap=True, markup=False, highlight=False)
 
 
 def methods(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -113,7 +116,7 @@ def methods(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     for label, _, _ in METHOD_COLUMNS:
         table.add_column(label, justify="right")
     for name, summary in summaries.items():
-        cells = (_number(summary, key, digits) for _, key, digits in METHOD_COLUMNS)
+        cells = (number(summary, key, digits) for _, key, digits in METHOD_COLUMNS)
         table.add_row(name, *cells)
     return table
 
@@ -146,28 +149,29 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _pair(first: str, second: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda summary: f"{_number(summary, first, 4)} / {_number(summary, second, 4)}"
+    return lambda summary: f"{number(summary, first, 4)} / {number(summary, second, 4)}"
 
 
 def _between(lower: str, upper: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda summary: (
-        f"{_number(summary, lower, 3)} to {_number(summary, upper, 3)}" if lower in summary else "-"
+        f"{number(summary, lower, 3)} to {number(summary, upper, 3)}" if lower in summary else "-"
     )
 
 
 def _at_step(value: str, step: str) -> Callable[[Mapping[str, Any]], str]:
     def cell(summary: Mapping[str, Any]) -> str:
-        found = _number(summary, value, 4)
-        return found if found == "-" else f"{found} (step {_number(summary, step, 0)})"
+        found = number(summary, value, 4)
+        return found if found == "-" else f"{found} (step {number(summary, step, 0)})"
 
     return cell
 
 
 def _single(key: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
-    return lambda summary: _number(summary, key, digits)
+    return lambda summary: number(summary, key, digits)
 
 
-def _number(summary: Mapping[str, Any], key: str, digits: int) -> str:
+def number(summary: Mapping[str, Any], key: str, digits: int) -> str:
+    """Return a figure in so many digits after the point, or "-" where it is unknown."""
     value = summary.get(key)
     if value is None or not math.isfinite(value):
         return "-"

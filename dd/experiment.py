@@ -70,6 +70,7 @@ class Experiment:
         results: what was found so far.
         theory: predicted curves of each decoupled optimizer, where they are asked for.
         wandb: starts the Weights & Biases runs.
+        report: path of the report; None where none was written.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -82,6 +83,7 @@ class Experiment:
     results: Results = field(init=False)
     theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
     wandb: WandbSession = field(init=False)
+    report: Path | None = field(init=False, default=None)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -179,9 +181,13 @@ class Experiment:
             # On a full disk this fails too, and the first error says more.
             with suppress(OSError):
                 self._write_results(finished=False)
+                self._write_report()
             raise
         self._write_results(finished=True)
-        self._compare()
+        try:
+            self._compare()
+        finally:
+            self._write_report()
 
     def _train_all(self, display: ProgressDisplay | None) -> None:
         first = 0 if self.kept is None else self.kept["trial"]
@@ -442,6 +448,20 @@ class Experiment:
         theory = {name: curves(found) for name, found in self.theory.items()}
         validation = self.results.validation()
         train_vs_test(self.history, self.figure, self.config.name, theory, validation)
+
+    def _write_report(self) -> None:
+        """Write the report from what is in the folder; without it the run has lost nothing."""
+        # A run of an earlier version has no such setting.
+        wanted = self.config.tracking.get("report", True) and self.processes.leads
+        if not wanted or not self.history.records:
+            return
+        try:
+            # Imported here, because it would double the time to an error message.
+            from dd.report_page import write_report
+
+            self.report = write_report(self.folder)
+        except Exception as error:
+            self.results.note([f"report.html could not be written: {error}"])
 
     def _write_summary(self, *, finished: bool) -> None:
         self.results.note(self.wandb.notes)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dd.tracking import History, aggregate, replacing, summarise
 
-__all__ = ["train_vs_test"]
+__all__ = ["LABELS", "Curves", "quartiles", "top", "train_vs_test"]
 
 Array = npt.NDArray[np.float64]
 # For an optimizer's name and "error" or "loss", steps and values, each of shape (steps,).
@@ -89,7 +89,7 @@ def train_vs_test(
         empty.remove()
     for row, (metric, label) in zip(axes, ROWS * bands, strict=True):
         row[0].set_ylabel(label)
-        row[0].set_ylim(0, _top(history, metric))
+        row[0].set_ylim(0, top(_shown(history, metric)))
     figure.suptitle(_heading(history, title))
     with replacing(path) as scratch:
         figure.savefig(scratch, format="png", dpi=DOTS_PER_INCH)
@@ -138,6 +138,11 @@ def _panel(axes: Axes, history: History, optimizer: str, metric: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _shown(history: History, metric: str) -> list[Array]:
+    columns = (f"train_{metric}", f"test_{metric}")
+    return [history.curves(name, column)[1] for name in history.optimizers for column in columns]
+
+
 def _curve(
     axes: Axes,
     steps: Array,
@@ -147,7 +152,7 @@ def _curve(
     style: str | tuple[int, tuple[int, int]],
 ) -> Array:
     """Draw values (trials, steps) as a median in its band; return the median, shape (steps,)."""
-    low, median, high = _quartiles(values)
+    low, median, high = quartiles(values)
     if len(values) > 1:
         axes.fill_between(steps, low, high, color=colour, alpha=0.3, linewidth=0)
     # A curve of one point has no line to be seen.
@@ -158,19 +163,25 @@ def _curve(
     return median
 
 
-def _quartiles(values: Array) -> Array:
-    """Return the quartiles over trials, shape (3, steps), NaN where no trial has a number."""
+def quartiles(values: Array) -> Array:
+    """Return the quartiles over trials, shape (3, steps), NaN where no trial has a number.
+
+    Args:
+        values: shape (trials, steps).
+    """
     values = np.where(np.isfinite(values), values, np.nan)
     known = ~np.isnan(values).all(0)
-    quartiles = np.full((3, values.shape[1]), np.nan)
-    quartiles[:, known] = np.nanquantile(values[:, known], [0.25, 0.5, 0.75], axis=0)
-    return quartiles
+    found = np.full((3, values.shape[1]), np.nan)
+    found[:, known] = np.nanquantile(values[:, known], [0.25, 0.5, 0.75], axis=0)
+    return found
 
 
-def _top(history: History, metric: str) -> float:
-    """Return the upper limit of a row, such that a late explosion does not flatten the rest."""
-    columns = (f"train_{metric}", f"test_{metric}")
-    curves = [history.curves(name, column)[1] for name in history.optimizers for column in columns]
+def top(curves: Sequence[Array]) -> float:
+    """Return an upper limit of an axis, such that a late explosion does not flatten the rest.
+
+    Args:
+        curves: that share the axis, each of shape (trials, steps).
+    """
     values = np.concatenate([curve.ravel() for curve in curves])
     start = np.concatenate([curve[:, 0] for curve in curves])
     values, start = values[np.isfinite(values)], start[np.isfinite(start)]

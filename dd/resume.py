@@ -13,7 +13,7 @@ from dd.experiment import Experiment
 __all__ = ["named_folder", "resumed"]
 
 # What does not change what is computed.
-FREE = ("tracking.progress", "tracking.wandb.mode")
+FREE = ("tracking.progress", "tracking.report", "tracking.wandb.mode")
 
 
 def named_folder(arguments: Sequence[str]) -> Path | None:
@@ -42,7 +42,7 @@ def resumed(folder: Path, arguments: Sequence[str]) -> Experiment:
         if argument.partition("=")[0] not in FREE:
             raise ValueError(
                 f"resume= takes all settings from the folder's config.yaml; {argument} cannot go "
-                f"with it, only {' and '.join(FREE)} can"
+                f"with it, only {', '.join(FREE)} can"
             )
     if len(free) + 1 < len(arguments):
         raise ValueError("resume= takes one folder")

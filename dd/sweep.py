@@ -20,7 +20,17 @@ from dd.run_folder import RunFolder, read_run
 from dd.sweep_job import FILE, SweepJob, read_job
 from dd.tracking import replacing
 
-__all__ = ["FIGURES", "Sweep", "SweepRow", "gather", "main", "short", "swept"]
+__all__ = [
+    "FIGURES",
+    "Sweep",
+    "SweepRow",
+    "gather",
+    "main",
+    "settings_label",
+    "short",
+    "show",
+    "swept",
+]
 
 # Column of the table, and the key of summary.json that it takes.
 FIGURES = {
@@ -44,12 +54,14 @@ class SweepRow:
         optimizer: its name; empty where the job has no figures.
         figures: by the keys of :data:`FIGURES`; NaN where unknown.
         failed: why the job, or this optimizer in it, did not come to its end; empty where it did.
+        run: what the job left in its folder; None where it has no figures.
     """
 
     job: SweepJob
     optimizer: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     failed: str = ""
+    run: RunFolder | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,17 @@ class Sweep:
     @property
     def failures(self) -> list[str]:
         """A sentence on each job and optimizer that did not come to its end."""
-        return [f"job {row.job.number}: {row.failed}" for row in self.rows if row.failed]
+        return [_failure(row) for row in self.rows if row.failed]
+
+    @property
+    def runs(self) -> list[RunFolder]:
+        """What each job left that has figures."""
+        return list(dict.fromkeys(row.run for row in self.rows if row.run is not None))
+
+    @property
+    def missing(self) -> list[str]:
+        """A sentence on each job that has no figures."""
+        return [_failure(row) for row in self.rows if row.run is None]
 
     def write_csv(self) -> Path:
         """Write ``sweep.csv``, whole or not at all, and return its path."""
@@ -136,6 +158,18 @@ def short(value: str) -> str:
         return value
 
 
+def _failure(row: SweepRow) -> str:
+    return f"job {row.job.number}: {row.failed}"
+
+
+def settings_label(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    """Return the values of some settings in a line, under as short names as tell them apart."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    names = lasts if len(set(lasts)) == len(keys) else keys
+    values = [short(settings.get(key, "")) for key in keys]
+    return "  ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+
+
 def _rows(job: SweepJob, path: Path) -> list[SweepRow]:
     if not (path / "summary.json").is_file():
         return [SweepRow(job, failed=job.failed or f"{path} has no results: it is not through")]
@@ -149,7 +183,7 @@ def _row(job: SweepJob, run: RunFolder, name: str) -> SweepRow:
     own = [f for f in run.provenance.get("failures", []) if f.split(":")[0].split(" ")[0] == name]
     if not own and not run.provenance.get("finished", True):
         own = [job.failed or "interrupted"]
-    return SweepRow(job, name, figures, "; ".join(own))
+    return SweepRow(job, name, figures, "; ".join(own), run)
 
 
 def _known(value: Any) -> float:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dd.figures import DOTS_PER_INCH, LABELS, TEST_COLOUR, TRAIN_COLOUR
-from dd.sweep import Sweep, SweepRow, short
+from dd.sweep import Sweep, SweepRow, settings_label
 from dd.tracking import replacing
 
 __all__ = ["draw"]
@@ -73,11 +73,7 @@ def _drawn(row: SweepRow) -> list[float]:
 
 
 def _label(row: SweepRow, keys: Sequence[str]) -> str:
-    lasts = [key.rpartition(".")[2] for key in keys]
-    names = lasts if len(set(lasts)) == len(keys) else keys
-    values = [short(row.job.overrides.get(key, "")) for key in keys]
-    text = "  ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-    return text or "all seeds"
+    return settings_label(row.job.overrides, keys) or "all seeds"
 
 
 def _numbers(rows: Sequence[SweepRow], key: str) -> Mapping[str, float] | None:

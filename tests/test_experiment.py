@@ -372,6 +372,8 @@ def test_an_error_in_the_loop_leaves_what_was_recorded(tmp_path, monkeypatch):
         run(tmp_path)
     assert [int(r["step"]) for r in rows(tmp_path)] == [0, 5]
     assert (tmp_path / "train_vs_test.png").exists()
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "This run did not come to its end." in report
 
 
 def test_a_step_past_the_stability_edge_is_reported(tmp_path):
@@ -453,6 +455,7 @@ def test_command_writes_the_folder_and_prints_the_table(tmp_path):
     assert "DD AUTO" in done.stdout
     assert "dd: noise model: 1 bin" in done.stdout
     assert str(tmp_path / "train_vs_test.png") in done.stdout.replace("\n", "")
+    assert done.stdout.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
     assert "Warning" not in done.stdout + done.stderr
     # One an optimizer, and one that compares them.
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 4

@@ -77,3 +77,4 @@ def test_two_processes_of_torchrun_are_one(tmp_path, batch_size):
     # Single precision, summed in another order, through 20 steps of growth below 2 a step.
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-4)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    assert all((tmp_path / name / "report.html").is_file() for name in launches)

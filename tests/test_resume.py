@@ -455,9 +455,12 @@ def test_two_folders_are_refused(interrupted):
 
 
 def test_what_computes_nothing_can_be_set(interrupted, runs):
-    experiment = go_on(interrupted, "tracking.progress=true", "tracking.wandb.mode=disabled")
+    free = ("tracking.progress=true", "tracking.wandb.mode=disabled", "tracking.report=true")
+    experiment = go_on(interrupted, *free)
     assert experiment.config.tracking.progress is True
     assert_same_run(runs / "run", interrupted)
+    report = (interrupted / "report.html").read_text(encoding="utf-8")
+    assert "did not come to its end" not in report
 
 
 def test_a_run_that_is_still_going_on_is_not_resumed(interrupted, monkeypatch):

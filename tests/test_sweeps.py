@@ -88,13 +88,26 @@ def test_multirun_is_gathered_and_a_job_that_fails_is_named(tmp_path):
     summary = json.loads((sweep / "2_0" / "summary.json").read_text())
     assert float(rows[4]["reported_error"]) == summary["dd"]["reported_error"]
     assert (sweep / "sweep.png").stat().st_size > 0
+    # One report of all jobs instead of one of each.
+    assert [path.parent for path in sweep.rglob("report.html")] == [sweep]
+    said = (sweep / "report.html").read_text(encoding="utf-8")
+    assert "lr=0.1, train" in said
+    assert "job 1: error: lr of optimizer" in said
+    assert f"report: {sweep / 'report.html'}".replace(str(tmp_path) + "/", "") in found.stdout
 
 
 @pytest.mark.slow
 def test_jobs_of_other_processes_are_gathered_and_their_failures_counted(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    found = command(tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "lr=0.1,-1")
+    found = command(
+        tmp_path,
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "lr=0.1,-1",
+        "tracking.report=false",
+    )
     assert found.returncode == 1
+    assert not list(tmp_path.rglob("report.html"))
     rows = rows_of(only_sweep(tmp_path))
     assert [row["optimizer"] for row in rows] == ["gd", "dd", "dd_auto", ""]
     assert "lr of optimizer" in rows[3]["failed"]

@@ -1,0 +1,78 @@
+"""The settings by which several runs differ."""
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dd.run_folder import RunFolder
+from dd.sweep import swept
+from dd.sweep_job import FILE, SweepJob, read_job
+
+__all__ = ["differing"]
+
+# Settings that change nothing that is computed.
+IDLE = ("tracking", "resume", "objective")
+
+
+def differing(runs: Sequence[RunFolder]) -> tuple[list[str], list[Mapping[str, str]]]:
+    """Return the settings that differ between runs.
+
+    Args:
+        runs: one or more. Jobs of one multirun differ by what its command line varied.
+
+    Returns:
+        Their keys, and the settings of each run, which may lack some of them.
+
+    Raises:
+        ValueError: if the file of a job is damaged.
+    """
+    folders = {run.path.resolve().parent for run in runs}
+    if len(folders) == 1 and all((run.path / FILE).is_file() for run in runs):
+        jobs = [read_job(run.path) for run in runs]
+        return swept(jobs), [job.overrides for job in jobs]
+    shared = set.intersection(*(set(run.optimizers) for run in runs))
+    jobs = [SweepJob(number, _flat(_own(run, shared))) for number, run in enumerate(runs)]
+    return _leading(swept(jobs), jobs), [job.overrides for job in jobs]
+
+
+def _own(run: RunFolder, shared: Set[str]) -> dict[str, Any]:
+    """The configuration of a run, with the settings of optimizers that all runs train."""
+    content: Any = OmegaConf.to_container(run.config, resolve=False)
+    current = content.get("optimizer", {}).get("name")
+    if current not in shared:
+        content.pop("optimizer", None)
+    content["available"] = {
+        name: settings
+        for name, settings in content.get("available", {}).items()
+        if name in shared and name != current
+    }
+    return {key: value for key, value in content.items() if key not in IDLE}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every value by its dotted key, written as on a command line."""
+    found: dict[str, str] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = _written(value)
+    return found
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _leading(keys: Sequence[str], jobs: Sequence[SweepJob]) -> list[str]:
+    """Leave out keys that only follow a shorter one of the same last name, as optimizer.lr does."""
+    leading: dict[tuple[str, tuple[str | None, ...]], str] = {}
+    for key in sorted(keys, key=lambda key: key.count(".")):
+        values = tuple(job.overrides.get(key) for job in jobs)
+        leading.setdefault((key.rpartition(".")[2], values), key)
+    return [key for key in keys if key in leading.values()]
