@@ -8,9 +8,9 @@ The last two find their data through DD_DATA. The oracles choose on the test set
 gradient descent has the best of all its moments, learning rates and, on features, weight decays,
 for every seed by itself. The lowest of so many errors on some thousands of samples is lower than
 that choice's error on others: ``gd_elsewhere`` chooses on one half of the test samples, judges on
-the other, and the other way round. Fixed-step DD takes the step, and the rate, of its own lowest training
-error. ``--seed`` moves to other data and subsets. The exit code is 1 where a target of the last
-line is missed.
+the other, and the other way round. Fixed-step DD takes the step, and the rate, of its own lowest
+training error. ``--seed`` moves to other data and subsets. The exit code is 1 where a target of the
+last line is missed.
 """
 
 import argparse
