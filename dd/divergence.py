@@ -82,12 +82,17 @@ class DivergenceWatch(_Watch):
 
     def __init__(self, eigenvalues: Tensor, multiplicities: Tensor, num_samples: int) -> None:
         self._growth = feedback_growth(eigenvalues, multiplicities, num_samples)
-        self._samples, self._dimension = num_samples, int(multiplicities.sum())
+        self._samples, self._dimension = num_samples, round(float(multiplicities.sum()))
         self._done = self._growth == 0.0
         self._feedback = 0.0
         self._least = float("inf")
         self._now: Tensor | None = None
         self._then: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether there is anything left to warn of."""
+        return not self._done
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen so far, between two steps."""

@@ -87,7 +87,7 @@ class GaussianMixture:
     def multiplicities(self) -> list[int]:
         """ν, coordinates of each bin."""
         if isinstance(self.noise, NoiseModel):
-            return [int(count) for count in self.noise.multiplicities]
+            return [round(float(count)) for count in self.noise.multiplicities]
         return [self.dimension]
 
     def sample(
@@ -136,6 +136,13 @@ def _check_noise(noise: NoiseModel, dimension: int) -> None:
         raise ValueError(
             "GaussianMixture: the noise model gives every sample a mass of its own, and so its "
             "noise is not Gaussian; fit it with per_sample=False"
+        )
+    counts = noise.multiplicities.double()
+    if not bool(((counts - counts.round()).abs() <= 1e-6 * counts).all()):
+        raise ValueError(
+            "GaussianMixture: every bin takes a whole number of coordinates, and the noise model "
+            f"has multiplicities {counts.tolist()}, as NoiseModel.fit finds them; give the bins of "
+            "Σ as they are, NoiseModel(eigenvalues, multiplicities)"
         )
     if noise.dimension != dimension:
         raise ValueError(

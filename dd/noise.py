@@ -10,6 +10,7 @@ from torch import Tensor
 from dd.checks import check_count
 from dd.fingerprint import fingerprint
 from dd.functional import centre_within_components
+from dd.quadrature import nodes
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
 __all__ = ["NoiseModel"]
@@ -19,7 +20,6 @@ MOST_BINS = 12
 LARGEST_GRAM = 20_000
 # A relative variance of the eigenvalues below this moves the correction by less than a hundredth.
 FLAT = 0.02
-SAME_EIGENVALUE = 1e-3
 # Variance of ‖z‖² over that of Gaussian noise of the same spectrum.
 HEAVY_TAILED = 3
 
@@ -34,8 +34,8 @@ class NoiseModel:
     Attributes:
         eigenvalues: λ, noise variance per coordinate of each bin, in squared input units,
             shape (B,).
-        multiplicities: ν, dimension of each bin, shape (B,); with m they sum to the input
-            dimension d.
+        multiplicities: ν, dimension of each bin, shape (B,), positive and not whole numbers in
+            general; with m they sum to the input dimension d.
         components: component of each sample in the order of the training batch, shape (n,),
             integers from 0; None when the components are unknown.
         relative_mass: ‖z_i‖² over its mean, in the order of the training batch, shape (n,); None
@@ -83,7 +83,7 @@ class NoiseModel:
         if directions is not None and (directions.dim() != 2 or len(directions) != self.dimension):
             raise ValueError(
                 f"NoiseModel: expected mean_directions of shape (d, m), d = m + "
-                f"{int(self.multiplicities.sum())} dimensions in bins; got "
+                f"{float(self.multiplicities.sum()):g} dimensions in bins; got "
                 f"{tuple(directions.shape)}"
             )
 
@@ -119,19 +119,21 @@ class NoiseModel:
         per_sample: bool | None = None,
         separate_means: bool = False,
     ) -> "NoiseModel":
-        """Estimate the population spectrum of Σ, in bins spaced geometrically in rank.
+        """Estimate the population spectrum of Σ, and stand a few eigenvalues for all.
 
         Section 4 of ``docs/theory.md``; the spectrum is that of
-        :func:`dd.spectrum.population_eigenvalues`. Takes time n d min(n, d), and memory min(n, d)²
+        :func:`dd.spectrum.population_eigenvalues`, the few are those of
+        :func:`dd.quadrature.nodes`. Takes time n d min(n, d), and memory min(n, d)²
         in float64 beside two copies of the inputs.
 
         Args:
             inputs: training inputs, shape (n, d), on any device.
             components: as in :meth:`isotropic`.
-            bins: largest number of bins; rounding of ranks to integers can leave fewer, and so can
-                eigenvalues that are equal. One bin is the isotropic model. By default one where the
-                spectrum is flat up to what n samples resolve or the correction feels (a relative
-                variance of the eigenvalues below 0.02 or 6/n), else 12.
+            bins: largest number of bins; fewer are taken where fewer serve as well, to half a per
+                cent of what the correction makes of the spectrum. One bin is the isotropic model.
+                By default one where the spectrum is flat up to what n samples resolve or the
+                correction feels (a relative variance of the eigenvalues below 0.02 or 6/n), else
+                12 at most.
             per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean; by default
                 where the components are known and these norms vary far more than those of Gaussian
                 noise would.
@@ -162,7 +164,7 @@ class NoiseModel:
         if per_sample is None:
             variance, rank = float(relative.double().var()), _effective_rank(spectrum)
             per_sample = noise.components is not None and _is_heavy_tailed(variance, rank)
-        binned = noise.one_bin() if bins == 1 else _bins(spectrum, bins)
+        binned = noise.one_bin() if bins == 1 else nodes(spectrum, bins)
         return cls._of(noise, binned, relative, per_sample=per_sample)
 
     @classmethod
@@ -177,7 +179,7 @@ class NoiseModel:
         eigenvalues, multiplicities = binned
         return cls(
             eigenvalues=eigenvalues.to(noise.centred),
-            multiplicities=multiplicities.to(noise.centred.device),
+            multiplicities=multiplicities.to(noise.centred),
             components=noise.components,
             relative_mass=relative if per_sample else None,
             fitted_on=len(noise.centred),
@@ -256,7 +258,7 @@ class NoiseModel:
     def dimension(self) -> int:
         """Input dimension d."""
         separated = 0 if self.mean_directions is None else self.mean_directions.shape[1]
-        return int(self.multiplicities.sum()) + separated
+        return round(float(self.multiplicities.sum())) + separated
 
     @property
     def num_samples(self) -> int | None:
@@ -273,7 +275,7 @@ class NoiseModel:
         """Return a copy with eigenvalues in ``dtype`` and every tensor on ``device``."""
         return NoiseModel(
             eigenvalues=self.eigenvalues.to(device, dtype),
-            multiplicities=self.multiplicities.to(device),
+            multiplicities=self.multiplicities.to(device, dtype),
             components=None if self.components is None else self.components.to(device),
             relative_mass=(
                 None if self.relative_mass is None else self.relative_mass.to(device, dtype)
@@ -400,34 +402,6 @@ def _span(means: Tensor) -> Tensor:
             "dimensions and leave no noise beside them; use separate_means=False"
         )
     return directions[spanned].mT.contiguous()
-
-
-def _edges(dimension: int, bins: int) -> Tensor:
-    """Ranks at which bins begin and end, from 0 to d, spaced geometrically from 1 on."""
-    if bins == 1:
-        return torch.tensor([0, dimension])
-    ranks = torch.logspace(0, math.log10(dimension), bins, dtype=torch.float64).round().long()
-    return torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), ranks]))
-
-
-def _bins(spectrum: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Means and sizes of at most ``most`` bins of eigenvalues in descending order."""
-    sizes = _edges(len(spectrum), most).diff()
-    values = torch.stack([part.mean() for part in spectrum.split(sizes.tolist())])
-    return _merged(values, sizes)
-
-
-def _merged(values: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Join neighbouring bins of one eigenvalue: a shadow each would be the same shadow."""
-    means, counts = values[:1].tolist(), sizes[:1].tolist()
-    for value, size in zip(values[1:].tolist(), sizes[1:].tolist(), strict=True):
-        if abs(value - means[-1]) > SAME_EIGENVALUE * means[-1]:
-            means.append(value)
-            counts.append(size)
-        else:
-            means[-1] += (value - means[-1]) * size / (counts[-1] + size)
-            counts[-1] += size
-    return torch.tensor(means, dtype=torch.float64), torch.tensor(counts)
 
 
 def _is_flat(sample: Tensor, dimension: int, degrees: int) -> bool:

@@ -95,13 +95,11 @@ def test_bins_reproduce_the_decay_and_the_trace(ratio):
     assert model.relative_mass is None
     single = NoiseModel.isotropic(sample, ids)
     assert float(model.mass.sum()) == pytest.approx(float(single.mass.sum()), rel=1e-10)
-    # Geometric bins of ratio q = d^(1/11) replace 1/rank by its mean over the bin: a relative
-    # spread of (q − 1)/(2√3) within a bin, whose square enters the decay; twice for its curvature.
-    q = D ** (1 / 11)
     times = torch.tensor([0.03, 0.3, 1.0], dtype=torch.float64)
     deviation = math.sqrt(2 * float(truth.square().sum()) / n) / D
     freedom = (times[:, None] * truth / (1 + times[:, None] * truth)).sum(1) / n
-    tolerance = 4 * deviation / (1 - freedom).clamp_min(0.1) + 2 * (q - 1) ** 2 / 12
+    # The bins' own error is half a per cent in the mean over times, and grows with them.
+    tolerance = 4 * deviation / (1 - freedom).clamp_min(0.1) + 0.005
     binned = decayed_trace(model.eigenvalues, times, model.multiplicities)
     error = (binned / decayed_trace(truth, times) - 1).abs()
     assert bool((error < tolerance).all()), (error, tolerance)
@@ -135,9 +133,9 @@ def test_arrays_float32_and_dead_inputs():
     assert model.dimension == 30
     expected = NoiseModel.fit(sample, torch.arange(200) % 2, bins=5).eigenvalues
     torch.testing.assert_close(model.eigenvalues.double(), expected, rtol=1e-3, atol=1e-3)
-    # Ten dimensions without noise: a third of the ranks carries next to nothing.
-    ranks = torch.repeat_interleave(expected, model.multiplicities)
-    assert float(NoiseModel.fit(sample, bins=30).eigenvalues[-1]) < 0.1 * float(ranks[0])
+    # Ten dimensions of thirty have no noise, and a bin of their own.
+    assert float(expected[-1]) < 0.01 * float(expected[0])
+    assert float(model.multiplicities[-1]) == pytest.approx(10, abs=1)
 
 
 def test_sample_norms_are_used_where_they_vary_beyond_chance():
@@ -267,7 +265,7 @@ def test_every_second_derivative_is_weighed_by_the_masses_of_the_samples():
 def test_flat_spectra_get_one_bin_and_steep_ones_twelve(ratio, seed):
     n = int(ratio * D)
     flat = NoiseModel.fit(normal(seed, n, D))
-    assert flat.multiplicities.tolist() == [D]
+    assert flat.multiplicities.tolist() == [float(D)]
     torch.testing.assert_close(
         flat.eigenvalues, NoiseModel.isotropic(normal(seed, n, D)).eigenvalues
     )
@@ -276,18 +274,17 @@ def test_flat_spectra_get_one_bin_and_steep_ones_twelve(ratio, seed):
         assert 2 <= len(steep.eigenvalues) <= 12
 
 
-def test_bins_of_one_eigenvalue_are_merged():
-    # Two levels, resolved by many samples: far fewer bins than asked for, and none twice.
+def test_no_more_bins_than_the_correction_feels():
+    # Two levels, resolved by many samples: far fewer bins than asked for.
     truth = torch.cat([torch.full((8,), 25.0), torch.ones(8)]).double()
-    model = NoiseModel.fit(normal(0, 20, 16) * truth.sqrt(), bins=16)
-    values = model.eigenvalues
+    model = NoiseModel.fit(normal(0, 4000, 16) * truth.sqrt(), bins=16)
     assert model.dimension == 16
-    assert bool((values[:-1] - values[1:] > 1e-3 * values[:-1]).all())
-    dead = torch.cat([normal(1, 200, 4), torch.ones(200, 60).double()], 1)
+    assert len(model.eigenvalues) <= 3
+    dead = torch.cat([normal(1, 2000, 4), torch.ones(2000, 60).double()], 1)
     model = NoiseModel.fit(dead, bins=64)
-    assert int((model.eigenvalues == 0).sum()) == 1
+    assert len(model.eigenvalues) <= 3
     # The density of the four others reaches over a rank or two.
-    assert int(model.multiplicities[-1]) >= 57
+    assert float(model.multiplicities[-1]) >= 57
 
 
 def test_a_model_describes_itself_in_one_line():
