@@ -15,7 +15,7 @@ from dd.capture import Capture, Pushes, joined
 from dd.curvature import build
 from dd.fingerprint import Fingerprints
 from dd.functional import at_least_single, corrected_preactivation
-from dd.gradient_check import edit_scale, require_same_weight
+from dd.gradient_check import Comparison, edit_scale, edited, same_weight, weight_changed
 from dd.head import SharedParameters
 from dd.layers import find_layer
 from dd.moments import Moments
@@ -25,6 +25,7 @@ from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
 from dd.user_warning import warn_user
+from dd.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from dd.line_family import Trial
@@ -117,6 +118,7 @@ class Attachment:
         shadows: keeps the shadows of absent samples.
         ranks: the processes that share the training samples.
         oversight: warns where the theory is strained or the component ids are wrong.
+        verdicts: conditions of its steps.
         shared: the parameters that all samples share, where they are corrected too.
         now: the samples of the latest training forward.
         trial: what stands in for the training forward while a step is searched for.
@@ -148,12 +150,15 @@ class Attachment:
         self.samples = Samples()
         self.shadows = Shadows()
         self.oversight = Oversight()
+        self.verdicts = Verdicts()
         self.now: Placement | None = None
         self.rows_seen = 0
         self.trial: Trial | None = None
         self.repeats = 0
         self._process_group = process_group
         self._number_alike: bool | None = None
+        # Whether the layers behind were seen to leave R as it is.
+        self._shares = False
         self._ranks: Ranks | None = None
         self._handles: list[Any] = []
         directions = None if noise is None else noise.mean_directions
@@ -261,6 +266,11 @@ class Attachment:
         return [(self.layer.weight, "shadow"), *parts]
 
     @property
+    def stalls(self) -> bool:
+        """Whether to look at a number waits for work that is queued on a device."""
+        return self.weight.is_cuda
+
+    @property
     def ranks(self) -> Ranks:
         """The processes that share the training samples, settled at the first use."""
         if self._ranks is None:
@@ -335,7 +345,7 @@ class Attachment:
         self.samples.resume(state.get("shadow_samples"))
         if self.noise is None and state.get("shadow_noise") is not None:
             eigenvalues, multiplicities = state["shadow_noise"]
-            self.noise = NoiseModel(eigenvalues, multiplicities.long())
+            self.noise = NoiseModel(eigenvalues, multiplicities)
         if not binds and state.get("shadow") is None:
             return None
         placement = self.samples.place(inputs, self.given_noise, binds=binds)
@@ -367,13 +377,29 @@ class Attachment:
             if count is not None and self.noise is not None:
                 self.shadows.make(state, self.noise, count, output)
             shadow = self.shadows.of(state, placement)
-        return corrected_preactivation(output, shadow)
+        return corrected_preactivation(output, shadow, in_place=self._is_alone_with(output))
+
+    def _is_alone_with(self, output: Tensor) -> bool:
+        """Whether nobody but the layer's own product has seen its output yet."""
+        layer = self.layer
+        first = next(iter(layer._forward_hooks.values()), None)
+        return (
+            output.requires_grad
+            and type(layer) is nn.Linear
+            and "forward" not in vars(layer)
+            and layer._compiled_call_impl is None
+            and first is self._hook
+            and not nn.modules.module._global_forward_hooks
+            and type(output) is Tensor
+            and not output._is_view()
+        )
 
     def _require_same_weights(self, expected: Tensor | None) -> None:
         if expected is None or self.samples.directions is None:
             return
-        direction = self.samples.directions[0]
-        require_same_weight(self.layer.weight.detach(), direction, expected)
+        same = same_weight(self.layer.weight.detach(), self.samples.directions[0], expected)
+        message = weight_changed("the decoupled layer's weight")
+        self.verdicts.require(same, lambda _: RuntimeError(message))
         if self.shared is not None:
             self.shared.check_weight()
 
@@ -410,8 +436,7 @@ class Attachment:
         if self.noise is None or self.noise is self.given_noise:
             self._fit_noise(placement, inputs)
         self.oversight.look(self, placement, inputs.detach())
-        generator = torch.Generator(preactivation.device).manual_seed(seed)
-        capture = Capture(placement, preactivation, self.estimator, generator)
+        capture = Capture(placement, preactivation, self.estimator, seed, shares=self._shares)
         self.pending.append(capture)
         return self.oversight.outgoing(self, capture, capture.outgoing(preactivation), seed)
 
@@ -428,9 +453,14 @@ class Attachment:
             )
 
     def pushes(self) -> Pushes:
-        """The rows of all pending forwards, which must have their gradients."""
+        """The rows of all pending forwards, which must have their gradients.
+
+        Raises:
+            RuntimeError: if what is needed of them was changed in place.
+        """
         count = self.samples.count
         assert count is not None
+        self._shares = all(capture.is_intact for capture in self.pending)
         return joined(self.pending, count)
 
     def pushes_of_all_ranks(self, pushes: Pushes) -> Pushes:
@@ -478,8 +508,11 @@ class Attachment:
             self._number_alike = self.ranks.agree(sums)
         return self._number_alike
 
-    def edit_scale(self, pushes: Pushes) -> float:
+    def edit_scale(self, pushes: Pushes) -> float | Tensor:
         """By which scale the weight's gradient was edited since the backward pass.
+
+        Returns:
+            The scale; a tensor of shape () on the device where it is not known yet.
 
         Raises:
             RuntimeError: if it was edited otherwise.
@@ -487,10 +520,16 @@ class Attachment:
         weight, directions = self.layer.weight, self.samples.directions
         assert weight.grad is not None
         assert directions is not None
-        found = pushes.placement.fingerprints
-        return edit_scale(weight.grad, pushes.gradient, directions, found, self.ranks)
+        projections = pushes.placement.fingerprints
+        both = weight.grad, pushes.gradient, directions, projections, self.ranks
+        if not self.verdicts.defers:
+            return edit_scale(*both)
+        found = Comparison.of(*both)
+        is_same, (scale, is_multiple) = found.is_same(), found.multiple()
+        self.verdicts.require(is_same | is_multiple, lambda _: RuntimeError(edited(self.ranks)))
+        return torch.where(is_same, 1.0, scale)
 
-    def curvature(self, pushes: Pushes, scale: float, state: dict[str, Any]) -> Tensor:
+    def curvature(self, pushes: Pushes, scale: float | Tensor, state: dict[str, Any]) -> Tensor:
         """Estimate H of this step's loss, small batches pooled with the steps before.
 
         Args:
@@ -506,33 +545,55 @@ class Attachment:
         """
         estimator, width = self.estimator, pushes.gradient.shape[1]
         product, index = pushes.product(), pushes.placement.index
-        if scale != 1.0:
+        if not isinstance(scale, Tensor) and scale != 1.0:
             # Sums over a scaled loss may be infinite.
             product = scale * at_least_single(product)
         moments = estimator.moments(pushes.observed, product, index, self.ranks)
-        if not moments.is_finite:
-            raise FloatingPointError(
-                f"DecoupledDescent: the curvature at layer {self.name!r} is not finite, though the "
-                "gradient is; nothing was updated. Likely causes: half precision that overflows, "
-                "or a loss whose second derivative is infinite at some sample."
-            )
+        if isinstance(scale, Tensor):
+            moments = moments.scaled(scale.to(moments.cross))
+        self.verdicts.require(moments.is_finite, lambda _: self._curvature_overflows())
         if estimator.pooled_rows == 0:
+            return estimator.solve(moments)
+        keep = self._keep(moments, len(pushes.gradient), width)
+        if keep == 0.0 and index is None and state.get("shadow_moments") is None:
+            # Nothing to pool with, nor likely to be pooled with what follows.
             return estimator.solve(moments)
         # Steps of other loss scales and gradient scales are pooled in the unit of their gradients.
         unit = self._gradient_size(pushes, scale)
-        keep, scaled = self._keep(moments, len(pushes.gradient), width), moments.scaled(1 / unit)
+        scaled = moments.scaled(1 / unit)
         earlier = _unpacked(state.get("shadow_moments"), estimator.num_components, width)
         if keep == 0.0:
-            state["shadow_moments"] = scaled.packed()
+            self._keep_moments(state, scaled)
             return estimator.solve(moments)
         if earlier is not None:
             scaled = estimator.pooled(scaled, earlier, keep)
-        state["shadow_moments"] = scaled.packed()
+        self._keep_moments(state, scaled)
         return estimator.solve_pooled(scaled.scaled(unit))
 
-    def _gradient_size(self, pushes: Pushes, scale: float) -> Tensor:
+    def _keep_moments(self, state: dict[str, Any], moments: Moments) -> None:
+        packed, refusal = moments.packed(), self.verdicts.refusal
+        if refusal is not None:
+            before = state.get("shadow_moments")
+            if before is None or before.shape != packed.shape:
+                before = torch.zeros_like(packed)
+            packed = torch.where(refusal > 0, before, packed)
+        state["shadow_moments"] = packed
+
+    def _curvature_overflows(self) -> FloatingPointError:
+        return FloatingPointError(
+            f"DecoupledDescent: the curvature at layer {self.name!r} is not finite, though the "
+            "gradient is; nothing was updated. Likely causes: half precision that overflows, "
+            "or a loss whose second derivative is infinite at some sample."
+        )
+
+    def _gradient_size(self, pushes: Pushes, scale: float | Tensor) -> Tensor:
         """Σ_i ‖g_i‖ over all ranks, shape ()."""
-        size = self.ranks.sum((scale * at_least_single(pushes.gradient)).norm(dim=1).sum())
+        gradient = at_least_single(pushes.gradient)
+        if not isinstance(scale, Tensor) and scale != 1.0:
+            gradient = scale * gradient
+        size = self.ranks.sum(torch.linalg.vector_norm(gradient, dim=1).sum())
+        if isinstance(scale, Tensor):
+            size = scale.abs().to(size) * size
         return size.clamp_min(torch.finfo(size.dtype).tiny)
 
     def _keep(self, moments: Moments, rows: float, width: int) -> float:

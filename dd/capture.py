@@ -23,13 +23,28 @@ from dd.samples import Placement
 __all__ = ["Capture", "Pushes", "joined"]
 
 
+CHANGED_IN_PLACE = (
+    "DecoupledDescent: something after the decoupled layer changed its output in place, which it "
+    "did not in the steps before; what the correction needs of it is lost, and nothing was "
+    "updated. Clear the gradients and run this forward again: copies are kept from now on."
+)
+
+
 class Capture:
     """One training forward, and what its backward delivers.
+
+    Args:
+        placement: the samples of its batch.
+        preactivation: R, shape (m, k).
+        estimator: of the curvature.
+        seed: of its probe.
+        shares: whether what it keeps need not be copied, as nothing works on R in place.
 
     Attributes:
         placement: the samples of its batch.
         gradient: ∂L/∂R, shape (m, k), or None before the backward pass.
         tangent: derivative of the gradient along the probe, or None.
+        is_intact: whether what the following layers received was not changed in place.
         signal: coordinates of the samples along the component means, shape (m, j), where the head
             is corrected.
         scores: what the head saw and said, where it is corrected.
@@ -43,14 +58,19 @@ class Capture:
         placement: Placement,
         preactivation: Tensor,
         estimator: Curvature,
-        generator: torch.Generator,
+        seed: int,
+        *,
+        shares: bool,
     ) -> None:
         self.placement = placement
         self.gradient: Tensor | None = None
         self.tangent: Tensor | None = None
         self._estimating = False
         self._estimator = estimator
-        self._observed = estimator.observe(preactivation.detach(), generator)
+        # Layers that work in place change what they are handed, and its version tells.
+        self._handed = estimator.observe(preactivation.detach(), seed)
+        self._version = self._handed._version
+        self._observed = self._handed if shares else self._handed.clone()
         self._edge = get_gradient_edge(preactivation)
         self._level = DualLevel() if estimator.forward_mode else None
         _listen(preactivation, self.receive)
@@ -61,8 +81,7 @@ class Capture:
             return preactivation.as_subclass(UncompiledTensor)
         if self._level is None:
             return preactivation
-        # An in-place operation downstream changes the tangent too; the probe must survive it.
-        return carry_tangent(preactivation, self._observed.clone())
+        return carry_tangent(preactivation, self._handed)
 
     @property
     def node(self) -> Any:
@@ -70,8 +89,18 @@ class Capture:
         return self._edge.node
 
     @property
+    def is_intact(self) -> bool:  # noqa: D102 - in the class's attributes
+        return self._handed._version == self._version
+
+    @property
     def observed(self) -> Tensor:
-        """What the estimator keeps of the forward, shape (m, k)."""
+        """What the estimator keeps of the forward, shape (m, k).
+
+        Raises:
+            RuntimeError: if it was kept without a copy, and changed in place.
+        """
+        if self._observed is self._handed and not self.is_intact:
+            raise RuntimeError(CHANGED_IN_PLACE)
         return self._observed
 
     @contextmanager
@@ -79,7 +108,7 @@ class Capture:
         """Let gradients pass by R uncounted; yields what was observed, and R's place."""
         self._estimating = True
         try:
-            yield self._observed, self._edge
+            yield self.observed, self._edge
         finally:
             self._estimating = False
 

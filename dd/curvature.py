@@ -73,8 +73,8 @@ class Curvature(ABC):
     num_components: int = 0
 
     @abstractmethod
-    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
-        """Return what is kept of R (m, k) until the step, as a tensor of its own."""
+    def observe(self, preactivation: Tensor, seed: int) -> Tensor:
+        """Return what is kept of R (m, k) until the step; it may be R itself."""
 
     @abstractmethod
     def product(self, observed: Tensor, backward: Backward) -> Tensor:
@@ -126,9 +126,9 @@ class Stein(Curvature):
         self.num_components = int(components.max()) + 1
         self.ridge = ridge
 
-    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a copy of R."""
-        return at_least_single(preactivation).clone()
+    def observe(self, preactivation: Tensor, seed: int) -> Tensor:
+        """Return R."""
+        return at_least_single(preactivation)
 
     def product(self, observed: Tensor, backward: Backward) -> Tensor:
         """Return G."""
@@ -185,8 +185,9 @@ class Probe(_SecondDerivative):
     # More would lag behind, fewer leave the noise of the probe: each biases the shadows.
     pooled_rows = 16
 
-    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+    def observe(self, preactivation: Tensor, seed: int) -> Tensor:
         """Draw the probe."""
+        generator = torch.Generator(preactivation.device).manual_seed(seed)
         return rademacher(preactivation, generator)
 
     def product(self, observed: Tensor, backward: Backward) -> Tensor:
@@ -215,10 +216,8 @@ class Probe(_SecondDerivative):
 
     def solve_pooled(self, moments: Moments) -> Tensor:
         """The same; of few rows by the expectation of VᵀV / m, the identity."""
-        width = len(moments.gram)
-        if float(moments.rows) >= 2 * width:
-            return self.solve(moments)
-        return (moments.cross + moments.cross.mT) / 2
+        enough = moments.rows >= 2 * len(moments.gram)
+        return torch.where(enough, self.solve(moments), (moments.cross + moments.cross.mT) / 2)
 
 
 class GraphProbe(Probe):
@@ -241,7 +240,7 @@ class Exact(_SecondDerivative):
 
     second_order = True
 
-    def observe(self, preactivation: Tensor, generator: torch.Generator) -> Tensor:
+    def observe(self, preactivation: Tensor, seed: int) -> Tensor:
         """Keep nothing but the shape."""
         return torch.empty_like(preactivation, device="meta")
 

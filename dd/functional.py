@@ -52,17 +52,22 @@ __all__ = [
 _AT_A_TIME = 2**24
 
 
-def corrected_preactivation(preactivation: Tensor, shadow: Tensor) -> Tensor:
+def corrected_preactivation(
+    preactivation: Tensor, shadow: Tensor, *, in_place: bool = False
+) -> Tensor:
     """Add the shadows to a pre-activation: R = XW + Σ_b Q_b.
 
     Args:
         preactivation: XW, shape (..., n, k). A bias may be counted in.
         shadow: Q, shape (..., B, n, k).
+        in_place: whether ``preactivation`` becomes R.
 
     Returns:
         R, shape (..., n, k), in the dtype of ``preactivation``.
     """
-    return preactivation + shadow.sum(-3).to(preactivation.dtype)
+    total = shadow.squeeze(-3) if shadow.shape[-3] == 1 else shadow.sum(-3)
+    total = total.to(preactivation.dtype)
+    return preactivation.add_(total) if in_place else preactivation + total
 
 
 def shadow_gradient(
@@ -94,8 +99,12 @@ def shadow_gradient(
         ∇Q, shape (..., B, n, k), in the dtype of ``shadow``.
     """
     gradient = scaled_by_mass(gradient.to(shadow.dtype), relative_mass).unsqueeze(-3)
-    decay = shadow @ (damping * curvature).to(shadow.dtype).unsqueeze(-3)
-    return eigenvalues[..., None, None] * decay - mass[..., None, None] * gradient
+    decay = (damping * curvature).to(shadow.dtype).unsqueeze(-3)
+    decay = eigenvalues.to(shadow.dtype)[..., None, None] * decay
+    push = mass.to(shadow.dtype)[..., None, None] * gradient
+    # One product of all bins, and no intermediate result of their size.
+    moved = push.flatten(0, -3).baddbmm_(shadow.flatten(0, -3), decay.flatten(0, -3), beta=-1.0)
+    return moved.unflatten(0, shadow.shape[:-2])
 
 
 def damped_weight_gradient(
@@ -355,6 +364,8 @@ def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor
 
 def at_least_single(tensor: Tensor) -> Tensor:
     """Return the tensor in float32, or in its own dtype where that is more precise."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

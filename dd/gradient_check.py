@@ -1,12 +1,22 @@
 """Whether weights and weight gradients are still those that the shadows belong to."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from dd.blocks import row_blocks
 from dd.functional import at_least_single
 from dd.ranks import Ranks
 
-__all__ = ["edit_scale", "require_same_weight", "require_unedited"]
+__all__ = [
+    "Comparison",
+    "edit_scale",
+    "edited",
+    "require_unedited",
+    "same_weight",
+    "weight_changed",
+]
 
 # The matrix product behind the weight gradient rounds each term by about a unit in the last place
 # and loses up to about √n/16 more in its longest sums; measured up to 3 for n up to 300 000.
@@ -14,6 +24,81 @@ _UNITS_IN_THE_LAST_PLACE = 32
 _LONG_SUM = 256
 
 _SAME_WEIGHT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A weight gradient beside the one that the backward pass delivered.
+
+    GᵀX = ∂L/∂weight is compared along the random directions U of the inputs: (∂L/∂weight) U against
+    Gᵀ(XU). The shadows follow G. They would part from the weights if the weights moved along
+    anything else than a multiple of it. Nothing is read back from the device.
+
+    Attributes:
+        arrived: Uᵀ(∂L/∂weight)ᵀ, shape (j, k).
+        delivered: (XU)ᵀG, shape (j, k).
+        tolerance: what rounding may add to it, shape (j, k).
+        rounding: relative error of one product.
+        unit: of the weight gradient over that of G.
+    """
+
+    arrived: Tensor
+    delivered: Tensor
+    tolerance: Tensor
+    rounding: float
+    unit: Tensor | float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        weight_gradient: Tensor,
+        gradient: Tensor,
+        directions: Tensor,
+        projections: Tensor,
+        ranks: Ranks,
+        *,
+        scaled: bool = False,
+    ) -> "Comparison":
+        """Compare.
+
+        Args:
+            weight_gradient: ∂L/∂weight, shape (k, d).
+            gradient: G, shape (m, k).
+            directions: Uᵀ, shape (j, d).
+            projections: XU, shape (m, j).
+            ranks: which share the rows, and average their weight gradients.
+            scaled: whether both are brought to a size of one first, as sums over a scaled loss may
+                be out of range.
+        """
+        rounding = max(_rounding(gradient), _rounding(weight_gradient))
+        gradient, weight_gradient = at_least_single(gradient), at_least_single(weight_gradient)
+        unit: Tensor | float = 1.0
+        if scaled:
+            gradient, size = _of_size_one(gradient, ranks)
+            weight_gradient, weight_size = _of_size_one(weight_gradient)
+            unit = weight_size.double() / size.double()
+        arrived = directions.to(gradient) @ weight_gradient.mT
+        delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
+        return cls(arrived, delivered, tolerance, rounding, unit)
+
+    def is_same(self) -> Tensor:
+        """Whether the two agree up to rounding, shape ()."""
+        within = (self.unit * self.arrived - self.delivered).abs() <= self.tolerance
+        return (within & (self.tolerance < torch.inf)).all()
+
+    def multiple(self) -> tuple[Tensor, Tensor]:
+        """The scale of least squares between the two, and whether they agree up to it.
+
+        Returns:
+            The scale, and the answer; each of shape ().
+        """
+        a, b = self.arrived.double(), self.delivered.double()
+        scale = (a * b).sum() / b.square().sum().clamp_min(torch.finfo(b.dtype).tiny)
+        # An edit rounds the gradient once more.
+        tolerance = scale.abs() * self.tolerance + 4 * self.rounding * self.arrived.abs().amax()
+        within = (self.arrived - scale * self.delivered).abs() <= tolerance
+        is_one = (within & (tolerance < torch.inf)).all() & (scale != 0)
+        return scale * self.unit, is_one
 
 
 def edit_scale(
@@ -25,16 +110,12 @@ def edit_scale(
 ) -> float:
     """By which scale the weight gradient differs from the one that the backward pass delivered.
 
-    GᵀX = ∂L/∂weight is compared along the random directions U of the inputs: (∂L/∂weight) U against
-    Gᵀ(XU). The shadows follow G. They would part from the weights if the weights moved along
-    anything else than a multiple of it.
-
     Args:
-        weight_gradient: ∂L/∂weight, shape (k, d).
-        gradient: G, shape (m, k).
+        weight_gradient: ∂L/∂weight, shape (k, d), finite.
+        gradient: G, shape (m, k), finite.
         directions: Uᵀ, shape (j, d).
         projections: XU, shape (m, j).
-        ranks: which share the rows, and average their weight gradients.
+        ranks: as in :meth:`Comparison.of`.
 
     Returns:
         The scale; 1 where the two agree up to rounding.
@@ -42,20 +123,20 @@ def edit_scale(
     Raises:
         RuntimeError: if they differ by more than a scale.
     """
-    rounding = max(_rounding(gradient), _rounding(weight_gradient))
-    gradient, size = _of_size_one(gradient, ranks)
-    weight_gradient, weight_size = _of_size_one(weight_gradient)
-    arrived = weight_gradient @ directions.mT.to(gradient)
-    delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
-    if bool(((weight_size / size * arrived - delivered).abs() <= tolerance).all()):
-        return 1.0
-    a, b = arrived.double(), delivered.double()
-    scale = float((a * b).sum() / b.square().sum().clamp_min(torch.finfo(b.dtype).tiny))
-    # An edit rounds the gradient once more.
-    tolerance = abs(scale) * tolerance + 4 * rounding * arrived.abs().amax()
-    if scale != 0 and bool(((arrived - scale * delivered).abs() <= tolerance).all()):
-        return scale * float(weight_size.double() / size)
-    raise RuntimeError(
+    for scaled in (False, True):
+        both = weight_gradient, gradient, directions, projections, ranks
+        found = Comparison.of(*both, scaled=scaled)
+        if bool(found.is_same()):
+            return 1.0
+        scale, is_multiple = found.multiple()
+        if bool(is_multiple):
+            return float(scale)
+    raise RuntimeError(edited(ranks))
+
+
+def edited(ranks: Ranks) -> str:
+    """What to say of a weight gradient that is no multiple of the one delivered."""
+    return (
         "DecoupledDescent: the gradient of the decoupled layer's weight is not the one that the "
         "last backward passes delivered, nor a multiple of it, so weights and shadows would part. "
         "It holds older gradients (call zero_grad() after every step), or it was edited entry by "
@@ -90,7 +171,7 @@ def require_unedited(
     rounding = max(_rounding(gradient), _rounding(found))
     gradient, size = _of_size_one(gradient, ranks)
     found, found_size = _of_size_one(found)
-    arrived = (found @ direction.to(gradient)).unsqueeze(1) * (found_size / size / scale)
+    arrived = found @ direction.to(gradient) * (found_size / size / scale)
     delivered, tolerance = _delivered(gradient, projection.unsqueeze(1), rounding, ranks)
     tolerance = tolerance + 4 * rounding * arrived.abs().amax() * (scale != 1)
     if bool(((arrived - delivered).abs() <= tolerance).all()):
@@ -116,42 +197,42 @@ def _of_size_one(gradient: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, 
 def _delivered(
     gradient: Tensor, projections: Tensor, rounding: float, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Gᵀ(XU), shape (k, j), as ranks average it, and what rounding may add to it."""
+    """(XU)ᵀG, shape (j, k), as ranks average it, and what rounding may add to it."""
     projections = projections.to(gradient)
-    delivered = gradient.mT @ projections
-    # A sample whose projection happens to be small still rounds like one of ordinary size.
-    sizes = projections.abs() + projections.square().mean(0).sqrt()
+    delivered = gradient.new_zeros(projections.shape[1], gradient.shape[1])
+    squares = gradient.new_zeros(gradient.shape[1])
+    for rows in row_blocks(len(gradient), gradient.shape[1], gradient.device):
+        some = gradient[rows]
+        delivered.addmm_(projections[rows].mT, some)
+        squares += (some * some).sum(0)
+    # No less than Σ_i (|x_iᵀu| + their root mean square) |g_i|, by Cauchy and Schwarz: a sample
+    # whose projection happens to be small still rounds like one of ordinary size.
+    tolerance = torch.outer(2 * projections.square().sum(0).sqrt(), squares.sqrt())
     length = max(1.0, (len(projections) / _LONG_SUM) ** 0.5)
-    tolerance = _UNITS_IN_THE_LAST_PLACE * length * rounding * (gradient.abs().mT @ sizes)
+    tolerance.mul_(_UNITS_IN_THE_LAST_PLACE * length * rounding)
     if ranks.size > 1:
         delivered, tolerance = ranks.sum(torch.stack([delivered, tolerance])) / ranks.size
     return delivered, tolerance
 
 
-def require_same_weight(
-    weight: Tensor,
-    direction: Tensor,
-    expected: Tensor,
-    name: str = "the decoupled layer's weight",
-) -> None:
-    """Check along one random direction u that the weight is the one the last step left.
+def same_weight(weight: Tensor, direction: Tensor, expected: Tensor) -> Tensor:
+    """Whether along one random direction u the weight is the one the last step left, shape ().
 
     Args:
         weight: shape (k, d).
         direction: u, shape (d,).
         expected: weight @ u after the last step, shape (k,).
-        name: of the parameter, for the error.
-
-    Raises:
-        RuntimeError: if it is another weight.
     """
     found = at_least_single(weight)
     found = found @ direction.to(found)
     expected = expected.to(found)
     scale = expected.square().mean().sqrt()
-    if bool(((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()):
-        return
-    raise RuntimeError(
+    return ((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()
+
+
+def weight_changed(name: str) -> str:
+    """What to say of a weight that is not the one the last step left."""
+    return (
         f"DecoupledDescent: {name} was changed outside step(), and the "
         "shadows do not fit it. Restore model and optimizer together (load_state_dict of both), "
         "or start over with detach() and attach(); constrain weights with weight_decay=."

@@ -20,7 +20,7 @@ from dd.functional import (
     shared_shadow_gradient,
     softmax_curvature,
 )
-from dd.gradient_check import require_same_weight, require_unedited
+from dd.gradient_check import require_unedited, same_weight, weight_changed
 from dd.layers import find_head
 from dd.ranks import Ranks
 from dd.samples import Placement
@@ -235,10 +235,11 @@ class SharedParameters:
         Raises:
             RuntimeError: if it is another.
         """
-        if self._expected is not None:
-            name = f"the weight of head {self.name!r}"
-            weight = self.head.weight.detach()
-            require_same_weight(weight, self._direction.to(weight.device), self._expected, name)
+        if self._expected is None:
+            return
+        weight = self.head.weight.detach()
+        if not bool(same_weight(weight, self._direction.to(weight.device), self._expected)):
+            raise RuntimeError(weight_changed(f"the weight of head {self.name!r}"))
 
     def make(self, read: Read, write: Write, num_samples: int, signal: Tensor) -> None:
         """Make displacements of zero for samples that have none yet.

@@ -208,7 +208,7 @@ class LineStep:
             updates = step.updates()
             parts = [self._part(p, None, p, _descent(p)) for p in self._moving]
             for (owner, key), update in zip(attachment.shadowed, updates, strict=True):
-                parts.append(self._part(owner, key, update.tensor, -update.gradient))
+                parts.append(self._part(owner, key, update.tensor, -update.gradient()))
             return [*parts, self._product_part()], Maps.of(step.layer_curvature)
 
     def _product_part(self) -> Part:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dd.blocks import row_blocks
 from dd.functional import at_least_single
 from dd.ranks import Ranks
 
@@ -47,44 +48,36 @@ class Moments:
             ranks: over which rows are spread.
         """
         values, products = at_least_single(values), at_least_single(products)
-        # A product instead of index_add, whose order of summation is not fixed on CUDA.
-        membership = torch.nn.functional.one_hot(components, count).to(values.dtype)
-        sums = torch.cat(
-            [membership.sum(0).unsqueeze(1), membership.mT @ values, membership.mT @ products], 1
-        )
+        blocks = row_blocks(len(values), values.shape[1], values.device)
+        sums = _zeros(values, count, 1 + 2 * values.shape[1])
+        for rows in blocks:
+            sums += _component_sums(values[rows], products[rows], components[rows], count)
         sums = ranks.sum(sums)
         counts = sums[:, 0]
         left, right = (sums[:, 1:] / counts.clamp_min(1).unsqueeze(1)).chunk(2, 1)
-        around = values - left.index_select(0, components)
-        rows = counts.sum()
-        return cls._of(around, products, rows, counts, left, right, ranks)
+        left = left.contiguous()
+        gram, cross = _zeros(values, 2, values.shape[1], values.shape[1])
+        for rows in blocks:
+            around = values[rows] - left.index_select(0, components[rows])
+            gram.addmm_(around.mT, around)
+            cross.addmm_(around.mT, products[rows])
+        gram, cross = ranks.sum(torch.stack([gram, cross]))
+        total = counts.sum()
+        return cls(total, counts, left, right, gram / total, cross)
 
     @classmethod
     def plain(cls, values: Tensor, products: Tensor, ranks: Ranks) -> "Moments":
         """Moments around zero; arguments as in :meth:`centred`."""
         values, products = at_least_single(values), at_least_single(products)
-        rows = ranks.sum(values.new_tensor(float(len(values))))
+        rows = ranks.sum(values.new_full((), float(len(values))))
         none = values.new_empty(0, values.shape[1])
-        return cls._of(values, products, rows, none[:, 0], none, none, ranks)
-
-    @classmethod
-    def _of(
-        cls,
-        values: Tensor,
-        products: Tensor,
-        rows: Tensor,
-        counts: Tensor,
-        left: Tensor,
-        right: Tensor,
-        ranks: Ranks,
-    ) -> "Moments":
         both = ranks.sum(torch.stack([values.mT @ values, values.mT @ products]))
-        return cls(rows, counts, left, right, both[0] / rows, both[1])
+        return cls(rows, none[:, 0], none, none, both[0] / rows, both[1])
 
     @property
-    def is_finite(self) -> bool:
-        """Whether all numbers are."""
-        return bool(self.packed().isfinite().all())
+    def is_finite(self) -> Tensor:
+        """Whether all numbers are, shape ()."""
+        return self.packed().isfinite().all()
 
     def scaled(self, scale: Tensor | float) -> "Moments":
         """Moments with b multiplied by a scale."""
@@ -145,3 +138,23 @@ class Moments:
         left = left.reshape(count, width)
         gram, cross = gram.reshape(width, width), cross.reshape(width, width)
         return cls(rows.reshape(()), counts, left, torch.zeros_like(left), gram, cross)
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _component_sums(values: Tensor, products: Tensor, components: Tensor, count: int) -> Tensor:
+    """Number of rows of each component, their Σ a and Σ b, shape (C, 1 + 2k)."""
+    if values.device.type == "cpu":
+        parts = [
+            _zeros(part, count, part.shape[1]).index_add_(0, components, part)
+            for part in (values, products)
+        ]
+        counts = torch.bincount(components, minlength=count).to(values.dtype)
+        return torch.cat([counts.unsqueeze(1), *parts], 1)
+    # A product instead of index_add, whose order of summation is not fixed on CUDA.
+    ones = torch.ones_like(values[:, :1])
+    labels = torch.arange(count, device=components.device)
+    membership = (labels.unsqueeze(1) == components).to(values.dtype)
+    return torch.cat([membership @ part for part in (ones, values, products)], 1)

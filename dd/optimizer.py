@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ class DecoupledDescent(torch.optim.SGD):
         layer = self.layer
         if layer is None:
             return None
-        self._flush()
+        self._settle()
         return self.state[layer.weight].get("shadow")
 
     @property
@@ -332,6 +333,7 @@ class DecoupledDescent(torch.optim.SGD):
             ValueError: if unattached, or there are no batches.
             RuntimeError: if a batch did not pass through the decoupled layer.
         """
+        self._settle()
         return corrected_mean(self._required("evaluate()"), batches, loss)
 
     @_disable_dynamo
@@ -358,6 +360,7 @@ class DecoupledDescent(torch.optim.SGD):
                 return a row a sample, or the confidence is out of range.
             RuntimeError: if a batch did not pass through the decoupled layer.
         """
+        self._settle()
         return corrected_estimate(self._required("estimate()"), batches, losses, confidence)
 
     @_disable_dynamo
@@ -404,7 +407,7 @@ class DecoupledDescent(torch.optim.SGD):
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the shadows of all samples up to date."""
-        self._flush()
+        self._settle()
         return super().state_dict()
 
     @_disable_dynamo
@@ -442,7 +445,7 @@ class DecoupledDescent(torch.optim.SGD):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: the settings, and the module that this is attached to."""
-        self._flush()
+        self._settle()
         bond = None
         if self._attachment is not None:
             attachment = self._attachment
@@ -493,6 +496,9 @@ class DecoupledDescent(torch.optim.SGD):
                 graph is captured.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
 
+        On CUDA a step does not wait for the device: what is wrong with it is raised by a later
+        call, and it changed nothing.
+
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
         """
@@ -512,12 +518,23 @@ class DecoupledDescent(torch.optim.SGD):
             self._step_groups([])
             return loss
         refuse_capture("step()")
-        step = ShadowStep(self._attachment, self._store(), self._watches, self._damping)
-        with full_precision(self._attachment.weight):
-            self._step_groups(step.updates())
-            self._attachment.remember_weight(self.state[self._attachment.weight])
+        self._step_attached(self._attachment)
         self._watches.tell()
         return loss
+
+    def _step_attached(self, attachment: Attachment) -> None:
+        verdicts, store = attachment.verdicts, self._store()
+        if verdicts.defers and not store.may_defer(attachment):
+            verdicts.end()
+        verdicts.settle(wait=not verdicts.defers)
+        try:
+            step = ShadowStep(attachment, store, self._watches, self._damping)
+            with full_precision(attachment.weight):
+                updates = step.updates()
+                self._step_groups(updates, verdicts.refusal)
+                attachment.remember_weight(self.state[attachment.weight])
+        finally:
+            verdicts.end()
 
     def _step_searched(self, closure: Callable[[], Any] | None, policy: Policy) -> Any:
         require_closure(closure)
@@ -553,8 +570,10 @@ class DecoupledDescent(torch.optim.SGD):
                 "Call attach(module) to go on with them, or detach() to go on as plain SGD."
             )
 
-    def _flush(self) -> None:
+    def _settle(self) -> None:
+        """Bring the shadows of all samples up to date, and raise what is still to be told."""
         if self._attachment is not None:
+            self._attachment.verdicts.settle(wait=True)
             with torch.no_grad():
                 self._attachment.shadows.flush(self.state[self._attachment.layer.weight])
 
@@ -576,33 +595,33 @@ class DecoupledDescent(torch.optim.SGD):
     def _store(self) -> Store:
         return Store(self.state, self.param_groups)
 
-    def _step_groups(self, updates: list[ShadowUpdate]) -> None:
+    def _step_groups(self, updates: list[ShadowUpdate], refusal: Tensor | None = None) -> None:
         for group in self.param_groups:
-            self._step_group(group, updates)
+            self._step_group(group, updates, refusal)
 
-    def _step_group(self, group: dict[str, Any], updates: list[ShadowUpdate]) -> None:
-        # One call updates weights and shadows, so that whatever rule moves W moves Q.
+    def _step_group(
+        self, group: dict[str, Any], updates: list[ShadowUpdate], refusal: Tensor | None
+    ) -> None:
         params: list[Tensor] = []
         gradients: list[Tensor] = []
         buffers: list[Tensor | None] = []
         sparse = self._init_group(group, params, gradients, buffers)
-        count = len(params)
         position = {id(parameter): i for i, parameter in enumerate(params)}
         moving = [update for update in updates if id(update.parameter) in position]
         for update in moving:
             if update.parameter_gradient is not None:
                 gradients[position[id(update.parameter)]] = update.parameter_gradient
-            params.append(update.tensor)
-            gradients.append(update.gradient)
-            if group["momentum"] != 0:
-                buffers.append(update.buffer)
-        self._apply_rule(group, params, gradients, buffers, sparse=sparse)
-        has_buffers = group["momentum"] != 0
-        if has_buffers:
-            for parameter, buffer in zip(params[:count], buffers[:count], strict=True):
+        rule = partial(self._apply_rule, group, refusal=refusal)
+        rule(params, gradients, buffers, sparse=sparse)
+        momentum = group["momentum"] != 0
+        if momentum:
+            for parameter, buffer in zip(params, buffers, strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
-        for number, update in enumerate(moving, count):
-            update.finish(buffers[number] if has_buffers else None)
+        # By the very call that moved the weights, so that whatever rule moves W moves Q.
+        dense = bool(group["fused"]) or refusal is not None
+        for update in moving:
+            for piece in update.pieces():
+                piece.move(rule, momentum=momentum, dense=dense)
 
     def _apply_rule(
         self,
@@ -611,16 +630,16 @@ class DecoupledDescent(torch.optim.SGD):
         gradients: list[Tensor],
         buffers: list[Tensor | None],
         *,
-        sparse: bool,
+        sparse: bool = False,
+        refusal: Tensor | None = None,
     ) -> None:
+        # Torch's fused update changes nothing where it is told that something was infinite.
+        found_inf = getattr(self, "found_inf", None) if refusal is None else refusal
         decay = group["weight_decay"]
         if group["decoupled_weight_decay"]:
-            shrunk = 1 - group["lr"] * decay
-            found_inf = getattr(self, "found_inf", None)
-            if found_inf is not None:
-                shrunk = 1 - group["lr"] * decay * (1 - found_inf)
             for parameter in params:
-                parameter.mul_(shrunk)
+                kept = 1 if found_inf is None else 1 - found_inf.to(parameter.dtype)
+                parameter.mul_(1 - group["lr"] * decay * kept)
             decay = 0.0
         sgd(
             params,
@@ -633,10 +652,10 @@ class DecoupledDescent(torch.optim.SGD):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             has_sparse_grad=sparse,
-            foreach=group["foreach"],
-            fused=group["fused"],
+            foreach=group["foreach"] if refusal is None else False,
+            fused=group["fused"] if refusal is None else True,
             grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            found_inf=found_inf,
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dd.attachment import Attachment
 from dd.capture import Pushes
 from dd.functional import damped_weight_gradient
-from dd.shadows import Push, ShadowUpdate, keeping
+from dd.shadows import Piece, Push, ShadowUpdate, keeping
 from dd.store import Store
 from dd.watches import Watches
 
@@ -89,10 +89,13 @@ class ShadowStep:
                 "forward, or optimizer.drop_forward() to give it up."
             )
 
-    def _shared_curvature(self, pushes: Pushes, edit: float, scale: float) -> Tensor | None:
+    def _shared_curvature(
+        self, pushes: Pushes, edit: float | Tensor, scale: float | Tensor
+    ) -> Tensor | None:
         attachment, shared = self._attachment, self._attachment.shared
         if shared is None:
             return None
+        edit, scale = float(edit), float(scale)
         if pushes.scores is None or pushes.scores.gradient is None:
             raise RuntimeError(
                 f"DecoupledDescent: head {shared.name!r} took no part in the last training forward "
@@ -103,16 +106,18 @@ class ShadowStep:
         self._watches.look_at_edge(attachment, pushes.placement, curvature, self._store.groups)
         return curvature
 
-    def _of_shared(self, pushes: Pushes, scale: float, curvature: Tensor) -> list[ShadowUpdate]:
+    def _of_shared(
+        self, pushes: Pushes, scale: float | Tensor, curvature: Tensor
+    ) -> list[ShadowUpdate]:
         shared, count = self._attachment.shared, self._attachment.samples.count
         assert shared is not None
         assert pushes.signal is not None
         assert count is not None
         shared.make(self._store.read, self._store.write, count, pushes.signal)
-        found = shared.shadow_gradients(pushes, curvature, scale, self._store.read)
+        found = shared.shadow_gradients(pushes, curvature, float(scale), self._store.read)
         return [self._moved(*part) for part in found]
 
-    def _of_layer(self, pushes: Pushes, scale: float, curvature: Tensor) -> ShadowUpdate:
+    def _of_layer(self, pushes: Pushes, scale: float | Tensor, curvature: Tensor) -> ShadowUpdate:
         attachment, weight = self._attachment, self._attachment.weight
         noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
         group = self._store.group_of(weight)
@@ -120,15 +125,13 @@ class ShadowStep:
         assert count is not None
         assert group is not None
         gradient = pushes.by_sample
-        if scale != 1.0:
-            gradient = scale * gradient
         self._require_resolved(curvature, len(gradient))
-        self._watches.look(attachment, pushes.placement, gradient, curvature, group)
+        self._watches.look(attachment, pushes.placement, gradient, scale, curvature, group)
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
         damped = self._damped(curvature, noise.eigenvalues)
-        push = Push(weight, gradient, curvature, noise, self._damping, damped)
+        push = Push(weight, gradient, curvature, noise, self._damping, scale, damped)
         momentum = group["momentum"] != 0
         return attachment.shadows.update(state, pushes.placement, push, momentum=momentum)
 
@@ -140,12 +143,14 @@ class ShadowStep:
         return damped_weight_gradient(weight.grad, weight, curvature, eigenvalues, self._damping)
 
     def _require_resolved(self, curvature: Tensor, num_samples: int) -> None:
-        if bool(curvature.isfinite().all()):
-            return
-        raise RuntimeError(
-            f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
-            f"{len(curvature)} units of layer {self._attachment.name!r}; use fewer units or more "
-            'samples, or give component ids for curvature="stein"'
+        units, name = len(curvature), self._attachment.name
+        self._attachment.verdicts.require(
+            curvature.isfinite().all(),
+            lambda _: RuntimeError(
+                f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
+                f"{units} units of layer {name!r}; use fewer units or more samples, or give "
+                'component ids for curvature="stein"'
+            ),
         )
 
     def _idle(self) -> list[ShadowUpdate]:
@@ -163,7 +168,8 @@ class ShadowStep:
         buffer_key = f"{key}_momentum_buffer"
         buffer = self._store.read(parameter, buffer_key)
         keep = keeping(self._store.of(parameter), buffer_key)
-        return ShadowUpdate(parameter, shadow, gradient, buffer, keep)
+        piece = Piece(shadow, gradient, buffer, keep)
+        return ShadowUpdate(parameter, shadow, lambda: iter([piece]))
 
     def _check_idle(self) -> None:
         # Distributed checkpointing creates optimizer state by a step on zero gradients.
@@ -180,21 +186,35 @@ class ShadowStep:
         attachment, groups = self._attachment, self._store.groups
         captured = [c.gradient for c in attachment.pending if c.gradient is not None]
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
-        gradients = [*captured, *(p.grad for p in moved if p.grad is not None)]
-        finite = torch.stack([_values(g.detach()).isfinite().all() for g in gradients])
-        if bool(finite.all()):
-            return
-        attachment.drop()
+        gradients = [_values(g.detach()) for g in [*captured, *(p.grad for p in moved)]]
+        finite = torch.stack([_sum(gradient) for gradient in gradients]).isfinite()
+        if not attachment.verdicts.defers and not bool(finite.all()):
+            # A sum may overflow where no number does.
+            finite = torch.stack([gradient.isfinite().all() for gradient in gradients])
         known = {id(p): name for name, p in attachment.module.named_parameters()}
         names = [f"the output of {attachment.name!r}"] * len(captured)
         names += [known.get(id(p), f"parameter {i}") for i, p in enumerate(moved)]
-        bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
         step = self._store.of(attachment.weight).get("shadow_step", 0)
-        raise FloatingPointError(
-            f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
-            f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
-            "(halve it), or the inputs or targets contain NaN or infinity."
-        )
+        try:
+            attachment.verdicts.require(finite, lambda flags: _not_finite(names, flags, step))
+        except FloatingPointError:
+            attachment.drop()
+            raise
+
+
+def _not_finite(names: Sequence[str], finite: list[bool], step: int) -> FloatingPointError:
+    bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+    return FloatingPointError(
+        f"DecoupledDescent: the gradient of {', '.join(dict.fromkeys(bad))} is not finite at "
+        f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
+        "(halve it), or the inputs or targets contain NaN or infinity."
+    )
+
+
+def _sum(gradient: Tensor) -> Tensor:
+    """A sum, not finite where a number is not; many times as fast as to look at each."""
+    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return (total.abs() if total.is_complex() else total).float()
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -1,20 +1,67 @@
 """Where the decoupled layer's shadows are kept, read and moved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dd.blocks import row_blocks
 from dd.decay import DecayLog
 from dd.functional import shadow_gradient
 from dd.noise import NoiseModel
 from dd.samples import Placement
 
-__all__ = ["Push", "ShadowUpdate", "Shadows", "keeping"]
+__all__ = ["Piece", "Push", "ShadowUpdate", "Shadows", "keeping"]
 
 KEY, BUFFER_KEY = "shadow", "shadow_momentum_buffer"
+
+
+# Moves tensors in place by their gradients and momenta, and puts momenta where there were none.
+Rule = Callable[[list[Tensor], list[Tensor], list[Tensor | None]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some rows of a shadow, and how they move.
+
+    Attributes:
+        tensor: is moved in place.
+        gradient: what it descends.
+        buffer: its momentum, or None before the first step with any.
+        finish: receives the momentum after the step.
+    """
+
+    tensor: Tensor
+    gradient: Tensor
+    buffer: Tensor | None
+    finish: Callable[[Tensor | None], None]
+
+    def move(self, rule: Rule, *, momentum: bool, dense: bool) -> None:
+        """Move by a rule.
+
+        Args:
+            rule: of the parameter's group.
+            momentum: whether it has any.
+            dense: whether it takes numbers as they lie in memory, as torch's fused one does.
+        """
+        split = dense and not self.tensor.is_contiguous()
+        tensors, gradients = _bins(self.tensor, split), _bins(self.gradient, split)
+        buffers: list[Tensor | None] = []
+        if momentum:
+            known = self.buffer
+            buffers = [None] * len(tensors) if known is None else [*_bins(known, split)]
+        rule(tensors, gradients, buffers)
+        made = [buffer for buffer in buffers if buffer is not None]
+        if momentum and self.buffer is None:
+            self.finish(torch.stack(made) if split else made[0])
+        else:
+            self.finish(self.buffer if momentum else None)
+
+
+def _bins(tensor: Tensor, split: bool) -> list[Tensor]:
+    return list(tensor) if split else [tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +71,20 @@ class ShadowUpdate:
     Attributes:
         parameter: whose group gives the rule.
         tensor: is moved in place.
-        gradient: what it descends.
-        buffer: its momentum, or None before the first step with any.
-        finish: receives the momentum after the step.
+        pieces: yields the tensor in pieces that lie one after the other along the last dimension
+            but one, or as a whole. Each piece's gradient is made when it is reached.
         parameter_gradient: what the parameter itself descends where that is not its own gradient.
     """
 
     parameter: Tensor
     tensor: Tensor
-    gradient: Tensor
-    buffer: Tensor | None
-    finish: Callable[[Tensor | None], None]
+    pieces: Callable[[], Iterator[Piece]]
     parameter_gradient: Tensor | None = None
+
+    def gradient(self) -> Tensor:
+        """What the whole tensor descends, of its shape."""
+        gradients = [piece.gradient for piece in self.pieces()]
+        return gradients[0] if len(gradients) == 1 else torch.cat(gradients, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +93,11 @@ class Push:
 
     Attributes:
         weight: the decoupled weight.
-        gradient: G, one row a distinct sample, shape (u, k).
+        gradient: G as delivered, one row a distinct sample, shape (u, k).
         curvature: H, shape (k, k).
         noise: λ, τ and the relative masses.
         damping: ρ.
+        scale: what G is multiplied by.
         parameter_gradient: as in :class:`ShadowUpdate`.
     """
 
@@ -56,19 +106,25 @@ class Push:
     curvature: Tensor
     noise: NoiseModel
     damping: float
+    scale: float | Tensor = 1.0
     parameter_gradient: Tensor | None = None
 
     def shadow_gradient(
         self, shadow: Tensor, gradient: Tensor, relative_mass: Tensor | None
     ) -> Tensor:
         """∇Q of some shadows (B, u, k) with gradients (u, k) and masses (u,)."""
-        noise = self.noise
+        noise, mass = self.noise, self.noise.mass
+        if isinstance(self.scale, Tensor):
+            mass = self.scale.to(mass) * mass
+        elif self.scale != 1.0:
+            # Of a scaled loss: only the product is sure to be within range.
+            gradient = self.scale * gradient
         return shadow_gradient(
             shadow,
             gradient,
             self.curvature,
             noise.eigenvalues,
-            noise.mass,
+            mass,
             self.damping,
             relative_mass,
         )
@@ -178,9 +234,19 @@ class Shadows:
 
     def _update_all(self, state: dict[str, Any], push: Push) -> ShadowUpdate:
         self.flush(state)
-        moved = push.shadow_gradient(state[KEY], push.gradient, push.noise.relative_mass)
-        buffer, keep = state.get(BUFFER_KEY), keeping(state, BUFFER_KEY)
-        return ShadowUpdate(push.weight, state[KEY], moved, buffer, keep, push.parameter_gradient)
+        shadow: Tensor = state[KEY]
+        buffer: Tensor | None = state.get(BUFFER_KEY)
+
+        def pieces() -> Iterator[Piece]:
+            bins, count, width = shadow.shape
+            mass = push.noise.relative_mass
+            for rows in row_blocks(count, bins * width, shadow.device):
+                some, relative = shadow[:, rows], None if mass is None else mass[rows]
+                moved = push.shadow_gradient(some, push.gradient[rows], relative)
+                pace = None if buffer is None else buffer[:, rows]
+                yield Piece(some, moved, pace, _keeping_rows(state, shadow, rows))
+
+        return ShadowUpdate(push.weight, shadow, pieces, push.parameter_gradient)
 
     def _update_rows(
         self, state: dict[str, Any], rows: Tensor, rows_on_cpu: Tensor, push: Push
@@ -211,7 +277,8 @@ class Shadows:
             if self._log.append(basis, rows_on_cpu, width):
                 self.flush(state)
 
-        return ShadowUpdate(push.weight, some, moved, buffer, finish, push.parameter_gradient)
+        piece = Piece(some, moved, buffer, finish)
+        return ShadowUpdate(push.weight, some, lambda: iter([piece]), push.parameter_gradient)
 
 
 def _basis(bins: int, width: int, like: Tensor, *, momentum: bool) -> tuple[Tensor, Tensor]:
@@ -232,5 +299,22 @@ def keeping(state: dict[str, Any], key: str) -> Callable[[Tensor | None], None]:
     def keep(buffer: Tensor | None) -> None:
         if buffer is not None:
             state[key] = buffer
+
+    return keep
+
+
+def _keeping_rows(
+    state: dict[str, Any], shadow: Tensor, rows: slice
+) -> Callable[[Tensor | None], None]:
+    """Return what keeps the momentum of some rows after the first step with any."""
+
+    def keep(buffer: Tensor | None) -> None:
+        if buffer is None:
+            return
+        if state.get(BUFFER_KEY) is None:
+            state[BUFFER_KEY] = torch.zeros_like(shadow)
+        kept = state[BUFFER_KEY][:, rows]
+        if kept.data_ptr() != buffer.data_ptr():
+            kept.copy_(buffer)
 
     return keep

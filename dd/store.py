@@ -3,6 +3,7 @@
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dd.attachment import Attachment
@@ -43,6 +44,38 @@ class Store:
         """Whether any parameter has a gradient that is not zero."""
         gradients = (p.grad for group in self.groups for p in group["params"])
         return any(g is not None and bool(g.count_nonzero()) for g in gradients)
+
+    def may_defer(self, attachment: Attachment) -> bool:
+        """Whether a step may go on before its conditions are known (:mod:`dd.verdicts`).
+
+        It may where to look would stall the device, and where torch's fused update, which can be
+        told there to change nothing, is as good as another: one process, dense gradients, momentum
+        that has begun, no wish for another implementation, and no head to correct.
+        """
+        if not attachment.stalls or attachment.ranks.size > 1 or attachment.shared is not None:
+            return False
+        weight = attachment.weight
+        group = self.group_of(weight)
+        if group is None or (group["momentum"] and self._lacks(weight, "shadow_momentum_buffer")):
+            return False
+        return all(self._may_be_fused(group, weight.device) for group in self.groups)
+
+    def _may_be_fused(self, group: dict[str, Any], device: torch.device) -> bool:
+        if group["foreach"] or group["fused"] is False:
+            return False
+        parameters = group["params"]
+        if group["momentum"] and any(self._lacks(p, "momentum_buffer") for p in parameters):
+            return False
+        return all(
+            p.device == device
+            and p.is_floating_point()
+            and p.is_contiguous()
+            and (p.grad is None or not p.grad.is_sparse)
+            for p in parameters
+        )
+
+    def _lacks(self, parameter: Tensor, key: str) -> bool:
+        return self.read(parameter, key) is None
 
     def require_own(self, attachment: Attachment, parameter: Tensor) -> None:
         """Check that a parameter of the model is the optimizer's.

@@ -45,9 +45,7 @@ class TrainingForward:
         refuse_capture("a training forward")
         attachment.require_weight_in_place()
         state = self._store.of(attachment.weight)
-        momentum = state.get("momentum_buffer")
-        has_moved = momentum is not None and bool(momentum.count_nonzero())
-        if state.get("shadow") is None and has_moved:
+        if state.get("shadow") is None and self._has_moved(state.get("momentum_buffer")):
             raise RuntimeError(
                 f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
                 "correction. Attach before the first step, or load the state of an attached "
@@ -57,8 +55,14 @@ class TrainingForward:
         if leads_to_step and attachment.has_delivered and not self._store.has_gradients():
             # Cleared by other means than zero_grad(), as after a skipped step.
             attachment.drop_abandoned()
+        attachment.verdicts.settle()
+        if leads_to_step and self._store.may_defer(attachment) and not self._watches.looks:
+            attachment.verdicts.defer(state.get("shadow_step", 0))
         with full_precision(output):
             return self._corrected(inputs, output, leads_to_step=leads_to_step)
+
+    def _has_moved(self, momentum: Tensor | None) -> bool:
+        return momentum is not None and bool(momentum.count_nonzero())
 
     def _corrected(self, inputs: Tensor, output: Tensor, *, leads_to_step: bool) -> Tensor:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
@@ -98,8 +102,9 @@ class TrainingForward:
         shared, count = self._attachment.shared, self._attachment.samples.count
         assert shared is not None
         signal = shared.signal(inputs, placement)
-        has_shadow = self._store.read(self._attachment.weight, "shadow") is not None
-        if placement is not None and count is not None and has_shadow:
+        # What a state lacks is found out below; what it has must reach all samples.
+        has_shadows = all(self._store.read(*part) is not None for part in self._attachment.shadowed)
+        if placement is not None and count is not None and has_shadows:
             with torch.no_grad():
                 shared.make(self._store.read, self._store.write, count, signal)
         return signal

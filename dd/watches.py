@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dd.attachment import Attachment
 from dd.divergence import DivergenceWatch, SharpnessWatch
+from dd.functional import at_least_single
 from dd.noise import NoiseModel
 from dd.samples import Placement
 
@@ -53,11 +54,17 @@ class Watches:
             )
         self._feedback.observe(preactivation)
 
+    @property
+    def looks(self) -> bool:
+        """Whether steps are looked at, which waits for the device."""
+        return self._edge is not None or (self._feedback is not None and self._feedback.looks)
+
     def look(
         self,
         attachment: Attachment,
         placement: Placement,
         gradient: Tensor,
+        scale: float | Tensor,
         curvature: Tensor,
         settings: Mapping[str, Any],
     ) -> None:
@@ -66,12 +73,14 @@ class Watches:
         Args:
             attachment: with its noise model fitted.
             placement: the samples of the step.
-            gradient: G, shape (n, k).
+            gradient: G as delivered, shape (n, k).
+            scale: what it is multiplied by.
             curvature: H, shape (k, k).
             settings: of the group that holds the decoupled weight.
         """
-        if self._feedback is not None and _follow(attachment, placement):
-            self._feedback.look(gradient, curvature, settings)
+        watch = self._feedback
+        if watch is not None and watch.looks and _follow(attachment, placement):
+            watch.look(scale * at_least_single(gradient), curvature, settings)
 
     def look_at_edge(
         self,

@@ -105,7 +105,7 @@ def fast_trajectory(
         g, *head_gradients = torch.autograd.grad(
             loss, (r, hidden_bias, head_weight, head_bias), create_graph=True
         )
-        observed = estimator.observe(r, generator(0))
+        observed = estimator.observe(r, 0)
         h = estimator.estimate(observed, curvature.Backward(g, None, get_gradient_edge(r)))
         g = g.detach()
 
@@ -388,7 +388,7 @@ def test_stein_estimator_takes_components_from_the_noise_model():
     inputs = normal(0, 400, 2)
     noise = NoiseModel.isotropic(inputs, 10 * rows.cluster - 7)
     estimator = curvature.build("auto", noise)
-    observed = estimator.observe(rows.r[0], generator(0))
+    observed = estimator.observe(rows.r[0], 0)
     backward = curvature.Backward(rows.g[0] / 400, None, get_gradient_edge(_leaf(rows.r[0])))
     expected = stein_curvature(
         centre_within_components(rows.r[0], rows.cluster, 4), rows.g[0] / 400
@@ -460,7 +460,7 @@ def test_probe_estimators_agree_with_the_function():
     expected = probe_curvature(probe, product)
     for name in ("probe", "probe_create_graph"):
         estimator = curvature.build(name, None)
-        observed = estimator.observe(r, generator(3))
+        observed = estimator.observe(r, 3)
         assert torch.equal(observed, probe)
         backward = curvature.Backward(g, product, get_gradient_edge(r))
         torch.testing.assert_close(estimator.estimate(observed, backward), expected)
@@ -475,7 +475,7 @@ def test_estimators_refuse_what_they_cannot_do():
         ("exact", r"loss\.backward\(create_graph=True\)"),
     ):
         estimator = curvature.build(name, None)
-        observed = estimator.observe(r, generator(0))
+        observed = estimator.observe(r, 0)
         with pytest.raises(RuntimeError, match=message):
             estimator.estimate(observed, lost)
     with pytest.raises(ValueError, match=r"pass noise=dd\.NoiseModel"):
@@ -491,7 +491,7 @@ def test_second_differentiation_of_a_linear_loss_is_zero():
     backward = curvature.Backward(g, None, get_gradient_edge(r))
     for name in ("exact", "probe_create_graph"):
         estimator = curvature.build(name, None)
-        h = estimator.estimate(estimator.observe(r, generator(0)), backward)
+        h = estimator.estimate(estimator.observe(r, 0), backward)
         assert torch.equal(h, torch.zeros(2, 2).double())
 
 

@@ -205,7 +205,7 @@ def test_curvature_that_overflows_leaves_nothing_behind():
     loop.optimizer.zero_grad()
     loop.loss(ROWS[1]).backward()
     capture = loop.optimizer._attachment.pending[0]
-    capture._observed.fill_(torch.inf)
+    capture._observed = torch.full_like(capture._observed, torch.inf)
     with pytest.raises(FloatingPointError, match="curvature at layer '0' is not finite"):
         loop.optimizer.step()
     loop.optimizer.drop_forward()
