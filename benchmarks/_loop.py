@@ -1,0 +1,128 @@
+"""The loop whose cost is measured: the same network and data under SGD and decoupled descent."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dd
+from dd.fingerprint import fingerprint
+from dd.noise import NoiseModel
+
+CLASSES = 10
+RATE = 0.05
+NOISES = ("isotropic", "12 bins", "fitted")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        n: training samples.
+        d: inputs.
+        k: hidden units.
+        noise: one of ``NOISES``: one shadow a sample; twelve; or as many as ``NoiseModel.fit``
+            takes for the spectrum of *12 bins*, λ_j ∝ 1/j.
+        curvature: of decoupled descent.
+        batch: samples of a step, or None for all.
+    """
+
+    n: int
+    d: int
+    k: int
+    noise: str = "isotropic"
+    curvature: str = "stein"
+    batch: int | None = None
+
+    def __str__(self) -> str:
+        """One line."""
+        batch = "full batch" if self.batch is None else f"batch {self.batch}"
+        return f"n={self.n} d={self.d} k={self.k} {batch}, {self.noise}, {self.curvature}"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs, classes and what decoupled descent is told of them."""
+
+    inputs: Tensor
+    targets: Tensor
+    noise: NoiseModel
+
+
+def make_data(case: Case, device: str) -> Data:
+    """Draw classes around means of their own; the spectrum of the noise is known, not estimated."""
+    source = torch.Generator(device).manual_seed(0)
+    targets = torch.randint(CLASSES, (case.n,), generator=source, device=device)
+    means = torch.randn(CLASSES, case.d, generator=source, device=device) * 2 / case.d**0.5
+    spectrum = torch.ones(case.d, dtype=torch.float64)
+    if case.noise != "isotropic":
+        spectrum = 1 / torch.arange(1, case.d + 1, dtype=torch.float64)
+        spectrum /= spectrum.mean()
+    inputs = torch.randn(case.n, case.d, generator=source, device=device)
+    inputs.mul_(spectrum.sqrt().to(inputs))
+    for rows in torch.arange(case.n, device=device).split(2**16):
+        inputs[rows] += means[targets[rows]]
+    values, sizes = _bins(case.noise, spectrum)
+    noise = NoiseModel(
+        values.to(inputs),
+        sizes.to(inputs.device),
+        components=targets if case.curvature == "stein" else None,
+        fingerprints=None if case.batch is None else fingerprint(inputs),
+    )
+    return Data(inputs, targets, noise)
+
+
+def _bins(noise: str, spectrum: Tensor) -> tuple[Tensor, Tensor]:
+    d = len(spectrum)
+    if noise == "isotropic":
+        return spectrum.mean().reshape(1), torch.tensor([d])
+    if noise == "fitted":
+        from dd.quadrature import nodes
+
+        return nodes(spectrum, most=12)
+    ranks = torch.logspace(0, torch.tensor(float(d)).log10(), 12, dtype=torch.float64)
+    edges = torch.unique(torch.cat([torch.zeros(1), ranks.round()]).long())
+    sizes = edges.diff()
+    return torch.stack([part.mean() for part in spectrum.split(sizes.tolist())]), sizes
+
+
+def make_loop(kind: str, case: Case, data: Data) -> Callable[[], None]:
+    """Return what makes one step of the README's loop, under ``sgd`` or ``dd``."""
+    torch.manual_seed(0)
+    device = data.inputs.device
+    model = nn.Sequential(nn.Linear(case.d, case.k), nn.GELU(), nn.Linear(case.k, CLASSES))
+    model.to(device)
+    optimizer: torch.optim.Optimizer
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    else:
+        optimizer = dd.DecoupledDescent(model, lr=RATE, noise=data.noise, curvature=case.curvature)
+    batches = _batches(case, device)
+
+    def step() -> None:
+        inputs, targets = data.inputs, data.targets
+        if batches is not None:
+            rows = next(batches)
+            inputs, targets = inputs[rows], targets[rows]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _batches(case: Case, device: torch.device):
+    if case.batch is None:
+        return None
+
+    def endless():
+        source = torch.Generator().manual_seed(1)
+        while True:
+            order = torch.randperm(case.n, generator=source)
+            yield from (rows.to(device) for rows in order.split(case.batch) if len(rows) > 1)
+
+    return endless()
