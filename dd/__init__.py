@@ -5,6 +5,7 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
 from dd.audit import ComponentWarning
+from dd.chunks import Chunks
 from dd.components import find_components
 from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AugmentationWarning",
+    "Chunks",
     "ComponentWarning",
     "DecoupledDescent",
     "DivergenceWarning",

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dd.centred import CentredInputs
 from dd.checks import check_count
-from dd.fingerprint import fingerprint
-from dd.functional import centre_within_components
 from dd.quadrature import nodes
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
@@ -106,8 +105,8 @@ class NoiseModel:
             ValueError: if the inputs are not a finite (n, d) matrix that varies within components,
                 or the components are not n integers.
         """
-        noise = _noise_of(inputs, components)
-        return cls._of(noise, noise.one_bin(), noise.relative_mass())
+        centred, norms = _centred(inputs, components)
+        return cls._of(centred, _one_bin(centred, norms), _relative_mass(centred, norms))
 
     @classmethod
     def fit(
@@ -123,11 +122,12 @@ class NoiseModel:
 
         Section 4 of ``docs/theory.md``; the spectrum is that of
         :func:`dd.spectrum.population_eigenvalues`, the few are those of
-        :func:`dd.quadrature.nodes`. Takes time n d min(n, d), and memory min(n, d)²
-        in float64 beside two copies of the inputs.
+        :func:`dd.quadrature.nodes`. Takes time n d min(n, d), and memory min(n, d)² in float64.
+        The inputs are read in blocks and not copied, so that they may be a ``numpy.memmap`` larger
+        than memory.
 
         Args:
-            inputs: training inputs, shape (n, d), on any device.
+            inputs: training inputs, shape (n, d), on any device or in a mapped file.
             components: as in :meth:`isotropic`.
             bins: largest number of bins; fewer are taken where fewer serve as well, to half a per
                 cent of what the correction makes of the spectrum. One bin is the isotropic model.
@@ -152,40 +152,41 @@ class NoiseModel:
         """
         if bins is not None:
             check_count("NoiseModel: bins", bins)
-        noise = _noise_of(inputs, components, separate_means=separate_means)
-        relative = noise.relative_mass()
+        centred, norms = _centred(inputs, components, separate_means=separate_means)
+        relative = _relative_mass(centred, norms)
         if bins == 1 and per_sample is False:
-            return cls._of(noise, noise.one_bin(), relative)
-        sample = noise.sample_spectrum()
-        spectrum = population_eigenvalues(sample, noise.dimension, noise.degrees)
+            return cls._of(centred, _one_bin(centred, norms), relative)
+        sample = _sample_spectrum(centred)
+        spectrum = population_eigenvalues(sample, centred.dimension, centred.degrees)
         if bins is None:
-            flat = _is_flat(sample, noise.dimension, noise.degrees)
+            flat = _is_flat(sample, centred.dimension, centred.degrees)
             bins = 1 if flat else MOST_BINS
         if per_sample is None:
             variance, rank = float(relative.double().var()), _effective_rank(spectrum)
-            per_sample = noise.components is not None and _is_heavy_tailed(variance, rank)
-        binned = noise.one_bin() if bins == 1 else nodes(spectrum, bins)
-        return cls._of(noise, binned, relative, per_sample=per_sample)
+            per_sample = centred.components is not None and _is_heavy_tailed(variance, rank)
+        binned = _one_bin(centred, norms) if bins == 1 else nodes(spectrum, bins)
+        return cls._of(centred, binned, relative, per_sample=per_sample)
 
     @classmethod
     def _of(
         cls,
-        noise: "_Noise",
+        centred: CentredInputs,
         binned: tuple[Tensor, Tensor],
         relative: Tensor,
         *,
         per_sample: bool = False,
     ) -> "NoiseModel":
         eigenvalues, multiplicities = binned
+        like, directions = centred.means.to(centred.dtype), centred.directions
         return cls(
-            eigenvalues=eigenvalues.to(noise.centred),
-            multiplicities=multiplicities.to(noise.centred),
-            components=noise.components,
+            eigenvalues=eigenvalues.to(like),
+            multiplicities=multiplicities.to(like),
+            components=centred.components,
             relative_mass=relative if per_sample else None,
-            fitted_on=len(noise.centred),
+            fitted_on=len(relative),
             norm_variation=float(relative.double().std(correction=0)),
-            mean_directions=noise.mean_directions,
-            fingerprints=noise.fingerprints,
+            mean_directions=None if directions is None else directions.to(like),
+            fingerprints=centred.fingerprints,
         )
 
     def of(self, rows: Tensor) -> "NoiseModel":
@@ -289,98 +290,80 @@ class NoiseModel:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Noise:
-    """Inputs around their component means (n, d), the ids (n,) and the degrees of freedom.
+def _one_bin(centred: CentredInputs, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalue and multiplicity of the isotropic model, each of shape (1,)."""
+    variance = norms.sum() / (centred.degrees * centred.dimension)
+    return variance.reshape(1), torch.tensor([centred.dimension])
 
-    Where the means are separated, what lies along their directions (d, m) is taken out.
+
+def _sample_spectrum(centred: CentredInputs) -> Tensor:
+    """Positive eigenvalues of the sample covariance, float64, on the CPU.
+
+    Raises:
+        ValueError: if min(n, d) is too large for memory.
     """
-
-    centred: Tensor
-    components: Tensor | None
-    degrees: int
-    fingerprints: Tensor
-    mean_directions: Tensor | None = None
-
-    @property
-    def dimension(self) -> int:
-        """Input dimension d, less the directions taken out."""
-        separated = 0 if self.mean_directions is None else self.mean_directions.shape[1]
-        return self.centred.shape[1] - separated
-
-    def one_bin(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalue and multiplicity of the isotropic model, each of shape (1,)."""
-        variance = _squared_norms(self.centred).sum() / (self.degrees * self.dimension)
-        return variance.reshape(1), torch.tensor([self.dimension])
-
-    def sample_spectrum(self) -> Tensor:
-        """Positive eigenvalues of the sample covariance, float64, on the CPU.
-
-        Raises:
-            ValueError: if min(n, d) is too large for memory.
-        """
-        smaller = min(self.centred.shape)
-        if smaller > LARGEST_GRAM:
-            raise ValueError(
-                f"NoiseModel: the spectrum of {tuple(self.centred.shape)} inputs takes a "
-                f"{smaller} × {smaller} matrix, {8e-9 * smaller**2:.0f} GB; use "
-                f"NoiseModel.isotropic, or fit on a sample of at most {LARGEST_GRAM} rows and give "
-                "the model every sample's component, dataclasses.replace(model, components=...)"
-            )
-        return sample_eigenvalues(self.centred, self.degrees)
-
-    def relative_mass(self) -> Tensor:
-        """‖z_i‖² over its mean, shape (n,); 1 for the only sample of a component."""
-        mass = _squared_norms(self.centred).to(self.centred.dtype)
-        if self.components is None:
-            return mass / mass.mean()
-        if self.mean_directions is not None:
-            # What the mean of n_a samples takes of each one's noise lies along its direction, and
-            # is followed there.
-            return mass / mass.mean() * (self.degrees / len(mass))
-        # The mean of n_a samples takes 1/n_a of each one's noise with it.
-        sizes = torch.bincount(self.components)[self.components]
-        alone = sizes == 1
-        mass = mass / (1 - 1 / sizes.clamp_min(2).to(mass))
-        return torch.where(alone, 1.0, mass / mass[~alone].mean())
+    smaller = min(centred.shape)
+    if smaller > LARGEST_GRAM:
+        raise ValueError(
+            f"NoiseModel: the spectrum of {centred.shape} inputs takes a "
+            f"{smaller} × {smaller} matrix, {8e-9 * smaller**2:.0f} GB; use "
+            f"NoiseModel.isotropic, or fit on a sample of at most {LARGEST_GRAM} rows and give "
+            "the model every sample's component, dataclasses.replace(model, components=...)"
+        )
+    return sample_eigenvalues(centred, centred.degrees)
 
 
-def _noise_of(
+def _relative_mass(centred: CentredInputs, norms: Tensor) -> Tensor:
+    """‖z_i‖² over its mean, shape (n,); 1 for the only sample of a component."""
+    mass = norms.to(centred.dtype)
+    if centred.components is None:
+        return mass / mass.mean()
+    if centred.directions is not None:
+        # What the mean of n_a samples takes of each one's noise lies along its direction, and
+        # is followed there.
+        return mass / mass.mean() * (centred.degrees / len(mass))
+    # The mean of n_a samples takes 1/n_a of each one's noise with it.
+    sizes = centred.sizes[centred.components]
+    alone = sizes == 1
+    mass = mass / (1 - 1 / sizes.clamp_min(2).to(mass))
+    return torch.where(alone, 1.0, mass / mass[~alone].mean())
+
+
+def _centred(
     inputs: Tensor | np.ndarray,
     components: Tensor | np.ndarray | None,
     *,
     separate_means: bool = False,
-) -> _Noise:
+) -> tuple[CentredInputs, Tensor]:
+    """Inputs around their component means, and ‖z_i‖² (n,).
+
+    Raises:
+        ValueError: as :meth:`NoiseModel.fit`.
+    """
     values = _as_matrix(inputs)
     n = len(values)
-    ids = None if components is None else _as_components(components, n).to(values.device)
-    labels = torch.zeros(n, dtype=torch.long, device=values.device) if ids is None else ids
-    num_components = int(labels.max()) + 1
+    ids = None if components is None else _as_components(components, n)
+    num_components = 1 if ids is None else int(ids.max()) + 1
     if n <= num_components:
         raise ValueError(
             f"NoiseModel: {n} samples in {num_components} components leave no noise to "
             "measure; give more samples or fewer components"
         )
-    centred = torch.empty_like(values)
-    for some, target in zip(_blocks(values), _blocks(centred), strict=True):
-        once = centre_within_components(some, labels, num_components)
-        # Twice, because the mean of inputs far from zero is rounded like numbers of their size.
-        target.copy_(centre_within_components(once, labels, num_components))
-    rounding = torch.finfo(values.dtype).eps
-    power = float(_squared_norms(centred).sum()) / ((n - num_components) * values.shape[1])
-    if not power > rounding**2 * float(_squared_norms(values).mean()) / values.shape[1]:
+    if separate_means and ids is None:
+        raise ValueError("NoiseModel: separate_means needs the component of every sample")
+    centred = CentredInputs(values, ids)
+    norms = centred.squared_norms()
+    rounding = torch.finfo(centred.dtype).eps
+    variance = float(norms.sum()) / (centred.degrees * values.shape[1])
+    if not variance > rounding**2 * centred.power:
         raise ValueError(
             "NoiseModel: the inputs do not vary within their components; decoupled descent "
             "needs noisy inputs"
         )
-    if not separate_means:
-        return _Noise(centred, ids, n - num_components, fingerprint(values))
-    if ids is None:
-        raise ValueError("NoiseModel: separate_means needs the component of every sample")
-    first = torch.stack([(ids == a).nonzero()[0, 0] for a in range(num_components)])
-    directions = _span(values[first] - centred[first])
-    centred.addmm_(centred @ directions, directions.mT, alpha=-1)
-    return _Noise(centred, ids, n - num_components, fingerprint(values), directions)
+    if separate_means:
+        centred.separate(_span(centred.means))
+        norms = centred.squared_norms()
+    return centred, norms
 
 
 def _span(means: Tensor) -> Tensor:
@@ -424,19 +407,6 @@ def _is_heavy_tailed(variance: float, rank: float) -> bool:
     return variance > HEAVY_TAILED * 2 / max(rank, 1e-300)
 
 
-def _squared_norms(values: Tensor) -> Tensor:
-    """‖x_i‖² of every row, shape (n,), float64; never a copy of all values."""
-    total = torch.zeros(len(values), dtype=torch.float64, device=values.device)
-    for block in _blocks(values):
-        total += block.square().sum(1, dtype=torch.float64)
-    return total
-
-
-def _blocks(values: Tensor) -> tuple[Tensor, ...]:
-    """Views of some columns each, an eighth of them or fewer."""
-    return values.split(max(1, values.shape[1] // 8), dim=1)
-
-
 def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> None:
     if relative_mass.dim() != 1 or (
         components is not None and len(components) != len(relative_mass)
@@ -450,17 +420,13 @@ def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> No
         raise ValueError("NoiseModel: relative masses must be finite and not negative")
 
 
-def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor:
-    values = torch.as_tensor(inputs).detach()
-    if values.dim() != 2 or values.numel() == 0:
+def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    values = inputs if isinstance(inputs, np.ndarray) else torch.as_tensor(inputs).detach()
+    if len(values.shape) != 2 or 0 in values.shape:
         raise ValueError(
             f"NoiseModel: expected inputs of shape (n, d), got {tuple(values.shape)}; "
             "flatten each sample to one row"
         )
-    if values.dtype not in {torch.float32, torch.float64}:
-        values = values.float()
-    if not all(bool(torch.isfinite(block).all()) for block in _blocks(values)):
-        raise ValueError("NoiseModel: the inputs contain NaN or infinity; clean them first")
     return values
 
 

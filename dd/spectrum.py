@@ -5,22 +5,23 @@ dimension (Marchenko and Pastur 1967). Decoupled descent needs sums tr Σ f(Σ) 
 decaying; the equation that binds the two spectra is solved here for the population's.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from dd.centred import CentredInputs
 from dd.nonnegative import nonnegative_least_squares
 
 __all__ = ["population_eigenvalues", "sample_eigenvalues"]
 
-# Rows or columns of the sample that are held in double precision at a time.
-_CHUNK = 1024
 # Resolution of the equation and of the spectrum; both are smooth on this scale.
 _RIDGES = 80
 _ATOMS = 100
 
 
-def sample_eigenvalues(centred: Tensor, degrees: int) -> Tensor:
+def sample_eigenvalues(centred: Tensor | CentredInputs, degrees: int) -> Tensor:
     """Positive eigenvalues of the sample covariance S = ZᵀZ / m.
 
     They come from the smaller of ZᵀZ and ZZᵀ: time n d min(n, d), memory min(n, d)².
@@ -34,13 +35,23 @@ def sample_eigenvalues(centred: Tensor, degrees: int) -> Tensor:
     """
     n, d = centred.shape
     gram = torch.zeros(min(n, d), min(n, d), dtype=torch.float64, device=centred.device)
-    for block in centred.split(_CHUNK, dim=0 if n >= d else 1):
-        half = block.double() if n >= d else block.mT.double()
+    for half in _halves(centred):
         gram.addmm_(half.mT, half, alpha=1 / degrees)
     values = torch.linalg.eigvalsh(gram).flip(0).cpu()[: min(degrees, d)]
     # Linearly dependent inputs leave eigenvalues that are rounding errors.
     precision = n**0.5 * torch.finfo(centred.dtype).eps
     return values[values > precision**2 * values[0]]
+
+
+def _halves(centred: Tensor | CentredInputs) -> Iterator[Tensor]:
+    """Parts of Z along its longer side, that first, in double precision."""
+    n, d = centred.shape
+    if isinstance(centred, Tensor):
+        yield (centred if n >= d else centred.mT).double()
+    elif n >= d:
+        yield from (block for _, block in centred.row_blocks())
+    else:
+        yield from (block.mT for block in centred.column_blocks())
 
 
 def population_eigenvalues(sample: Tensor, dimension: int, degrees: int) -> Tensor:

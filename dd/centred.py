@@ -1,0 +1,147 @@
+"""Inputs around their component means, a few rows or columns at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dd.fingerprint import PROJECTIONS, fingerprint
+
+__all__ = ["CentredInputs"]
+
+# Numbers of a block in double precision: in cache where that leaves products of enough rows, and
+# never more than 128 MB.
+_CACHED, _ROWS, _MOST = 2**18, 1024, 2**24
+
+
+class CentredInputs:
+    """Inputs z_i = x_i − μ_{a(i)}, read in blocks and never copied as a whole.
+
+    So that inputs may lie in a file that is mapped into memory and larger than it.
+
+    Args:
+        source: X, shape (n, d), of real numbers; single precision at least is worked in.
+        components: ids from 0, shape (n,), or None for one component.
+
+    Attributes:
+        source: X.
+        components: ids, shape (n,), or None.
+        means: μ, shape (C, d), float64.
+        fingerprints: shape (n, 3).
+        directions: orthonormal, shape (d, m), float64; what lies along them is taken out. None
+            until :meth:`separate`.
+        power: mean of ‖x_i‖² over d.
+
+    Raises:
+        ValueError: if a number is not finite.
+    """
+
+    def __init__(self, source: Tensor | np.ndarray, components: Tensor | None) -> None:
+        self.source = source
+        self.directions: Tensor | None = None
+        self._along: Tensor | None = None
+        n, d = source.shape
+        like = self._single(slice(0, 1))
+        self.dtype, self.device = like.dtype, like.device
+        self.components = None if components is None else components.to(self.device)
+        count = 1 if components is None else int(components.max()) + 1
+        sums = torch.zeros(count, d, dtype=torch.float64, device=self.device)
+        # Results are put where they belong: kept between the blocks, they would keep their memory
+        # from being used again.
+        self.fingerprints = like.new_empty(n, PROJECTIONS)
+        power = 0.0
+        for rows in self._blocks(n, d):
+            block = self._single(rows)
+            if not bool(block.isfinite().all()):
+                raise ValueError("NoiseModel: the inputs contain NaN or infinity; clean them first")
+            self.fingerprints[rows] = fingerprint(block)
+            power += float(block.square().sum(dtype=torch.float64))
+            sums += self._sums(block.double(), rows, count)
+        self.means = sums / self.sizes.clamp_min(1).unsqueeze(1)
+        self.power = power / (n * d)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d)."""
+        n, d = self.source.shape
+        return n, d
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of samples of each component, shape (C,)."""
+        if self.components is None:
+            return torch.tensor([len(self.source)], device=self.device)
+        return torch.bincount(self.components)
+
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom, n less the number of components."""
+        return len(self.source) - len(self.sizes)
+
+    @property
+    def dimension(self) -> int:
+        """Input dimension d, less the directions taken out."""
+        return self.shape[1] - (0 if self.directions is None else self.directions.shape[1])
+
+    def separate(self, directions: Tensor) -> None:
+        """Take out what lies along orthonormal directions, shape (d, m)."""
+        directions = directions.double()
+        along = directions.new_empty(len(self.source), directions.shape[1])
+        for rows, block in self.row_blocks():
+            along[rows] = block @ directions
+        self.directions, self._along = directions, along
+
+    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some samples after the other, and their z, shape (m, d), float64."""
+        n, d = self.shape
+        for rows in self._blocks(n, d):
+            yield rows, self._less(self._single(rows).double(), rows, slice(None))
+
+    def column_blocks(self) -> Iterator[Tensor]:
+        """Yield some coordinates of all z after the other, shape (n, c), float64."""
+        n, d = self.shape
+        for columns in self._blocks(d, n):
+            block = self._at((slice(None), columns)).to(self.dtype).double()
+            yield self._less(block, slice(None), columns)
+
+    def squared_norms(self) -> Tensor:
+        """‖z_i‖², shape (n,), float64."""
+        norms = self.means.new_empty(len(self.source))
+        for rows, block in self.row_blocks():
+            norms[rows] = block.square().sum(1)
+        return norms
+
+    def _less(self, block: Tensor, rows: slice, columns: slice) -> Tensor:
+        means = self.means[:, columns]
+        if self.components is not None:
+            means = means.index_select(0, self.components[rows])
+        # Not in place: the block may be a view of the source.
+        block = block - means
+        if self.directions is not None and self._along is not None:
+            block.addmm_(self._along[rows], self.directions[columns].mT, alpha=-1)
+        return block
+
+    def _sums(self, block: Tensor, rows: slice, count: int) -> Tensor:
+        if self.components is None:
+            return block.sum(0, keepdim=True)
+        ids = self.components[rows]
+        if block.is_cuda:
+            # A product instead of index_add, whose order of summation is not fixed there.
+            return torch.nn.functional.one_hot(ids, count).double().mT @ block
+        return block.new_zeros(count, block.shape[1]).index_add_(0, ids, block)
+
+    def _single(self, rows: slice) -> Tensor:
+        block = self._at(rows)
+        double = block.dtype == torch.float64
+        return block if double else block.float()
+
+    def _at(self, where: slice | tuple[slice, slice]) -> Tensor:
+        if isinstance(self.source, Tensor):
+            return self.source[where].detach()
+        # A copy, as torch warns of arrays that are not to be written to.
+        return torch.from_numpy(np.array(self.source[where]))
+
+    def _blocks(self, count: int, width: int) -> Iterator[slice]:
+        length = max(1, _CACHED // width, min(_ROWS, _MOST // width))
+        return (slice(start, start + length) for start in range(0, count, length))
