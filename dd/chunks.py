@@ -20,14 +20,16 @@ class Chunks(Dataset[tuple[Tensor, ...]]):
     added up before ``optimizer.step()``::
 
         chunks = dd.Chunks(inputs, labels, rows=8192)
-        for x, y in DataLoader(chunks, batch_size=None, num_workers=1, pin_memory=True):
+        for x, y in chunks:
             loss = F.cross_entropy(model(x), y, reduction="sum") / chunks.num_samples
             loss.backward()
         optimizer.step()
 
-    A worker reads the next chunk meanwhile. The noise model, fitted on the same arrays, tells the
-    optimizer which samples a chunk holds: ``dd.NoiseModel.fit(inputs, labels)`` reads a
-    ``numpy.memmap`` in blocks as well.
+    The noise model, fitted on the same arrays, tells the optimizer which samples a chunk holds:
+    ``dd.NoiseModel.fit(inputs, labels)`` reads a ``numpy.memmap`` in blocks as well. A file opened
+    with ``mode="c"`` is not copied, only paged in; one opened with ``mode="r"`` is, chunk by chunk.
+    ``DataLoader(chunks, batch_size=None, num_workers=1, pin_memory=True)`` reads ahead from a slow
+    disk and passes chunks to a GPU through pinned memory.
 
     Args:
         arrays: of one length n, such as ``numpy.memmap`` or tensors.
@@ -65,7 +67,12 @@ class Chunks(Dataset[tuple[Tensor, ...]]):
         if not 0 <= number < len(self):
             raise IndexError(f"Chunks: chunk {number} of {len(self)}, counted from 0")
         rows = slice(number * self._rows, (number + 1) * self._rows)
-        return tuple(
-            array[rows] if isinstance(array, Tensor) else torch.from_numpy(np.array(array[rows]))
-            for array in self._arrays
-        )
+        return tuple(_rows_of(array, rows) for array in self._arrays)
+
+
+def _rows_of(array: np.ndarray[Any, Any] | Tensor, rows: slice) -> Tensor:
+    some = array[rows]
+    if isinstance(some, Tensor):
+        return some
+    # Torch could not keep anyone from writing to memory that must not be written to.
+    return torch.from_numpy(some if some.flags.writeable else np.array(some))

@@ -111,6 +111,13 @@ class Fingerprints:
         close = (self.values.to(found) - found).abs() <= self._tolerance.to(found)
         return close.all(1)
 
+    def are_at(self, start: int, found: Tensor) -> bool:
+        """Whether samples are the known ones from a row on, shape (m, 3)."""
+        known = self.values[start : start + len(found)].to(found)
+        if len(known) != len(found):
+            return False
+        return bool(((known - found).abs() <= self._rounding.to(found)).all())
+
     def find(self, found: Tensor) -> tuple[Tensor, Tensor]:
         """Look samples up.
 
