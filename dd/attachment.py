@@ -280,6 +280,7 @@ class Attachment:
     def forget(self) -> None:
         """Forget the samples, their noise and the weights that the state belonged to."""
         self.drop()
+        self.verdicts = Verdicts()
         self.samples.forget()
         self.shadows.forget()
         self.now = None
@@ -521,10 +522,10 @@ class Attachment:
         assert weight.grad is not None
         assert directions is not None
         projections = pushes.placement.fingerprints
-        both = weight.grad, pushes.gradient, directions, projections, self.ranks
+        compared = weight.grad, pushes.gradient, directions, projections, self.ranks
         if not self.verdicts.defers:
-            return edit_scale(*both)
-        found = Comparison.of(*both)
+            return edit_scale(*compared)
+        found = Comparison.of(*compared, scaled=True)
         is_same, (scale, is_multiple) = found.is_same(), found.multiple()
         self.verdicts.require(is_same | is_multiple, lambda _: RuntimeError(edited(self.ranks)))
         return torch.where(is_same, 1.0, scale)
@@ -542,8 +543,9 @@ class Attachment:
 
         Raises:
             FloatingPointError: if the second derivative is not finite.
+            RuntimeError: if there are too few samples.
         """
-        estimator, width = self.estimator, pushes.gradient.shape[1]
+        estimator = self.estimator
         product, index = pushes.product(), pushes.placement.index
         if not isinstance(scale, Tensor) and scale != 1.0:
             # Sums over a scaled loss may be infinite.
@@ -552,23 +554,44 @@ class Attachment:
         if isinstance(scale, Tensor):
             moments = moments.scaled(scale.to(moments.cross))
         self.verdicts.require(moments.is_finite, lambda _: self._curvature_overflows())
+        found, kept = self._pooled(moments, pushes, scale, state)
+        self._require_resolved(found, len(pushes.gradient))
+        if kept is not None:
+            self._keep_moments(state, kept)
+        return found
+
+    def _pooled(
+        self, moments: Moments, pushes: Pushes, scale: float | Tensor, state: dict[str, Any]
+    ) -> tuple[Tensor, Moments | None]:
+        """H of a step's moments and those of the steps before, and what to keep for the next."""
+        estimator, width = self.estimator, pushes.gradient.shape[1]
         if estimator.pooled_rows == 0:
-            return estimator.solve(moments)
+            return estimator.solve(moments), None
         keep = self._keep(moments, len(pushes.gradient), width)
-        if keep == 0.0 and index is None and state.get("shadow_moments") is None:
+        alone = pushes.placement.index is None and self.ranks.size == 1
+        if keep == 0.0 and alone and state.get("shadow_moments") is None:
             # Nothing to pool with, nor likely to be pooled with what follows.
-            return estimator.solve(moments)
+            return estimator.solve(moments), None
         # Steps of other loss scales and gradient scales are pooled in the unit of their gradients.
         unit = self._gradient_size(pushes, scale)
         scaled = moments.scaled(1 / unit)
-        earlier = _unpacked(state.get("shadow_moments"), estimator.num_components, width)
         if keep == 0.0:
-            self._keep_moments(state, scaled)
-            return estimator.solve(moments)
+            return estimator.solve(moments), scaled
+        earlier = _unpacked(state.get("shadow_moments"), estimator.num_components, width)
         if earlier is not None:
             scaled = estimator.pooled(scaled, earlier, keep)
-        self._keep_moments(state, scaled)
-        return estimator.solve_pooled(scaled.scaled(unit))
+        return estimator.solve_pooled(scaled.scaled(unit)), scaled
+
+    def _require_resolved(self, curvature: Tensor, num_samples: int) -> None:
+        units = len(curvature)
+        self.verdicts.require(
+            curvature.isfinite().all(),
+            lambda _: RuntimeError(
+                f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
+                f"{units} units of layer {self.name!r}; use fewer units or more samples, or give "
+                'component ids for curvature="stein"'
+            ),
+        )
 
     def _keep_moments(self, state: dict[str, Any], moments: Moments) -> None:
         packed, refusal = moments.packed(), self.verdicts.refusal

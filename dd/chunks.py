@@ -1,7 +1,9 @@
 """Training samples that lie in files larger than memory."""
 
+import mmap
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ class Chunks(Dataset[tuple[Tensor, ...]]):
 
     The noise model, fitted on the same arrays, tells the optimizer which samples a chunk holds:
     ``dd.NoiseModel.fit(inputs, labels)`` reads a ``numpy.memmap`` in blocks as well. A file opened
-    with ``mode="c"`` is not copied, only paged in; one opened with ``mode="r"`` is, chunk by chunk.
+    with ``mode="c"`` is not copied, only paged in; one opened otherwise is, chunk by chunk.
     ``DataLoader(chunks, batch_size=None, num_workers=1, pin_memory=True)`` reads ahead from a slow
     disk and passes chunks to a GPU through pinned memory.
 
@@ -69,10 +71,51 @@ class Chunks(Dataset[tuple[Tensor, ...]]):
         rows = slice(number * self._rows, (number + 1) * self._rows)
         return tuple(_rows_of(array, rows) for array in self._arrays)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process gets: of mapped files where they are, not what they hold."""
+        arrays = [_Mapped.of(array) or array for array in self._arrays]
+        return {**self.__dict__, "_arrays": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the files again."""
+        self.__dict__.update(state)
+        self._arrays = [a.open() if isinstance(a, _Mapped) else a for a in self._arrays]
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Where a mapped array lies."""
+
+    path: Any
+    dtype: Any
+    mode: Any
+    offset: int
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+
+    @classmethod
+    def of(cls, array: np.ndarray[Any, Any] | Tensor) -> "_Mapped | None":
+        """Of a whole map of a named file; None of anything else."""
+        base: Any = getattr(array, "base", None)
+        if not isinstance(array, np.memmap) or not isinstance(base, mmap.mmap):
+            return None
+        if array.filename is None:
+            return None
+        order: Literal["C", "F"] = "C" if array.flags.c_contiguous else "F"
+        # A file is not to be emptied by mapping it again.
+        mode = "r+" if array.mode == "w+" else array.mode
+        return cls(array.filename, array.dtype, mode, array.offset, array.shape, order)
+
+    def open(self) -> np.ndarray[Any, Any]:
+        """Map it."""
+        return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape, self.order)
+
 
 def _rows_of(array: np.ndarray[Any, Any] | Tensor, rows: slice) -> Tensor:
     some = array[rows]
     if isinstance(some, Tensor):
         return some
-    # Torch could not keep anyone from writing to memory that must not be written to.
-    return torch.from_numpy(some if some.flags.writeable else np.array(some))
+    # Nothing that a training loop does to a chunk may reach a file; and torch could not keep it
+    # from memory that must not be written to.
+    private = getattr(array, "mode", "c") == "c" and some.flags.writeable
+    return torch.from_numpy(np.asarray(some) if private else np.array(some))

@@ -54,6 +54,7 @@ class Fingerprints:
         self._known = 0
         self._rounding = self._tolerance = values.new_zeros(PROJECTIONS)
         self._order: tuple[Tensor, Tensor] | None = None
+        self._has_copies: bool | None = None
         self._measure()
         self._fresh = [values[~values[:, 0].isnan()]]
 
@@ -80,7 +81,7 @@ class Fingerprints:
         """
         self.values[index] = found
         self._fresh.append(found)
-        self._order = None
+        self._order = self._has_copies = None
         before, self._known = self._known, self._known + len(index)
         # Tolerances follow the samples' scale, which few doublings tell.
         if before == 0 or self._known.bit_length() > before.bit_length() or self.complete:
@@ -110,6 +111,19 @@ class Fingerprints:
         """Which rows of a batch of all samples in their order are theirs, shape (n,)."""
         close = (self.values.to(found) - found).abs() <= self._tolerance.to(found)
         return close.all(1)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some known samples are the same."""
+        if self._has_copies is None:
+            ordered = self.values[self._sorted()[1]]
+            # Next to each other in the order of the first projection, but for rounding.
+            near = [
+                bool(((ordered[lag:] - ordered[:-lag]).abs() <= self._rounding).all(1).any())
+                for lag in (1, 2)
+            ]
+            self._has_copies = any(near)
+        return self._has_copies
 
     def are_at(self, start: int, found: Tensor) -> bool:
         """Whether samples are the known ones from a row on, shape (m, 3)."""

@@ -84,7 +84,13 @@ class Comparison:
     def is_same(self) -> Tensor:
         """Whether the two agree up to rounding, shape ()."""
         within = (self.unit * self.arrived - self.delivered).abs() <= self.tolerance
-        return (within & (self.tolerance < torch.inf)).all()
+        scale, _ = self.multiple()
+        # Where rounding is coarse, all of it together still tells a scale from 1.
+        b, rounded = self.delivered.double(), self.tolerance.double() / _UNITS_IN_THE_LAST_PLACE
+        tiny = torch.finfo(b.dtype).tiny
+        deviation = (b * rounded).norm() / b.square().sum().clamp_min(tiny)
+        is_one = (scale - 1).abs() <= (4 * deviation).clamp_min(_SAME_WEIGHT_TOLERANCE)
+        return (within & (self.tolerance < torch.inf)).all() & is_one
 
     def multiple(self) -> tuple[Tensor, Tensor]:
         """The scale of least squares between the two, and whether they agree up to it.
@@ -97,8 +103,8 @@ class Comparison:
         # An edit rounds the gradient once more.
         tolerance = scale.abs() * self.tolerance + 4 * self.rounding * self.arrived.abs().amax()
         within = (self.arrived - scale * self.delivered).abs() <= tolerance
-        is_one = (within & (tolerance < torch.inf)).all() & (scale != 0)
-        return scale * self.unit, is_one
+        is_multiple = (within & (tolerance < torch.inf)).all() & (scale != 0)
+        return scale * self.unit, is_multiple
 
 
 def edit_scale(

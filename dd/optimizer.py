@@ -267,13 +267,16 @@ class DecoupledDescent(torch.optim.SGD):
 
     def detach(self) -> None:
         """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
-        if self._attachment is not None:
-            self._attachment.remove()
+        attachment = self._attachment
+        if attachment is not None:
+            attachment.remove()
         for state in self.state.values():
             for key in [k for k in state if _is_own(k)]:
                 del state[key]
         self._attachment, self._watches = None, Watches()
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+        if attachment is not None:
+            attachment.verdicts.settle(wait=True)
 
     def track(self, loader: Any) -> Any:
         """Tell the optimizer which samples every batch of a loader holds.
@@ -390,6 +393,7 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.drop()
             self._attachment.samples.release()
+            self._attachment.verdicts.withdraw()
             if self._store().read(self._attachment.weight, "shadow") is None:
                 self._attachment.forget()
 
@@ -402,6 +406,8 @@ class DecoupledDescent(torch.optim.SGD):
         """
         if self._attachment is not None:
             self._attachment.drop_abandoned()
+            if not self._attachment.pending:
+                self._attachment.verdicts.withdraw()
         super().zero_grad(set_to_none)
 
     @_disable_dynamo
@@ -496,8 +502,9 @@ class DecoupledDescent(torch.optim.SGD):
                 graph is captured.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
 
-        On CUDA a step does not wait for the device: what is wrong with it is raised by a later
-        call, and it changed nothing.
+        On CUDA a plain step does not wait for the device (:meth:`dd.store.Store.may_defer`): what
+        is wrong with it is raised by a later forward, step, :meth:`state_dict`, :meth:`evaluate` or
+        :meth:`detach`, and it changed no weight, shadow or momentum.
 
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
@@ -524,7 +531,7 @@ class DecoupledDescent(torch.optim.SGD):
 
     def _step_attached(self, attachment: Attachment) -> None:
         verdicts, store = attachment.verdicts, self._store()
-        if verdicts.defers and not store.may_defer(attachment):
+        if verdicts.defers and (self._watches.looks or not store.may_defer(attachment)):
             verdicts.end()
         verdicts.settle(wait=not verdicts.defers)
         try:
@@ -590,7 +597,10 @@ class DecoupledDescent(torch.optim.SGD):
             return None
         if self._attachment.trial is not None:
             return self._attachment.trial
-        return TrainingForward(self._attachment, self._store(), self._watches, self._seed)
+        searched = self._policy is not None
+        return TrainingForward(
+            self._attachment, self._store(), self._watches, self._seed, defers=not searched
+        )
 
     def _store(self) -> Store:
         return Store(self.state, self.param_groups)

@@ -89,4 +89,4 @@ def _error(values: np.ndarray, found: np.ndarray, weights: np.ndarray) -> float:
         for at, mass in ((values, values), (found, weights * found))
     )
     counted = truth > _ENDED * values.sum()
-    return float(np.abs(traces / truth - 1)[counted].mean())
+    return float(np.abs(traces[counted] / truth[counted] - 1).mean()) if counted.any() else 0.0

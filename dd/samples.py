@@ -204,11 +204,16 @@ class Samples:
             The placement.
 
         Raises:
-            RuntimeError: if they cannot be found.
+            RuntimeError: if they cannot be found, or there are none.
 
         Warns:
             AugmentationWarning: once, if an announced sample has changed.
         """
+        if len(inputs) == 0:
+            raise RuntimeError(
+                "DecoupledDescent: a training batch without samples; leave it out, or run it under "
+                "model.eval()"
+            )
         identity = _identity(inputs)
         last = self._last
         if identity is not None and last is not None and _same(identity, last[0]):
@@ -267,8 +272,9 @@ class Samples:
 
     def _following(self, found: Tensor, known: Fingerprints) -> tuple[Tensor, Tensor] | None:
         """Place a batch of consecutive samples, as of a pass in their order, without a search."""
+        # Copies are one sample to whoever looks them up, in whatever order they come.
         starts = () if self._end is None else dict.fromkeys((self._end, 0))
-        for start in starts:
+        for start in () if known.has_copies else starts:
             if known.are_at(start, found):
                 self._end = (start + len(found)) % len(known)
                 index = torch.arange(start, start + len(found), device=found.device)

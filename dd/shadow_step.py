@@ -125,7 +125,6 @@ class ShadowStep:
         assert count is not None
         assert group is not None
         gradient = pushes.by_sample
-        self._require_resolved(curvature, len(gradient))
         self._watches.look(attachment, pushes.placement, gradient, scale, curvature, group)
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
@@ -140,18 +139,8 @@ class ShadowStep:
         assert weight.grad is not None
         if self._damping == 1.0:
             return None
-        return damped_weight_gradient(weight.grad, weight, curvature, eigenvalues, self._damping)
-
-    def _require_resolved(self, curvature: Tensor, num_samples: int) -> None:
-        units, name = len(curvature), self._attachment.name
-        self._attachment.verdicts.require(
-            curvature.isfinite().all(),
-            lambda _: RuntimeError(
-                f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
-                f"{units} units of layer {name!r}; use fewer units or more samples, or give "
-                'component ids for curvature="stein"'
-            ),
-        )
+        found = damped_weight_gradient(weight.grad, weight, curvature, eigenvalues, self._damping)
+        return found.to(weight.dtype)
 
     def _idle(self) -> list[ShadowUpdate]:
         # Momentum and weight decay move W on a zero gradient too, and then they move Q.

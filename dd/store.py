@@ -10,6 +10,9 @@ from dd.attachment import Attachment
 
 __all__ = ["Store"]
 
+# In half precision the factor of the weight decay would be rounded.
+_FUSED = (torch.float32, torch.float64)
+
 
 class Store:
     """Access to what an optimizer keeps of each parameter.
@@ -49,8 +52,9 @@ class Store:
         """Whether a step may go on before its conditions are known (:mod:`dd.verdicts`).
 
         It may where to look would stall the device, and where torch's fused update, which can be
-        told there to change nothing, is as good as another: one process, dense gradients, momentum
-        that has begun, no wish for another implementation, and no head to correct.
+        told there to change nothing, is as good as another: one process, single or double
+        precision, dense gradients, momentum that has begun, no wish for another implementation, and
+        no head to correct.
         """
         if not attachment.stalls or attachment.ranks.size > 1 or attachment.shared is not None:
             return False
@@ -67,10 +71,7 @@ class Store:
         if group["momentum"] and any(self._lacks(p, "momentum_buffer") for p in parameters):
             return False
         return all(
-            p.device == device
-            and p.is_floating_point()
-            and p.is_contiguous()
-            and (p.grad is None or not p.grad.is_sparse)
+            p.device == device and p.dtype in _FUSED and p.is_contiguous() and _is_plain(p)
             for p in parameters
         )
 
@@ -90,3 +91,12 @@ class Store:
             f"DecoupledDescent: {name!r} is not among this optimizer's parameters; construct the "
             "optimizer with the parameters of this module, after what exchanges them (to_empty)"
         )
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether a gradient, if there is one, lies in memory as its parameter does."""
+    gradient = parameter.grad
+    if gradient is None:
+        return True
+    dense = not gradient.is_sparse and gradient.dtype == parameter.dtype
+    return dense and gradient.is_contiguous()

@@ -19,11 +19,20 @@ class TrainingForward:
         store: the optimizer's state.
         watches: see the forwards of all samples.
         seed: of the curvature probes.
+        defers: whether its step may go on before its conditions are known.
     """
 
-    def __init__(self, attachment: Attachment, store: Store, watches: Watches, seed: int) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        store: Store,
+        watches: Watches,
+        seed: int,
+        *,
+        defers: bool,
+    ) -> None:
         self._attachment, self._store = attachment, store
-        self._watches, self._seed = watches, seed
+        self._watches, self._seed, self._defers = watches, seed, defers
 
     def at_layer(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
         """Correct the output of the decoupled layer; None where it stays as it is.
@@ -56,7 +65,8 @@ class TrainingForward:
             # Cleared by other means than zero_grad(), as after a skipped step.
             attachment.drop_abandoned()
         attachment.verdicts.settle()
-        if leads_to_step and self._store.may_defer(attachment) and not self._watches.looks:
+        defers = leads_to_step and self._defers and not self._watches.looks
+        if defers and self._store.may_defer(attachment):
             attachment.verdicts.defer(state.get("shadow_step", 0))
         with full_precision(output):
             return self._corrected(inputs, output, leads_to_step=leads_to_step)

@@ -79,6 +79,10 @@ class Verdicts:
         if self._now is None:
             self._now = _Step(number)
 
+    def withdraw(self) -> None:
+        """Forget the conditions of a step that will not be made."""
+        self._now = None
+
     def require(self, condition: Tensor, explain: Explain) -> None:
         """Require that all of some flags are up.
 

@@ -1,6 +1,7 @@
 """Training on files larger than memory: the same path as in memory, and within it."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_chunks_hold_every_row_once():
     assert torch.equal(torch.cat([y for _, y in chunks]), torch.arange(20).reshape(10, 2))
     with pytest.raises(IndexError, match="chunk 3 of 3"):
         chunks[3]
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_a_file_is_mapped_anew_in_a_worker_and_never_written_to(tmp_path, mode):
+    path, values = tmp_path / "inputs", np.arange(40_000, dtype=np.float32).reshape(1000, 40)
+    path.write_bytes(values.tobytes())
+    chunks = dd.Chunks(np.memmap(path, np.float32, mode, shape=values.shape), rows=400)
+    state = pickle.dumps(chunks)
+    assert len(state) < 2000
+    again = pickle.loads(state)  # noqa: S301
+    for some in (chunks, again):
+        for number, (x,) in enumerate(some):
+            assert torch.equal(x, torch.from_numpy(values)[400 * number : 400 * (number + 1)])
+            x -= 1
+    assert path.read_bytes() == values.tobytes()
 
 
 @pytest.mark.parametrize(

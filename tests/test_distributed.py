@@ -39,7 +39,8 @@ def shard(rank):
 def batches(rank, m, steps):
     """Rows of the whole training set that a rank draws in each step from its own."""
     if m is None:
-        return [shard(rank)] * steps
+        # One in the order of its samples, the others not.
+        return [shard(rank).roll(rank)] * steps
     g = torch.Generator().manual_seed(5 + rank)
     rows = [torch.randperm(N // WORLD, generator=g).split(m) for _ in range(steps)]
     return [shard(rank)[part] for epoch in rows for part in epoch][:steps]

@@ -1,5 +1,7 @@
 """Samples that could be mistaken, states that could go stale, and input that is refused."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dd
+from dd.noise import NoiseModel
+from dd.strain import StrainWarning
 
 N, D, K, C = 60, 30, 4, 3
 
@@ -235,3 +239,36 @@ def test_noise_of_some_samples():
     for rows in ([0, 3], [-1], [], [0.5], [[1]], [True, False, True]):
         with pytest.raises(ValueError, match=r"NoiseModel: expected .*indices"):
             some.of(torch.tensor(rows))
+
+
+def test_copies_keep_one_shadow_whatever_the_order_of_a_pass():
+    """A pass in order must read the shadows that shuffled training moved."""
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(20, 6, generator=g).repeat(2, 1)
+    labels = (torch.arange(20) % 2).repeat(2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StrainWarning)
+        noise = NoiseModel.isotropic(inputs, labels)
+        optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise)
+        found = []
+        for epoch in range(4):
+            order = torch.arange(40) if epoch == 0 else torch.randperm(40, generator=g)
+            for rows in order.split(10):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+                optimizer.step()
+        for order in (torch.arange(40), torch.randperm(40, generator=g)):
+            batches = [(inputs[rows], labels[rows]) for rows in order.split(10)]
+            found.append(optimizer.evaluate(batches, lambda b: F.cross_entropy(model(b[0]), b[1])))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_batch_without_samples_is_refused():
+    inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = dd.DecoupledDescent(model, lr=0.5, noise=NoiseModel.isotropic(inputs))
+    with pytest.raises(RuntimeError, match="without samples"):
+        model(inputs[:0])
+    optimizer.detach()

@@ -315,3 +315,93 @@ def test_conditions_are_told_in_their_order():
     with pytest.raises(KeyError, match=r"b.*Found at step 7"):
         verdicts.settle()
     verdicts.settle(wait=True)
+
+
+# --- What does not wait is withdrawn with its step --------------------------------------------
+
+
+def test_a_step_that_is_searched_for_is_told_at_once(stalling):
+    model, optimizer, inputs, targets = attached(lr="auto", curvature="probe")
+
+    def closure(spoils=False):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        if spoils:
+            spoil(model)
+        return loss
+
+    optimizer.step(closure)
+    before = state_of(model, optimizer)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimizer.step(partial(closure, spoils=True))
+    require_same(before, state_of(model, optimizer))
+    assert not optimizer._attachment.verdicts.defers
+
+
+def test_a_checkpoint_loaded_after_a_refused_step_goes_on(stalling):
+    loop = model, optimizer, _, _ = attached()
+    for _ in range(3):
+        step(*loop)
+    kept = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    step(*loop, factor=float("nan"))
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    before = model[0].weight.detach().clone()
+    step(*loop)
+    optimizer.state_dict()
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_a_forward_given_up_takes_its_conditions_along(stalling):
+    loop = model, optimizer, inputs, _ = attached()
+    for _ in range(3):
+        step(*loop)
+    kept = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model(inputs)
+    optimizer.drop_forward()
+    with torch.no_grad():
+        model[0].weight.copy_(kept)
+    step(*loop)
+    optimizer.state_dict()
+    assert not torch.equal(kept, model[0].weight)
+
+
+def test_the_last_step_is_told_when_the_optimizer_is_detached(stalling):
+    loop = attached()
+    for _ in range(3):
+        step(*loop)
+    step(*loop, factor=float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        loop[1].detach()
+    assert loop[1].layer is None
+
+
+def test_gradients_that_lie_otherwise_and_half_precision_wait(stalling):
+    def transpose(model):
+        model[2].weight.grad = model[2].weight.grad.t().contiguous().t()
+
+    ends = []
+    for edit in (lambda model: None, transpose):
+        loop = attached()
+        for _ in range(4):
+            step(*loop, edit=edit)
+        ends.append(parameters_of(loop[0]))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    loop = attached(bins=1, dtype=torch.bfloat16, damping=0.5)
+    for _ in range(3):
+        step(*loop)
+    assert not loop[1]._attachment.verdicts._sent
+
+
+def test_a_first_step_that_is_not_finite_says_so_though_the_spectrum_is_watched(stalling):
+    """Fewer samples than inputs, where the feedback of the correction is followed."""
+    inputs, targets = make_problem()
+    inputs, targets = inputs[:30], targets[:30]
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.3, noise=dd.NoiseModel.isotropic(inputs, targets))
+    with pytest.raises(FloatingPointError, match="is not finite at step 0"):
+        step(model, optimizer, inputs, targets, factor=float("nan"))
