@@ -52,7 +52,7 @@ def find_components(
     check_count("find_components: max_per_class", max_per_class)
     check_count("find_components: dimensions", dimensions)
     mixture = _scikit_mixture()
-    values = _as_matrix(inputs)
+    values = _in_memory(_as_matrix(inputs))
     classes = _as_components(labels, len(values)).to(values.device)
     found = torch.zeros_like(classes)
     count = 0
@@ -63,6 +63,13 @@ def find_components(
         found[members] = count + torch.from_numpy(ids).to(found)
         count += int(ids.max()) + 1
     return found
+
+
+def _in_memory(inputs: Tensor | np.ndarray) -> Tensor:
+    values = torch.as_tensor(inputs)
+    if not bool(values.isfinite().all()):
+        raise ValueError("find_components: the inputs contain NaN or infinity; clean them first")
+    return values if values.is_floating_point() else values.float()
 
 
 def _principal(values: Tensor, dimensions: int) -> Tensor:

@@ -87,9 +87,10 @@ class Comparison:
         scale, _ = self.multiple()
         # Where rounding is coarse, all of it together still tells a scale from 1.
         b, rounded = self.delivered.double(), self.tolerance.double() / _UNITS_IN_THE_LAST_PLACE
-        tiny = torch.finfo(b.dtype).tiny
-        deviation = (b * rounded).norm() / b.square().sum().clamp_min(tiny)
-        is_one = (scale - 1).abs() <= (4 * deviation).clamp_min(_SAME_WEIGHT_TOLERANCE)
+        size = b.square().sum()
+        off, allowed = (scale - 1).abs() * size, 4 * (b * rounded).norm()
+        # Nothing tells the scale of a gradient of zero.
+        is_one = off <= torch.maximum(allowed, _SAME_WEIGHT_TOLERANCE * size)
         return (within & (self.tolerance < torch.inf)).all() & is_one
 
     def multiple(self) -> tuple[Tensor, Tensor]:
