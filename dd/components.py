@@ -69,7 +69,7 @@ def _in_memory(inputs: Tensor | np.ndarray) -> Tensor:
     values = torch.as_tensor(inputs)
     if not bool(values.isfinite().all()):
         raise ValueError("find_components: the inputs contain NaN or infinity; clean them first")
-    return values if values.is_floating_point() else values.float()
+    return values if values.dtype in {torch.float32, torch.float64} else values.float()
 
 
 def _principal(values: Tensor, dimensions: int) -> Tensor:
