@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from spectrum_nodes import by_rank
 from torch import Tensor, nn
 
 import dd
 from dd.fingerprint import fingerprint
 from dd.noise import NoiseModel
+from dd.quadrature import nodes
 
 CLASSES = 10
 RATE = 0.05
@@ -80,13 +82,9 @@ def _bins(noise: str, spectrum: Tensor) -> tuple[Tensor, Tensor]:
     if noise == "isotropic":
         return spectrum.mean().reshape(1), torch.tensor([d])
     if noise == "fitted":
-        from dd.quadrature import nodes
-
         return nodes(spectrum, most=12)
-    ranks = torch.logspace(0, torch.tensor(float(d)).log10(), 12, dtype=torch.float64)
-    edges = torch.unique(torch.cat([torch.zeros(1), ranks.round()]).long())
-    sizes = edges.diff()
-    return torch.stack([part.mean() for part in spectrum.split(sizes.tolist())]), sizes
+    values, sizes = by_rank(spectrum.numpy())
+    return torch.from_numpy(values), torch.from_numpy(sizes)
 
 
 def make_loop(kind: str, case: Case, data: Data) -> Callable[[], None]:

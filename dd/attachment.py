@@ -526,7 +526,7 @@ class Attachment:
         if not self.verdicts.defers:
             return edit_scale(*compared)
         found = Comparison.of(*compared, scaled=True)
-        is_same, (scale, is_multiple) = found.is_same(), found.multiple()
+        is_same, (scale, is_multiple) = found.is_same(), found.multiple
         self.verdicts.require(is_same | is_multiple, lambda _: RuntimeError(edited(self.ranks)))
         return torch.where(is_same, 1.0, scale)
 

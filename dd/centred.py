@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dd.fingerprint import PROJECTIONS, fingerprint
+from dd.functional import at_least_single, component_sums
 
 __all__ = ["CentredInputs"]
 
@@ -125,16 +126,10 @@ class CentredInputs:
     def _sums(self, block: Tensor, rows: slice, count: int) -> Tensor:
         if self.components is None:
             return block.sum(0, keepdim=True)
-        ids = self.components[rows]
-        if block.is_cuda:
-            # A product instead of index_add, whose order of summation is not fixed there.
-            return torch.nn.functional.one_hot(ids, count).double().mT @ block
-        return block.new_zeros(count, block.shape[1]).index_add_(0, ids, block)
+        return component_sums(block, self.components[rows], count)
 
     def _single(self, rows: slice) -> Tensor:
-        block = self._at(rows)
-        double = block.dtype == torch.float64
-        return block if double else block.float()
+        return at_least_single(self._at(rows))
 
     def _at(self, where: slice | tuple[slice, slice]) -> Tensor:
         if isinstance(self.source, Tensor):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dd.checks import check_count
+from dd.functional import at_least_single
 from dd.noise import _as_components, _as_matrix
 
 __all__ = ["find_components"]
@@ -69,7 +70,7 @@ def _in_memory(inputs: Tensor | np.ndarray) -> Tensor:
     values = torch.as_tensor(inputs)
     if not bool(values.isfinite().all()):
         raise ValueError("find_components: the inputs contain NaN or infinity; clean them first")
-    return values if values.dtype in {torch.float32, torch.float64} else values.float()
+    return at_least_single(values)
 
 
 def _principal(values: Tensor, dimensions: int) -> Tensor:

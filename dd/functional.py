@@ -32,6 +32,7 @@ from torch import Tensor
 __all__ = [
     "at_least_single",
     "centre_within_components",
+    "component_sums",
     "corrected_preactivation",
     "damped_weight_gradient",
     "probe_curvature",
@@ -151,6 +152,25 @@ def centre_within_components(values: Tensor, components: Tensor, num_components:
     if components.dim() == 1:
         return values - means.index_select(-2, components)
     return values - membership @ means
+
+
+def component_sums(values: Tensor, components: Tensor, num_components: int) -> Tensor:
+    """Sum the rows of each mixture component, in the same order at every call.
+
+    Args:
+        values: shape (n, k).
+        components: component of each row, shape (n,), integers in [0, num_components).
+        num_components: number of components C.
+
+    Returns:
+        Shape (C, k).
+    """
+    if values.device.type == "cpu":
+        sums = values.new_zeros(num_components, values.shape[1])
+        return sums.index_add_(0, components, values)
+    # A product instead of index_add, whose order of summation is not fixed on CUDA.
+    labels = torch.arange(num_components, device=components.device)
+    return (labels.unsqueeze(1) == components).to(values.dtype) @ values
 
 
 def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> Tensor:

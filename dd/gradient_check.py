@@ -1,6 +1,7 @@
 """Whether weights and weight gradients are still those that the shadows belong to."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Comparison:
     def is_same(self) -> Tensor:
         """Whether the two agree up to rounding, shape ()."""
         within = (self.unit * self.arrived - self.delivered).abs() <= self.tolerance
-        scale, _ = self.multiple()
+        scale, _ = self.multiple
         # Where rounding is coarse, all of it together still tells a scale from 1.
         b, rounded = self.delivered.double(), self.tolerance.double() / _UNITS_IN_THE_LAST_PLACE
         size = b.square().sum()
@@ -93,6 +94,7 @@ class Comparison:
         is_one = off <= torch.maximum(allowed, _SAME_WEIGHT_TOLERANCE * size)
         return (within & (self.tolerance < torch.inf)).all() & is_one
 
+    @cached_property
     def multiple(self) -> tuple[Tensor, Tensor]:
         """The scale of least squares between the two, and whether they agree up to it.
 
@@ -135,7 +137,7 @@ def edit_scale(
         found = Comparison.of(*both, scaled=scaled)
         if bool(found.is_same()):
             return 1.0
-        scale, is_multiple = found.multiple()
+        scale, is_multiple = found.multiple
         if bool(is_multiple):
             return float(scale)
     raise RuntimeError(edited(ranks))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dd.blocks import row_blocks
-from dd.functional import at_least_single
+from dd.functional import at_least_single, component_sums
 from dd.ranks import Ranks
 
 __all__ = ["Moments"]
@@ -51,7 +51,9 @@ class Moments:
         blocks = row_blocks(len(values), values.shape[1], values.device)
         sums = _zeros(values, count, 1 + 2 * values.shape[1])
         for rows in blocks:
-            sums += _component_sums(values[rows], products[rows], components[rows], count)
+            ids, ones = components[rows], torch.ones_like(values[rows, :1])
+            parts = (ones, values[rows], products[rows])
+            sums += torch.cat([component_sums(part, ids, count) for part in parts], 1)
         sums = ranks.sum(sums)
         counts = sums[:, 0]
         left, right = (sums[:, 1:] / counts.clamp_min(1).unsqueeze(1)).chunk(2, 1)
@@ -142,19 +144,3 @@ class Moments:
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-
-def _component_sums(values: Tensor, products: Tensor, components: Tensor, count: int) -> Tensor:
-    """Number of rows of each component, their Σ a and Σ b, shape (C, 1 + 2k)."""
-    if values.device.type == "cpu":
-        parts = [
-            _zeros(part, count, part.shape[1]).index_add_(0, components, part)
-            for part in (values, products)
-        ]
-        counts = torch.bincount(components, minlength=count).to(values.dtype)
-        return torch.cat([counts.unsqueeze(1), *parts], 1)
-    # A product instead of index_add, whose order of summation is not fixed on CUDA.
-    ones = torch.ones_like(values[:, :1])
-    labels = torch.arange(count, device=components.device)
-    membership = (labels.unsqueeze(1) == components).to(values.dtype)
-    return torch.cat([membership @ part for part in (ones, values, products)], 1)

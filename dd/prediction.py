@@ -1,7 +1,7 @@
 """State evolution of an experiment's decoupled optimizers."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from dd.assembly import make_model, optimizer_settings, with_seed
 from dd.data import Split
 from dd.lineup import AUTO, is_decoupled
 from dd.state_evolution import StateEvolution, state_evolution
-from dd.tracking import Array, History, replacing
+from dd.tracking import Array, History, read_rows, replacing
 
 __all__ = [
     "COLUMNS",
@@ -170,20 +170,14 @@ def read_theory(path: Path) -> dict[str, dict[str, tuple[Array, Array]]]:
     Raises:
         ValueError: if the file is not of that form.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if tuple(header) != COLUMNS:
-            raise ValueError(
-                f"{path} must have the columns {', '.join(COLUMNS)}, got {', '.join(header)}"
-            )
-        rows = list(reader)
+    rows = read_rows(path, COLUMNS, _predicted_row)
     found = {}
-    try:
-        for name in dict.fromkeys(row[0] for row in rows):
-            own = np.array([row[1:] for row in rows if row[0] == name], dtype=np.float64)
-            steps, loss, _, error, _ = own.T
-            found[name] = {"error": (steps, error), "loss": (steps, loss)}
-    except (IndexError, ValueError) as broken:
-        raise ValueError(f"{path} is damaged ({broken})") from broken
+    for name in dict.fromkeys(name for name, *_ in rows):
+        steps, loss, error = np.array([row[1:] for row in rows if row[0] == name]).T
+        found[name] = {"error": (steps, error), "loss": (steps, loss)}
     return found
+
+
+def _predicted_row(cells: Sequence[str]) -> tuple[str, float, float, float]:
+    name, step, loss, _, error, _ = cells
+    return name, float(step), float(loss), float(error)

@@ -1,24 +1,22 @@
 """What a run has left in its folder, read back."""
 
-import csv
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dd.fit import Fit, SelectionRow
 from dd.prediction import read_theory
 from dd.results import Results
-from dd.tracking import COLUMNS, Array, History, Record
+from dd.tracking import COLUMNS, Array, History, Record, read_rows
 
 __all__ = ["RunFolder", "read_run"]
 
-Row = TypeVar("Row")
 SELECTION_COLUMNS = tuple(column.name for column in fields(SelectionRow))
 
 
@@ -70,7 +68,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     if not isinstance(config, DictConfig) or "name" not in config:
         raise ValueError(f"{path / 'config.yaml'} is not the configuration of a run")
     summary = _summary(path / "summary.json")
-    records = _rows(path / "history.csv", COLUMNS, _record)
+    records = read_rows(path / "history.csv", COLUMNS, _record)
     if not records:
         raise ValueError(f"{path / 'history.csv'} holds no records")
     history = History(records)
@@ -116,7 +114,7 @@ def _results(
         list(provenance.get("notes", [])),
         dict(provenance.get("noise", {})),
         fits,
-        _rows(chosen, SELECTION_COLUMNS, _selection_row) if chosen.is_file() else [],
+        read_rows(chosen, SELECTION_COLUMNS, _selection_row) if chosen.is_file() else [],
     )
 
 
@@ -141,27 +139,6 @@ def _summary(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "experiment" not in content:
         raise ValueError(f"{path} is not the summary of a run")
     return content
-
-
-def _rows(
-    path: Path, columns: Sequence[str], of_cells: Callable[[Sequence[str]], Row]
-) -> list[Row]:
-    """Read a csv file of these columns, a row from its cells.
-
-    Raises:
-        ValueError: if it has other columns, or a row is damaged.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if tuple(header) != tuple(columns):
-            raise ValueError(
-                f"{path} must have the columns {', '.join(columns)}, got {', '.join(header)}"
-            )
-        try:
-            return [of_cells(row) for row in reader]
-        except (IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged in line {reader.line_num} ({error})") from error
 
 
 def _record(cells: Sequence[str]) -> Record:

@@ -4,12 +4,12 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ __all__ = [
     "History",
     "Record",
     "aggregate",
+    "read_rows",
     "remove_scratch",
     "replacing",
     "selected_step",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -296,3 +298,29 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], of_cells: Callable[[Sequence[str]], Row]
+) -> list[Row]:
+    """Read a csv file of these columns.
+
+    Args:
+        path: of the file.
+        columns: that it must have.
+        of_cells: makes a row of the text of its cells.
+
+    Raises:
+        ValueError: if it has other columns, or a row is damaged.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if tuple(header) != tuple(columns):
+            raise ValueError(
+                f"{path} must have the columns {', '.join(columns)}, got {', '.join(header)}"
+            )
+        try:
+            return [of_cells(row) for row in reader]
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged in line {reader.line_num} ({error})") from error
