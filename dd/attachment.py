@@ -14,8 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from dd.capture import Capture, Pushes, joined
 from dd.curvature import build
 from dd.fingerprint import Fingerprints
-from dd.functional import at_least_single, corrected_preactivation
-from dd.gradient_check import Comparison, edit_scale, edited, same_weight, weight_changed
+from dd.functional import all_finite, at_least_single, corrected_preactivation
+from dd.gradient_check import (
+    Comparison,
+    edit_scale,
+    edited,
+    same_weight,
+    scale_of_terms,
+    weight_changed,
+)
 from dd.head import SharedParameters
 from dd.layers import find_layer
 from dd.moments import Moments
@@ -412,8 +419,17 @@ class Attachment:
         seed: int,
         *,
         has_shadow: bool,
+        product: Any = None,
     ) -> Tensor:
         """Begin a training forward and return what the following layers receive.
+
+        Args:
+            placement: the samples of its batch.
+            inputs: shape (m, d).
+            preactivation: R, shape (m, k).
+            seed: of the curvature's probe.
+            has_shadow: whether the state holds shadows.
+            product: node of XW in the autograd graph, where it is known.
 
         Raises:
             RuntimeError: if the layer is used twice in a forward, or something trainable comes
@@ -437,7 +453,15 @@ class Attachment:
         if self.noise is None or self.noise is self.given_noise:
             self._fit_noise(placement, inputs)
         self.oversight.look(self, placement, inputs.detach())
-        capture = Capture(placement, preactivation, self.estimator, seed, shares=self._shares)
+        capture = Capture(
+            placement,
+            preactivation,
+            self.estimator,
+            seed,
+            shares=self._shares,
+            product=product,
+            directions=self.samples.directions,
+        )
         self.pending.append(capture)
         return self.oversight.outgoing(self, capture, capture.outgoing(preactivation), seed)
 
@@ -509,6 +533,14 @@ class Attachment:
             self._number_alike = self.ranks.agree(sums)
         return self._number_alike
 
+    @property
+    def has_seen_terms(self) -> bool:
+        """Whether every term of the weight's gradient was seen where it was made.
+
+        Not on several processes, which add their terms up: all must look at the same.
+        """
+        return self.ranks.size == 1 and all(c.contribution is not None for c in self.pending)
+
     def edit_scale(self, pushes: Pushes) -> float | Tensor:
         """By which scale the weight's gradient was edited since the backward pass.
 
@@ -521,11 +553,16 @@ class Attachment:
         weight, directions = self.layer.weight, self.samples.directions
         assert weight.grad is not None
         assert directions is not None
+        terms = [c.contribution for c in pushes.captures if c.contribution is not None]
         projections = pushes.placement.fingerprints
         compared = weight.grad, pushes.gradient, directions, projections, self.ranks
+        seen = self.has_seen_terms
         if not self.verdicts.defers:
-            return edit_scale(*compared)
-        found = Comparison.of(*compared, scaled=True)
+            return scale_of_terms(weight.grad, terms, directions) if seen else edit_scale(*compared)
+        if seen:
+            found = Comparison.of_terms(weight.grad, terms, directions)
+        else:
+            found = Comparison.of(*compared, scaled=True)
         is_same, (scale, is_multiple) = found.is_same(), found.multiple
         self.verdicts.require(is_same | is_multiple, lambda _: RuntimeError(edited(self.ranks)))
         return torch.where(is_same, 1.0, scale)
@@ -550,12 +587,12 @@ class Attachment:
         if not isinstance(scale, Tensor) and scale != 1.0:
             # Sums over a scaled loss may be infinite.
             product = scale * at_least_single(product)
-        moments = estimator.moments(pushes.observed, product, index, self.ranks)
+        pools = self.ranks.size > 1 or state.get("shadow_moments") is not None
+        moments = estimator.moments(pushes.observed, product, index, self.ranks, pools=pools)
         if isinstance(scale, Tensor):
             moments = moments.scaled(scale.to(moments.cross))
-        self.verdicts.require(moments.is_finite, lambda _: self._curvature_overflows())
         found, kept = self._pooled(moments, pushes, scale, state)
-        self._require_resolved(found, len(pushes.gradient))
+        self._require_resolved(moments, found, len(pushes.gradient))
         if kept is not None:
             self._keep_moments(state, kept)
         return found
@@ -582,16 +619,18 @@ class Attachment:
             scaled = estimator.pooled(scaled, earlier, keep)
         return estimator.solve_pooled(scaled.scaled(unit)), scaled
 
-    def _require_resolved(self, curvature: Tensor, num_samples: int) -> None:
-        units = len(curvature)
-        self.verdicts.require(
-            curvature.isfinite().all(),
-            lambda _: RuntimeError(
+    def _require_resolved(self, moments: Moments, curvature: Tensor, num_samples: int) -> None:
+        def explain(_: list[bool]) -> Exception:
+            if not moments.is_finite:
+                return self._curvature_overflows()
+            return RuntimeError(
                 f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
-                f"{units} units of layer {self.name!r}; use fewer units or more samples, or give "
-                'component ids for curvature="stein"'
-            ),
-        )
+                f"{len(curvature)} units of layer {self.name!r}; use fewer units or more samples, "
+                'or give component ids for curvature="stein"'
+            )
+
+        # Of moments that overflow, Σ a bᵀ shows in H, and Σ a aᵀ may leave it zero.
+        self.verdicts.require(all_finite(moments.gram, curvature), explain)
 
     def _keep_moments(self, state: dict[str, Any], moments: Moments) -> None:
         packed, refusal = moments.packed(), self.verdicts.refusal

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dd.contribution import Contribution
 from dd.curvature import Backward, Curvature
 from dd.dual import DualLevel, carry_tangent, split_tangent
 from dd.functional import at_least_single
@@ -39,10 +40,13 @@ class Capture:
         estimator: of the curvature.
         seed: of its probe.
         shares: whether what it keeps need not be copied, as nothing works on R in place.
+        product: node that makes the weight's gradient, if known.
+        directions: of the inputs, along which that is looked at, shape (j, d).
 
     Attributes:
         placement: the samples of its batch.
         gradient: ∂L/∂R, shape (m, k), or None before the backward pass.
+        contribution: what the only backward pass added to the weight's gradient, where it was seen.
         tangent: derivative of the gradient along the probe, or None.
         is_intact: whether what the following layers received was not changed in place.
         signal: coordinates of the samples along the component means, shape (m, j), where the head
@@ -61,9 +65,12 @@ class Capture:
         seed: int,
         *,
         shares: bool,
+        product: Any = None,
+        directions: Tensor | None = None,
     ) -> None:
         self.placement = placement
         self.gradient: Tensor | None = None
+        self.contribution: Contribution | None = None
         self.tangent: Tensor | None = None
         self._estimating = False
         self._estimator = estimator
@@ -73,7 +80,10 @@ class Capture:
         self._observed = self._handed if shares else self._handed.clone()
         self._edge = get_gradient_edge(preactivation)
         self._level = DualLevel() if estimator.forward_mode else None
-        _listen(preactivation, self.receive)
+        preactivation.register_hook(_Listener(self.receive))
+        if product is not None and directions is not None:
+            self._directions = directions
+            product.register_hook(_Listener(self.receive_product))
 
     def outgoing(self, preactivation: Tensor) -> Tensor:
         """Return what the following layers receive: R, with the probe as tangent where needed."""
@@ -127,6 +137,24 @@ class Capture:
             self.gradient, self.tangent = self.gradient + gradient, None
         return gradient if self._level is not None else None
 
+    def receive_product(
+        self, results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        """Look at what a gradient that reached R adds to that of the weight.
+
+        Args:
+            results: of the node; the last one is the weight's gradient, shape (d, k).
+            gradients: what the node received.
+        """
+        received, term = gradients[0], results[-1]
+        self.contribution = None
+        if self._estimating or self.gradient is None or received is None or term is None:
+            return
+        # A hook of the user's may have put another gradient in place of the one that was kept.
+        plain = type(received) is Tensor and type(term) is Tensor
+        if plain and received.data_ptr() == self.gradient.data_ptr():
+            self.contribution = Contribution.of(term.mT, self._directions)
+
     def follow(self, scores: Tensor, corrected: Tensor, features: Tensor) -> None:
         """Take down what the head saw and said.
 
@@ -141,7 +169,7 @@ class Capture:
         # What follows may change the scores in place.
         values = split_tangent(corrected.detach())[0].clone()
         self.scores = Scores(values, features, self._jacobian(scores))
-        _listen(corrected, self.receive_scores)
+        corrected.register_hook(_Listener(self.receive_scores))
 
     def _jacobian(self, scores: Tensor) -> Tensor:
         directions = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
@@ -270,15 +298,15 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _listen(tensor: Tensor, receive: Callable[[Tensor], Tensor | None]) -> None:
-    """Pass the gradient of ``tensor`` to a method, as long as its owner lives."""
-    # The graph must not own the capture, which owns an edge of the graph.
-    listener = weakref.WeakMethod(receive)
+class _Listener:
+    """Lets a method see the gradients at a tensor or a node, as long as its owner lives."""
+
+    def __init__(self, receive: Callable[..., Tensor | None]) -> None:
+        # The graph must not own the capture, which owns an edge of the graph.
+        self._receive = weakref.WeakMethod(receive)
 
     # A backward pass called from a compiled function must not compile this.
     @_disable_dynamo
-    def deliver(gradient: Tensor) -> Tensor | None:
-        receive = listener()
-        return None if receive is None else receive(gradient)
-
-    tensor.register_hook(deliver)
+    def __call__(self, *gradients: Any) -> Tensor | None:
+        receive = self._receive()
+        return None if receive is None else receive(*gradients)

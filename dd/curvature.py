@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 from dd.functional import (
     at_least_single,
     centre_within_components,
+    component_counts,
     rademacher,
     scaled_by_mass,
     solved_curvature,
@@ -82,7 +83,13 @@ class Curvature(ABC):
 
     @abstractmethod
     def moments(
-        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+        self,
+        observed: Tensor,
+        product: Tensor,
+        index: Tensor | None,
+        ranks: Ranks,
+        *,
+        pools: bool = True,
     ) -> Moments:
         """Moments of the rows of a step.
 
@@ -91,6 +98,7 @@ class Curvature(ABC):
             product: what :meth:`product` returned.
             index: sample of each row, shape (m,); None for all samples in their order.
             ranks: over which rows are spread.
+            pools: whether they will be pooled with those of other steps.
         """
 
     @abstractmethod
@@ -108,7 +116,7 @@ class Curvature(ABC):
     def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
         """Return H, shape (k, k), of one pass over all samples in their order."""
         product = self.product(observed, backward)
-        return self.solve(self.moments(observed, product, None, Ranks()))
+        return self.solve(self.moments(observed, product, None, Ranks(), pools=False))
 
 
 class Stein(Curvature):
@@ -125,6 +133,8 @@ class Stein(Curvature):
         self.components = components
         self.num_components = int(components.max()) + 1
         self.ridge = ridge
+        # Rows of each component among all samples.
+        self._all: Tensor | None = None
 
     def observe(self, preactivation: Tensor, seed: int) -> Tensor:
         """Return R."""
@@ -135,11 +145,25 @@ class Stein(Curvature):
         return backward.gradient.detach()
 
     def moments(
-        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+        self,
+        observed: Tensor,
+        product: Tensor,
+        index: Tensor | None,
+        ranks: Ranks,
+        *,
+        pools: bool = True,
     ) -> Moments:
         """R_cᵀR_c / m and R_cᵀG."""
         components = self.of(index, observed.device)
-        return Moments.centred(observed, product, components, self.num_components, ranks)
+        counts = self._counts(components, whole=index is None)
+        return Moments.centred(observed, product, components, counts, ranks, pools=pools)
+
+    def _counts(self, components: Tensor, *, whole: bool) -> Tensor:
+        if not whole:
+            return component_counts(components, self.num_components)
+        if self._all is None or self._all.device != components.device:
+            self._all = component_counts(components, self.num_components)
+        return self._all
 
     def solve(self, moments: Moments) -> Tensor:
         """Solve K H = R_cᵀ G."""
@@ -201,7 +225,13 @@ class Probe(_SecondDerivative):
         return backward.tangent
 
     def moments(
-        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+        self,
+        observed: Tensor,
+        product: Tensor,
+        index: Tensor | None,
+        ranks: Ranks,
+        *,
+        pools: bool = True,
     ) -> Moments:
         """VᵀV / m and Vᵀ(HV)."""
         return Moments.plain(observed, self.weighted(product, index), ranks)
@@ -259,7 +289,13 @@ class Exact(_SecondDerivative):
         return torch.stack(rows, 1)
 
     def moments(
-        self, observed: Tensor, product: Tensor, index: Tensor | None, ranks: Ranks
+        self,
+        observed: Tensor,
+        product: Tensor,
+        index: Tensor | None,
+        ranks: Ranks,
+        *,
+        pools: bool = True,
     ) -> Moments:
         """The sum itself, beside a gram matrix of ones."""
         total = ranks.sum(self.weighted(product.flatten(1), index).sum(0).view(product.shape[1:]))

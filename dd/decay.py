@@ -10,6 +10,8 @@ for every step since the last time that all samples were brought up to date. A s
   since, or the maps would take more memory than the shadows.
 """
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor
 
@@ -55,44 +57,50 @@ class DecayLog:
         """Make room for more samples, whose shadows are zero."""
         self._age = torch.cat([self._age, self._age.new_zeros(count - len(self._age))])
 
+    def due(self, rows: Tensor) -> Tensor:
+        """Those of some samples that are not up to date, the longest absent first, on the CPU.
+
+        Args:
+            rows: shape (u,), on the CPU.
+        """
+        ages = self._age[rows]
+        ordered, order = ages.sort(stable=True)
+        return rows[order[: int(torch.searchsorted(ordered, len(self._maps)))]]
+
     def prefers_flush(self, rows: Tensor) -> bool:
         """Whether bringing all samples up to date is cheaper in the long run than these.
 
         Args:
-            rows: samples about to be used, shape (u,), on the CPU.
+            rows: samples about to be used, as :meth:`due` returns them.
         """
-        if not self._maps:
-            return False
         ages = self._age[rows]
         links = int((len(self._maps) - ages)[ages > 0].sum())
         self._work += links
-        all_samples = len(self._age) + len(self._maps) * self._maps[0].shape[-1]
-        return links > 0 and 2 * self._work > all_samples
+        if links == 0:
+            return False
+        return 2 * self._work > len(self._age) + len(self._maps) * self._maps[0].shape[-1]
 
     def catch_up(self, state: Tensor, rows: Tensor) -> Tensor:
         """Bring some samples up to date.
 
         Args:
-            state: z of these samples, shape (B, u, p).
-            rows: the samples, shape (u,), on the CPU.
+            state: z of these samples, shape (B, u, p); is moved in place.
+            rows: the samples, as :meth:`due` returns them.
 
         Returns:
-            z up to date, shape (B, u, p).
+            z up to date.
         """
-        if not self._maps:
-            return state
         assert self._common is not None
-        ages = self._age[rows]
-        order = ages.argsort(stable=True)
-        ages, back = ages[order], order.argsort()
-        state = state[:, order.to(state.device)]
-        untouched = int((ages == 0).sum())
-        state[:, :untouched] = state[:, :untouched] @ self._common
-        for at in range(int(ages[untouched]) if untouched < len(ages) else 0, len(self._maps)):
-            until = int(torch.searchsorted(ages, at, right=True))
-            state[:, untouched:until] = state[:, untouched:until] @ self._maps[at]
+        ages = self._age[rows].tolist()
+        untouched = bisect_right(ages, 0)
+        if untouched:
+            state[:, :untouched] = state[:, :untouched] @ self._common
+        for at in range(ages[untouched] if untouched < len(ages) else 0, len(self._maps)):
+            some = slice(untouched, bisect_right(ages, at))
+            if some.stop > untouched:
+                state[:, some] = state[:, some] @ self._maps[at]
         self._age[rows] = len(self._maps)
-        return state[:, back.to(state.device)]
+        return state
 
     def flush(self, state: Tensor) -> Tensor:
         """Bring all samples up to date and forget the maps.

@@ -29,9 +29,13 @@ import functools
 import torch
 from torch import Tensor
 
+from dd.blocks import row_blocks
+
 __all__ = [
+    "all_finite",
     "at_least_single",
     "centre_within_components",
+    "component_counts",
     "component_sums",
     "corrected_preactivation",
     "damped_weight_gradient",
@@ -169,8 +173,47 @@ def component_sums(values: Tensor, components: Tensor, num_components: int) -> T
         sums = values.new_zeros(num_components, values.shape[1])
         return sums.index_add_(0, components, values)
     # A product instead of index_add, whose order of summation is not fixed on CUDA.
-    labels = torch.arange(num_components, device=components.device)
-    return (labels.unsqueeze(1) == components).to(values.dtype) @ values
+    total = values.new_zeros(num_components, values.shape[1])
+    for rows in row_blocks(len(values), num_components, values.device):
+        total.addmm_(_membership(components[rows], num_components).to(values.dtype), values[rows])
+    return total
+
+
+def component_counts(components: Tensor, num_components: int) -> Tensor:
+    """Count the rows of each mixture component.
+
+    Args:
+        components: component of each row, shape (n,), integers in [0, num_components).
+        num_components: number of components C.
+
+    Returns:
+        Integers, shape (C,).
+    """
+    if components.device.type == "cpu":
+        return torch.bincount(components, minlength=num_components)
+    # Counting by bincount waits for the device.
+    blocks = row_blocks(len(components), num_components, components.device)
+    counts = [_membership(components[rows], num_components).sum(1) for rows in blocks]
+    return torch.stack(counts).sum(0)
+
+
+def _membership(components: Tensor, num_components: int) -> Tensor:
+    return torch.arange(num_components, device=components.device).unsqueeze(1) == components
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether all numbers of each tensor are finite; no where their sum exceeds the range, too.
+
+    Many times as fast as to look at each number.
+
+    Args:
+        tensors: of any shapes, on one device.
+
+    Returns:
+        One flag a tensor.
+    """
+    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.stack([(s.abs() if s.is_complex() else s).float() for s in sums]).isfinite()
 
 
 def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> Tensor:
@@ -208,8 +251,8 @@ def solved_curvature(covariance: Tensor, cross: Tensor, ridge: float = 0.0) -> T
         mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
         # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
         epsilon = (ridge * mean_eigenvalue).clamp_min(torch.finfo(covariance.dtype).tiny)
-        identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-        covariance = covariance + epsilon[..., None, None] * identity
+        covariance = covariance.clone()
+        covariance.diagonal(dim1=-2, dim2=-1).add_(epsilon.unsqueeze(-1))
     return _symmetrised(torch.linalg.solve_ex(covariance, cross)[0])
 
 

@@ -1,13 +1,15 @@
 """Whether weights and weight gradients are still those that the shadows belong to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dd.blocks import row_blocks
-from dd.functional import at_least_single
+from dd.blocks import row_blocks, tall_product
+from dd.contribution import Contribution, along
+from dd.functional import all_finite, at_least_single
 from dd.ranks import Ranks
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "edited",
     "require_unedited",
     "same_weight",
+    "scale_of_terms",
     "weight_changed",
 ]
 
@@ -82,17 +85,35 @@ class Comparison:
         delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
         return cls(arrived, delivered, tolerance, rounding, unit)
 
+    @classmethod
+    def of_terms(
+        cls, weight_gradient: Tensor, terms: Sequence[Contribution], directions: Tensor
+    ) -> "Comparison":
+        """Compare with the terms of which it should be the sum.
+
+        Args:
+            weight_gradient: ∂L/∂weight, shape (k, d).
+            terms: what each backward pass added to it.
+            directions: Uᵀ, shape (j, d).
+        """
+        rounding = max(term.rounding for term in terms)
+        delivered = torch.stack([term.along for term in terms]).sum(0)
+        size = torch.stack([term.size for term in terms]).sum(0)
+        units = _UNITS_IN_THE_LAST_PLACE * rounding
+        tolerance = torch.outer(units * directions.to(size).square().sum(1).sqrt(), size)
+        return cls(along(weight_gradient, directions), delivered, tolerance, rounding)
+
     def is_same(self) -> Tensor:
         """Whether the two agree up to rounding, shape ()."""
-        within = (self.unit * self.arrived - self.delivered).abs() <= self.tolerance
-        scale, _ = self.multiple
+        b, tolerance = self._delivered, self.tolerance.double()
+        within = (self.unit * self._arrived - b).abs() <= tolerance
+        size = self._size
         # Where rounding is coarse, all of it together still tells a scale from 1.
-        b, rounded = self.delivered.double(), self.tolerance.double() / _UNITS_IN_THE_LAST_PLACE
-        size = b.square().sum()
-        off, allowed = (scale - 1).abs() * size, 4 * (b * rounded).norm()
+        off = (self._scale * self.unit - 1).abs() * size
+        allowed = (b * tolerance).square().sum().sqrt() * (4 / _UNITS_IN_THE_LAST_PLACE)
         # Nothing tells the scale of a gradient of zero.
         is_one = off <= torch.maximum(allowed, _SAME_WEIGHT_TOLERANCE * size)
-        return (within & (self.tolerance < torch.inf)).all() & is_one
+        return within.all() & all_finite(tolerance).all() & is_one
 
     @cached_property
     def multiple(self) -> tuple[Tensor, Tensor]:
@@ -101,13 +122,52 @@ class Comparison:
         Returns:
             The scale, and the answer; each of shape ().
         """
-        a, b = self.arrived.double(), self.delivered.double()
-        scale = (a * b).sum() / b.square().sum().clamp_min(torch.finfo(b.dtype).tiny)
+        scale = self._scale
         # An edit rounds the gradient once more.
         tolerance = scale.abs() * self.tolerance + 4 * self.rounding * self.arrived.abs().amax()
-        within = (self.arrived - scale * self.delivered).abs() <= tolerance
-        is_multiple = (within & (tolerance < torch.inf)).all() & (scale != 0)
-        return scale * self.unit, is_multiple
+        within = (self._arrived - scale * self._delivered).abs() <= tolerance
+        return scale * self.unit, within.all() & all_finite(tolerance).all() & (scale != 0)
+
+    @cached_property
+    def _arrived(self) -> Tensor:
+        return self.arrived.double()
+
+    @cached_property
+    def _delivered(self) -> Tensor:
+        return self.delivered.double()
+
+    @cached_property
+    def _size(self) -> Tensor:
+        return self._delivered.square().sum()
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        smallest = torch.finfo(self._size.dtype).tiny
+        return (self._arrived * self._delivered).sum() / self._size.clamp_min(smallest)
+
+
+def scale_of_terms(
+    weight_gradient: Tensor, terms: Sequence[Contribution], directions: Tensor
+) -> float:
+    """As :func:`edit_scale`, from the terms that backward passes were seen to add.
+
+    Args:
+        weight_gradient: ∂L/∂weight, shape (k, d), finite.
+        terms: one a backward pass, at least one.
+        directions: Uᵀ, shape (j, d).
+
+    Raises:
+        RuntimeError: if it is neither their sum nor a multiple of it.
+    """
+    if len(terms) == 1 and torch.equal(along(weight_gradient, directions), terms[0].along):
+        return 1.0
+    found = Comparison.of_terms(weight_gradient, terms, directions)
+    if bool(found.is_same()):
+        return 1.0
+    scale, is_multiple = found.multiple
+    if bool(is_multiple):
+        return float(scale)
+    raise RuntimeError(edited(Ranks()))
 
 
 def edit_scale(
@@ -208,17 +268,15 @@ def _delivered(
 ) -> tuple[Tensor, Tensor]:
     """(XU)ᵀG, shape (j, k), as ranks average it, and what rounding may add to it."""
     projections = projections.to(gradient)
-    delivered = gradient.new_zeros(projections.shape[1], gradient.shape[1])
+    delivered = tall_product(projections, gradient)
     squares = gradient.new_zeros(gradient.shape[1])
     for rows in row_blocks(len(gradient), gradient.shape[1], gradient.device):
-        some = gradient[rows]
-        delivered.addmm_(projections[rows].mT, some)
-        squares += (some * some).sum(0)
+        squares += gradient[rows].square().sum(0)
     # No less than Σ_i (|x_iᵀu| + their root mean square) |g_i|, by Cauchy and Schwarz: a sample
     # whose projection happens to be small still rounds like one of ordinary size.
-    tolerance = torch.outer(2 * projections.square().sum(0).sqrt(), squares.sqrt())
     length = max(1.0, (len(projections) / _LONG_SUM) ** 0.5)
-    tolerance.mul_(_UNITS_IN_THE_LAST_PLACE * length * rounding)
+    units = 2 * _UNITS_IN_THE_LAST_PLACE * length * rounding
+    tolerance = torch.outer(units * projections.square().sum(0).sqrt(), squares.sqrt())
     if ranks.size > 1:
         delivered, tolerance = ranks.sum(torch.stack([delivered, tolerance])) / ranks.size
     return delivered, tolerance
@@ -235,8 +293,9 @@ def same_weight(weight: Tensor, direction: Tensor, expected: Tensor) -> Tensor:
     found = at_least_single(weight)
     found = found @ direction.to(found)
     expected = expected.to(found)
-    scale = expected.square().mean().sqrt()
-    return ((found - expected).abs() <= _SAME_WEIGHT_TOLERANCE * scale).all()
+    tolerance = _SAME_WEIGHT_TOLERANCE / len(expected) ** 0.5
+    largest = torch.linalg.vector_norm(found - expected, torch.inf)
+    return largest <= tolerance * torch.linalg.vector_norm(expected)
 
 
 def weight_changed(name: str) -> str:

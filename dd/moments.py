@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dd.blocks import row_blocks
-from dd.functional import at_least_single, component_sums
+from dd.blocks import row_blocks, tall_product
+from dd.functional import all_finite, at_least_single, component_sums
 from dd.ranks import Ranks
 
 __all__ = ["Moments"]
@@ -22,7 +22,7 @@ class Moments:
         rows: number of rows, shape ().
         counts: rows of each component, shape (C,); empty where nothing is centred.
         left: mean of a in each component, shape (C, k).
-        right: mean of b in each component, shape (C, k).
+        right: mean of b in each component, shape (C, k), where they may be pooled with others.
         gram: Σ a aᵀ / rows, shape (k, k).
         cross: Σ a bᵀ, shape (k, k).
     """
@@ -36,7 +36,14 @@ class Moments:
 
     @classmethod
     def centred(
-        cls, values: Tensor, products: Tensor, components: Tensor, count: int, ranks: Ranks
+        cls,
+        values: Tensor,
+        products: Tensor,
+        components: Tensor,
+        counts: Tensor,
+        ranks: Ranks,
+        *,
+        pools: bool = True,
     ) -> "Moments":
         """Moments around component means.
 
@@ -44,28 +51,35 @@ class Moments:
             values: a, shape (m, k).
             products: b, shape (m, k).
             components: of each row, shape (m,).
-            count: number of components C.
+            counts: rows of each component, shape (C,).
             ranks: over which rows are spread.
+            pools: whether they will be pooled with others; ``right`` is empty if not.
         """
         values, products = at_least_single(values), at_least_single(products)
-        blocks = row_blocks(len(values), values.shape[1], values.device)
-        sums = _zeros(values, count, 1 + 2 * values.shape[1])
+        width, averaged = values.shape[1], [values, products] if pools else [values]
+        counts = ranks.sum(counts.to(values))
+        sums = [component_sums(rows, components, len(counts)) for rows in averaged]
+        means = ranks.sum(torch.stack(sums)) / counts.clamp_min(1).unsqueeze(1)
+        left = means[0]
+        gram, cross = _zeros(values, 2, width, width)
+        blocks = row_blocks(len(values), width, values.device)
+        buffer = torch.empty_like(values[blocks[0]])
         for rows in blocks:
-            ids, ones = components[rows], torch.ones_like(values[rows, :1])
-            parts = (ones, values[rows], products[rows])
-            sums += torch.cat([component_sums(part, ids, count) for part in parts], 1)
-        sums = ranks.sum(sums)
-        counts = sums[:, 0]
-        left, right = (sums[:, 1:] / counts.clamp_min(1).unsqueeze(1)).chunk(2, 1)
-        left = left.contiguous()
-        gram, cross = _zeros(values, 2, values.shape[1], values.shape[1])
-        for rows in blocks:
-            around = values[rows] - left.index_select(0, components[rows])
-            gram.addmm_(around.mT, around)
-            cross.addmm_(around.mT, products[rows])
+            around = buffer[: rows.stop - rows.start]
+            torch.index_select(left, 0, components[rows], out=around)
+            torch.sub(values[rows], around, out=around)
+            gram += tall_product(around, around)
+            cross += tall_product(around, products[rows])
         gram, cross = ranks.sum(torch.stack([gram, cross]))
         total = counts.sum()
-        return cls(total, counts, left, right, gram / total, cross)
+        return cls(
+            rows=total,
+            counts=counts,
+            left=left,
+            right=means[1] if pools else left[:0],
+            gram=gram / total,
+            cross=cross,
+        )
 
     @classmethod
     def plain(cls, values: Tensor, products: Tensor, ranks: Ranks) -> "Moments":
@@ -73,13 +87,14 @@ class Moments:
         values, products = at_least_single(values), at_least_single(products)
         rows = ranks.sum(values.new_full((), float(len(values))))
         none = values.new_empty(0, values.shape[1])
-        both = ranks.sum(torch.stack([values.mT @ values, values.mT @ products]))
+        both = torch.stack([tall_product(values, b) for b in (values, products)])
+        both = ranks.sum(both)
         return cls(rows, none[:, 0], none, none, both[0] / rows, both[1])
 
     @property
     def is_finite(self) -> Tensor:
         """Whether all numbers are, shape ()."""
-        return self.packed().isfinite().all()
+        return all_finite(self.gram, self.cross).all()
 
     def scaled(self, scale: Tensor | float) -> "Moments":
         """Moments with b multiplied by a scale."""

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Samples:
     def __init__(self) -> None:
         self.known: Fingerprints | None = None
         self.directions: Tensor | None = None
-        self._last: tuple[Any, Placement] | None = None
+        self._last: _LastBatch | None = None
         # Where the next batch begins if samples come in their order, None once they did not.
         self._end: int | None = 0
         self._waiting: list[Tensor] = []
@@ -214,15 +215,9 @@ class Samples:
                 "DecoupledDescent: a training batch without samples; leave it out, or run it under "
                 "model.eval()"
             )
-        identity = _identity(inputs)
         last = self._last
-        if identity is not None and last is not None and _same(identity, last[0]):
-            if not _changes_unseen(inputs):
-                return last[1]
-            some = torch.linspace(0, len(inputs) - 1, min(len(inputs), _LOOKED_AT)).long()
-            now, then = self._project(inputs[some]), last[1].fingerprints[some]
-            if bool(((now - then).abs() <= 1e-5 * then.abs().amax()).all()):
-                return last[1]
+        if last is not None and not inputs.is_inference() and last.is_of(inputs):
+            return last.placement
         found = self._project(inputs)
         known = self.known
         if known is None:
@@ -238,8 +233,9 @@ class Samples:
         placement = self._recognised(found, known, noise, binds=binds)
         if binds:
             self.known = known
-        if self.known is not None:
-            self._last = identity, placement
+        if self.known is not None and not inputs.is_inference():
+            assert self.directions is not None
+            self._last = _LastBatch(_identity(inputs), placement, self.directions)
         return placement
 
     def _recognised(
@@ -416,9 +412,46 @@ def _by_whom(known: Fingerprints, noise: NoiseModel | None) -> str:
     return ", which the first training forward made the whole training set"
 
 
-def _identity(inputs: Tensor) -> tuple[Any, ...] | None:
-    if inputs.is_inference():
-        return None
+@dataclass(frozen=True, eq=False)
+class _LastBatch:
+    """A batch that may come again as the very same tensor, which is then not looked at in full.
+
+    Attributes:
+        identity: of the tensor.
+        placement: of its samples.
+        directions: of the inputs, that the samples' fingerprints are along, shape (j, d).
+    """
+
+    identity: tuple[Any, ...]
+    placement: Placement
+    directions: Tensor
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Whether this batch came again.
+
+        Args:
+            inputs: of a batch, shape (m, d).
+        """
+        now, then = _identity(inputs), self.identity
+        owner = now[0]()
+        if owner is None or owner is not then[0]() or now[1:] != then[1:]:
+            return False
+        if not _changes_unseen(inputs):
+            return True
+        rows, directions, found, tolerance = self._some
+        off = inputs.detach()[rows].double() @ directions - found
+        return bool(torch.linalg.vector_norm(off, torch.inf) <= tolerance)
+
+    @cached_property
+    def _some(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Some rows, and their fingerprints, in double precision that no setting lowers."""
+        count = len(self.placement.fingerprints)
+        rows = torch.linspace(0, count - 1, min(count, _LOOKED_AT)).long()
+        found = self.placement.fingerprints[rows].double()
+        return rows, self.directions.double().mT, found, 1e-5 * found.abs().amax()
+
+
+def _identity(inputs: Tensor) -> tuple[Any, ...]:
     owner = inputs if inputs._base is None else inputs._base
     layout = (inputs._version, inputs.data_ptr(), inputs.shape, inputs.stride())
     return (weakref.ref(owner), *layout)
@@ -427,10 +460,3 @@ def _identity(inputs: Tensor) -> tuple[Any, ...] | None:
 def _changes_unseen(inputs: Tensor) -> bool:
     """Whether numpy may write to the memory of a tensor, which leaves its version as it is."""
     return inputs.device.type == "cpu"
-
-
-def _same(identity: tuple[Any, ...], last: tuple[Any, ...] | None) -> bool:
-    if last is None:
-        return False
-    owner = identity[0]()
-    return owner is not None and owner is last[0]() and identity[1:] == last[1:]

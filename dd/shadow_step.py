@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd.attachment import Attachment
 from dd.capture import Pushes
-from dd.functional import damped_weight_gradient
+from dd.functional import all_finite, damped_weight_gradient
 from dd.shadows import Piece, Push, ShadowUpdate, keeping
 from dd.store import Store
 from dd.watches import Watches
@@ -175,20 +175,33 @@ class ShadowStep:
         attachment, groups = self._attachment, self._store.groups
         captured = [c.gradient for c in attachment.pending if c.gradient is not None]
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
-        gradients = [_values(g.detach()) for g in [*captured, *(p.grad for p in moved)]]
-        finite = torch.stack([_sum(gradient) for gradient in gradients]).isfinite()
-        if not attachment.verdicts.defers and not bool(finite.all()):
+        found = [_values(p.grad.detach()) for p in moved if p.grad is not None]
+        defers = attachment.verdicts.defers
+        if attachment.has_seen_terms and not defers and bool(all_finite(*found).all()):
+            # A number of G that is not finite leaves none of ∂L/∂W that is.
+            return
+        gradients = [*(gradient.detach() for gradient in captured), *found]
+        finite = all_finite(*gradients)
+        if not defers and not bool(finite.all()):
             # A sum may overflow where no number does.
             finite = torch.stack([gradient.isfinite().all() for gradient in gradients])
-        known = {id(p): name for name, p in attachment.module.named_parameters()}
-        names = [f"the output of {attachment.name!r}"] * len(captured)
-        names += [known.get(id(p), f"parameter {i}") for i, p in enumerate(moved)]
         step = self._store.of(attachment.weight).get("shadow_step", 0)
+
+        def explain(flags: list[bool]) -> FloatingPointError:
+            names = [f"the output of {attachment.name!r}"] * len(captured)
+            names += _names(attachment.module, moved)
+            return _not_finite(names, flags, step)
+
         try:
-            attachment.verdicts.require(finite, lambda flags: _not_finite(names, flags, step))
+            attachment.verdicts.require(finite, explain)
         except FloatingPointError:
             attachment.drop()
             raise
+
+
+def _names(module: nn.Module, parameters: Sequence[Tensor]) -> list[str]:
+    known = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [known.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
 
 
 def _not_finite(names: Sequence[str], finite: list[bool], step: int) -> FloatingPointError:
@@ -198,12 +211,6 @@ def _not_finite(names: Sequence[str], finite: list[bool], step: int) -> Floating
         f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
         "(halve it), or the inputs or targets contain NaN or infinity."
     )
-
-
-def _sum(gradient: Tensor) -> Tensor:
-    """A sum, not finite where a number is not; many times as fast as to look at each."""
-    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
-    return (total.abs() if total.is_complex() else total).float()
 
 
 def _values(gradient: Tensor) -> Tensor:

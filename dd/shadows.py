@@ -171,18 +171,22 @@ class Shadows:
         return shadow[:, placement.index]
 
     def _bring(self, state: dict[str, Any], placement: Placement) -> None:
-        log, rows, on_cpu = self._log, placement.rows, placement.rows_on_cpu
-        if log is None or log.is_empty or rows is None or on_cpu is None:
+        log, rows_on_cpu = self._log, placement.rows_on_cpu
+        if log is None or log.is_empty or rows_on_cpu is None:
             return
-        if log.prefers_flush(on_cpu):
+        due = log.due(rows_on_cpu)
+        if len(due) == 0:
+            return
+        if log.prefers_flush(due):
             self.flush(state)
             return
         shadow = state[KEY]
+        rows = due.to(shadow.device)
         if not self._with_momentum:
-            shadow[:, rows] = log.catch_up(shadow[:, rows], on_cpu)
+            shadow[:, rows] = log.catch_up(shadow[:, rows], due)
             return
         width, buffer = shadow.shape[-1], state[BUFFER_KEY]
-        moved = log.catch_up(torch.cat([shadow[:, rows], buffer[:, rows]], -1), on_cpu)
+        moved = log.catch_up(torch.cat([shadow[:, rows], buffer[:, rows]], -1), due)
         shadow[:, rows] = moved[..., :width]
         buffer[:, rows] = moved[..., width:]
 

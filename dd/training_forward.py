@@ -1,9 +1,13 @@
 """What happens at the decoupled layer and at the head in a training forward."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from dd.attachment import Attachment
+from dd.contribution import product_node
 from dd.samples import Placement
 from dd.store import Store
 from dd.watches import Watches
@@ -79,6 +83,7 @@ class TrainingForward:
         placement = attachment.place(inputs, state, binds=leads_to_step)
         attachment.now = placement
         attachment.rows_seen += len(inputs)
+        product = product_node(output, attachment.weight)
         corrected, signal = attachment.preactivation(placement, output, state), None
         if attachment.shared is not None:
             signal = self._signal(inputs, placement)
@@ -89,12 +94,14 @@ class TrainingForward:
         if not leads_to_step:
             return corrected
         assert placement is not None
-        outgoing = self._captured(placement, inputs, corrected)
+        outgoing = self._captured(placement, inputs, corrected, product)
         attachment.pending[-1].signal = signal
         self._watches.observe(attachment, placement, corrected)
         return outgoing
 
-    def _captured(self, placement: Placement, inputs: Tensor, corrected: Tensor) -> Tensor:
+    def _captured(
+        self, placement: Placement, inputs: Tensor, corrected: Tensor, product: Any
+    ) -> Tensor:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
         for parameter, _ in attachment.shadowed:
             self._store.require_own(attachment, parameter)
@@ -102,8 +109,9 @@ class TrainingForward:
         forward = len(attachment.pending) + attachment.repeats
         seed = probe_seed(self._seed, step, forward, attachment.ranks.rank)
         shadow = state.get("shadow")
-        has_shadow = shadow is not None
-        outgoing = attachment.capture(placement, inputs, corrected, seed, has_shadow=has_shadow)
+        outgoing = attachment.capture(
+            placement, inputs, corrected, seed, has_shadow=shadow is not None, product=product
+        )
         if shadow is not None:
             self._require_fitting_state(len(shadow))
         return outgoing
@@ -172,9 +180,10 @@ class TrainingForward:
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """Leave the caller's autocast, under which the correction would be rounded."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def refuse_capture(what: str) -> None:
