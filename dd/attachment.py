@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dd.capture import Capture, Pushes, joined
 from dd.curvature import build
 from dd.fingerprint import Fingerprints
-from dd.functional import all_finite, at_least_single, corrected_preactivation
+from dd.functional import (
+    all_finite,
+    at_least_single,
+    correct_preactivation_,
+    corrected_preactivation,
+)
 from dd.gradient_check import (
     Comparison,
     edit_scale,
@@ -385,7 +390,8 @@ class Attachment:
             if count is not None and self.noise is not None:
                 self.shadows.make(state, self.noise, count, output)
             shadow = self.shadows.of(state, placement)
-        return corrected_preactivation(output, shadow, in_place=self._is_alone_with(output))
+        correct = correct_preactivation_ if self._is_alone_with(output) else corrected_preactivation
+        return correct(output, shadow)
 
     def _is_alone_with(self, output: Tensor) -> bool:
         """Whether nobody but the layer's own product has seen its output yet."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["row_blocks", "tall_product"]
+__all__ = ["bin_groups", "row_blocks", "tall_product"]
 
 # Numbers of a block a core: 1 MB in single precision, within its cache.
 _CACHED = 2**18
@@ -30,6 +30,19 @@ def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
     numbers = _CACHED * torch.get_num_threads() if on_cpu else max(_LAUNCHED, rows * width // _MOST)
     length = max(1, numbers // max(width, 1))
     return [slice(start, min(start + length, rows)) for start in range(0, max(rows, 1), length)]
+
+
+def bin_groups(bins: int, device: torch.device) -> list[slice]:
+    """Slices of the bins that go into one batched product.
+
+    On the CPU each by itself: threads share out the bins of a batch whole, and some would wait.
+
+    Args:
+        bins: number of bins, B.
+        device: where.
+    """
+    together = 1 if device.type == "cpu" else bins
+    return [slice(start, start + together) for start in range(0, bins, together)]
 
 
 def tall_product(left: Tensor, right: Tensor) -> Tensor:

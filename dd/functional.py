@@ -37,11 +37,14 @@ __all__ = [
     "centre_within_components",
     "component_counts",
     "component_sums",
+    "correct_preactivation_",
     "corrected_preactivation",
     "damped_weight_gradient",
+    "driven",
     "probe_curvature",
     "rademacher",
     "scaled_by_mass",
+    "shadow_decay",
     "shadow_gradient",
     "shared_curvature",
     "shared_push",
@@ -57,22 +60,40 @@ __all__ = [
 _AT_A_TIME = 2**24
 
 
-def corrected_preactivation(
-    preactivation: Tensor, shadow: Tensor, *, in_place: bool = False
-) -> Tensor:
+def corrected_preactivation(preactivation: Tensor, shadow: Tensor) -> Tensor:
     """Add the shadows to a pre-activation: R = XW + Σ_b Q_b.
 
     Args:
         preactivation: XW, shape (..., n, k). A bias may be counted in.
         shadow: Q, shape (..., B, n, k).
-        in_place: whether ``preactivation`` becomes R.
 
     Returns:
         R, shape (..., n, k), in the dtype of ``preactivation``.
     """
-    total = shadow.squeeze(-3) if shadow.shape[-3] == 1 else shadow.sum(-3)
-    total = total.to(preactivation.dtype)
-    return preactivation.add_(total) if in_place else preactivation + total
+    return preactivation + _summed_over_bins(shadow).to(preactivation.dtype)
+
+
+@torch.no_grad()
+def correct_preactivation_(preactivation: Tensor, shadow: Tensor) -> Tensor:
+    """The same in the memory of XW, whose derivatives are those of R; autograd does not see it.
+
+    Args:
+        preactivation: XW, shape (n, k), which nothing has used yet; becomes R.
+        shadow: Q, shape (B, n, k).
+
+    Returns:
+        R, the same tensor.
+    """
+    count, width = preactivation.shape
+    bins = len(shadow)
+    blocks = row_blocks(count, bins * width, shadow.device) if bins > 1 else [slice(count)]
+    for rows in blocks:
+        preactivation[rows].add_(_summed_over_bins(shadow[:, rows]).to(preactivation.dtype))
+    return preactivation
+
+
+def _summed_over_bins(shadow: Tensor) -> Tensor:
+    return shadow.squeeze(-3) if shadow.shape[-3] == 1 else shadow.sum(-3)
 
 
 def shadow_gradient(
@@ -103,10 +124,37 @@ def shadow_gradient(
     Returns:
         ∇Q, shape (..., B, n, k), in the dtype of ``shadow``.
     """
-    gradient = scaled_by_mass(gradient.to(shadow.dtype), relative_mass).unsqueeze(-3)
-    decay = (damping * curvature).to(shadow.dtype).unsqueeze(-3)
-    decay = eigenvalues.to(shadow.dtype)[..., None, None] * decay
-    push = mass.to(shadow.dtype)[..., None, None] * gradient
+    decay = shadow_decay(damping * curvature, eigenvalues.to(shadow.dtype))
+    gradient = scaled_by_mass(gradient.to(shadow.dtype), relative_mass)
+    return driven(shadow, gradient, decay, mass.to(shadow.dtype))
+
+
+def shadow_decay(curvature: Tensor, eigenvalues: Tensor) -> Tensor:
+    """λ_b H of every bin.
+
+    Args:
+        curvature: H, shape (..., k, k).
+        eigenvalues: λ, shape (..., B).
+
+    Returns:
+        Shape (..., B, k, k), in the dtype of ``eigenvalues``.
+    """
+    return eigenvalues[..., None, None] * curvature.to(eigenvalues.dtype).unsqueeze(-3)
+
+
+def driven(shadow: Tensor, gradient: Tensor, decay: Tensor, mass: Tensor) -> Tensor:
+    """Q_b D_b − τ_b G.
+
+    Args:
+        shadow: Q, shape (..., B, n, k).
+        gradient: G, shape (..., n, k), in the same dtype.
+        decay: D, shape (..., B, k, k), likewise.
+        mass: τ, shape (..., B), likewise.
+
+    Returns:
+        Shape (..., B, n, k).
+    """
+    push = mass[..., None, None] * gradient.unsqueeze(-3)
     # One product of all bins, and no intermediate result of their size.
     moved = push.flatten(0, -3).baddbmm_(shadow.flatten(0, -3), decay.flatten(0, -3), beta=-1.0)
     return moved.unflatten(0, shadow.shape[:-2])

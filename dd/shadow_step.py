@@ -157,7 +157,7 @@ class ShadowStep:
         buffer_key = f"{key}_momentum_buffer"
         buffer = self._store.read(parameter, buffer_key)
         keep = keeping(self._store.of(parameter), buffer_key)
-        piece = Piece(shadow, gradient, buffer, keep)
+        piece = Piece(..., shadow, gradient, buffer, keep)
         return ShadowUpdate(parameter, shadow, lambda: iter([piece]))
 
     def _check_idle(self) -> None:

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dd.blocks import row_blocks
+from dd.blocks import bin_groups, row_blocks
 from dd.decay import DecayLog
-from dd.functional import shadow_gradient
+from dd.functional import driven, scaled_by_mass, shadow_decay
 from dd.noise import NoiseModel
 from dd.samples import Placement
 
@@ -24,15 +25,17 @@ Rule = Callable[[list[Tensor], list[Tensor], list[Tensor | None]], None]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some rows of a shadow, and how they move.
+    """A part of a shadow, and how it moves.
 
     Attributes:
+        where: it is, as an index.
         tensor: is moved in place.
         gradient: what it descends.
         buffer: its momentum, or None before the first step with any.
         finish: receives the momentum after the step.
     """
 
+    where: Any
     tensor: Tensor
     gradient: Tensor
     buffer: Tensor | None
@@ -71,8 +74,8 @@ class ShadowUpdate:
     Attributes:
         parameter: whose group gives the rule.
         tensor: is moved in place.
-        pieces: yields the tensor in pieces that lie one after the other along the last dimension
-            but one, or as a whole. Each piece's gradient is made when it is reached.
+        pieces: yields the tensor in pieces, or as a whole. Each piece's gradient is made when it is
+            reached.
         parameter_gradient: what the parameter itself descends where that is not its own gradient.
     """
 
@@ -83,8 +86,10 @@ class ShadowUpdate:
 
     def gradient(self) -> Tensor:
         """What the whole tensor descends, of its shape."""
-        gradients = [piece.gradient for piece in self.pieces()]
-        return gradients[0] if len(gradients) == 1 else torch.cat(gradients, -2)
+        gradient = torch.empty_like(self.tensor)
+        for piece in self.pieces():
+            gradient[piece.where] = piece.gradient
+        return gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,25 +114,32 @@ class Push:
     scale: float | Tensor = 1.0
     parameter_gradient: Tensor | None = None
 
-    def shadow_gradient(
-        self, shadow: Tensor, gradient: Tensor, relative_mass: Tensor | None
-    ) -> Tensor:
-        """∇Q of some shadows (B, u, k) with gradients (u, k) and masses (u,)."""
-        noise, mass = self.noise, self.noise.mass
-        if isinstance(self.scale, Tensor):
-            mass = self.scale.to(mass) * mass
-        elif self.scale != 1.0:
+    def shadow_gradient(self, shadow: Tensor, bins: slice, gradient: Tensor) -> Tensor:
+        """∇Q of some shadows.
+
+        Args:
+            shadow: Q of some bins and samples, shape (b, u, k).
+            bins: which these are.
+            gradient: :meth:`gradient_of` these samples, shape (u, k).
+        """
+        return driven(shadow, gradient.to(shadow.dtype), self._decay[bins], self._mass[bins])
+
+    def gradient_of(self, rows: slice, relative_mass: Tensor | None) -> Tensor:
+        """G of some samples with relative masses (n,), each scaled by its own, shape (u, k)."""
+        gradient = self.gradient[rows].to(self.noise.eigenvalues.dtype)
+        if not isinstance(self.scale, Tensor) and self.scale != 1.0:
             # Of a scaled loss: only the product is sure to be within range.
             gradient = self.scale * gradient
-        return shadow_gradient(
-            shadow,
-            gradient,
-            self.curvature,
-            noise.eigenvalues,
-            mass,
-            self.damping,
-            relative_mass,
-        )
+        return scaled_by_mass(gradient, None if relative_mass is None else relative_mass[rows])
+
+    @cached_property
+    def _decay(self) -> Tensor:
+        return shadow_decay(self.damping * self.curvature, self.noise.eigenvalues)
+
+    @cached_property
+    def _mass(self) -> Tensor:
+        mass = self.noise.mass
+        return self.scale.to(mass) * mass if isinstance(self.scale, Tensor) else mass
 
 
 class Shadows:
@@ -243,12 +255,15 @@ class Shadows:
 
         def pieces() -> Iterator[Piece]:
             bins, count, width = shadow.shape
-            mass = push.noise.relative_mass
-            for rows in row_blocks(count, bins * width, shadow.device):
-                some, relative = shadow[:, rows], None if mass is None else mass[rows]
-                moved = push.shadow_gradient(some, push.gradient[rows], relative)
-                pace = None if buffer is None else buffer[:, rows]
-                yield Piece(some, moved, pace, _keeping_rows(state, shadow, rows))
+            groups = bin_groups(bins, shadow.device)
+            for rows in row_blocks(count, bins // len(groups) * width, shadow.device):
+                gradient = push.gradient_of(rows, push.noise.relative_mass)
+                for group in groups:
+                    where = group, rows
+                    moved = push.shadow_gradient(shadow[where], group, gradient)
+                    pace = None if buffer is None else buffer[where]
+                    keep = _keeping_part(state, shadow, where)
+                    yield Piece(where, shadow[where], moved, pace, keep)
 
         return ShadowUpdate(push.weight, shadow, pieces, push.parameter_gradient)
 
@@ -261,11 +276,10 @@ class Shadows:
         start, pace = _basis(bins, width, shadow, momentum=self._with_momentum)
         some = torch.cat([shadow[:, rows], start], 1)
         buffer = None if before is None else torch.cat([before[:, rows], pace], 1)
-        still = push.gradient.new_zeros(start.shape[1], width)
         mass = push.noise.relative_mass
-        if mass is not None:
-            mass = torch.cat([mass[rows], mass.new_ones(len(still))])
-        moved = push.shadow_gradient(some, torch.cat([push.gradient, still]), mass)
+        gradient = push.gradient_of(slice(None), None if mass is None else mass[rows])
+        still = gradient.new_zeros(start.shape[1], width)
+        moved = push.shadow_gradient(some, slice(None), torch.cat([gradient, still]))
 
         def finish(pace: Tensor | None) -> None:
             count = len(rows)
@@ -281,7 +295,7 @@ class Shadows:
             if self._log.append(basis, rows_on_cpu, width):
                 self.flush(state)
 
-        piece = Piece(some, moved, buffer, finish)
+        piece = Piece(..., some, moved, buffer, finish)
         return ShadowUpdate(push.weight, some, lambda: iter([piece]), push.parameter_gradient)
 
 
@@ -307,17 +321,17 @@ def keeping(state: dict[str, Any], key: str) -> Callable[[Tensor | None], None]:
     return keep
 
 
-def _keeping_rows(
-    state: dict[str, Any], shadow: Tensor, rows: slice
+def _keeping_part(
+    state: dict[str, Any], shadow: Tensor, where: tuple[slice, slice]
 ) -> Callable[[Tensor | None], None]:
-    """Return what keeps the momentum of some rows after the first step with any."""
+    """Return what keeps the momentum of some bins and rows after the first step with any."""
 
     def keep(buffer: Tensor | None) -> None:
         if buffer is None:
             return
         if state.get(BUFFER_KEY) is None:
             state[BUFFER_KEY] = torch.zeros_like(shadow)
-        kept = state[BUFFER_KEY][:, rows]
+        kept = state[BUFFER_KEY][where]
         if kept.data_ptr() != buffer.data_ptr():
             kept.copy_(buffer)
 
