@@ -196,10 +196,10 @@ def formula(case: Case, bins: int) -> int:
 
     Q_b H for every shadow; R_cᵀR_c and R_cᵀG for Stein's curvature, or VᵀV and VᵀHV for a probe's,
     for which torch differentiates each of the head's three products along both of its factors; and
-    G along the random projections of the inputs, against the weight's gradient along them.
+    the weight's gradient, as it was made and as it is now, along random directions of the inputs.
     """
     n, d, k, classes = case.n, case.d, case.k, 10
-    total = 2 * n * k * k * (bins + 2) + 2 * PROJECTIONS * k * (n + d)
+    total = 2 * n * k * k * (bins + 2) + 2 * PROJECTIONS * k * 2 * d
     if case.curvature == "probe":
         total += 6 * 2 * n * k * classes
     return total

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from dd.capture import Capture, Pushes, joined
+from dd.contribution import Contribution
 from dd.curvature import build
 from dd.fingerprint import Fingerprints
 from dd.functional import (
@@ -390,10 +391,10 @@ class Attachment:
             if count is not None and self.noise is not None:
                 self.shadows.make(state, self.noise, count, output)
             shadow = self.shadows.of(state, placement)
-        correct = correct_preactivation_ if self._is_alone_with(output) else corrected_preactivation
+        correct = correct_preactivation_ if self.is_alone_with(output) else corrected_preactivation
         return correct(output, shadow)
 
-    def _is_alone_with(self, output: Tensor) -> bool:
+    def is_alone_with(self, output: Tensor) -> bool:
         """Whether nobody but the layer's own product has seen its output yet."""
         layer = self.layer
         first = next(iter(layer._forward_hooks.values()), None)
@@ -539,13 +540,13 @@ class Attachment:
             self._number_alike = self.ranks.agree(sums)
         return self._number_alike
 
-    @property
-    def has_seen_terms(self) -> bool:
-        """Whether every term of the weight's gradient was seen where it was made.
+    def seen_terms(self) -> list[Contribution]:
+        """All terms of the weight's gradient, or none where one was not seen being made.
 
-        Not on several processes, which add their terms up: all must look at the same.
+        Nor on several processes, which add their terms up: all must look at the same.
         """
-        return self.ranks.size == 1 and all(c.contribution is not None for c in self.pending)
+        terms = [c.contribution for c in self.pending if c.contribution is not None]
+        return terms if self.ranks.size == 1 and len(terms) == len(self.pending) else []
 
     def edit_scale(self, pushes: Pushes) -> float | Tensor:
         """By which scale the weight's gradient was edited since the backward pass.
@@ -559,13 +560,12 @@ class Attachment:
         weight, directions = self.layer.weight, self.samples.directions
         assert weight.grad is not None
         assert directions is not None
-        terms = [c.contribution for c in pushes.captures if c.contribution is not None]
-        projections = pushes.placement.fingerprints
+        projections, terms = pushes.placement.fingerprints, self.seen_terms()
         compared = weight.grad, pushes.gradient, directions, projections, self.ranks
-        seen = self.has_seen_terms
         if not self.verdicts.defers:
-            return scale_of_terms(weight.grad, terms, directions) if seen else edit_scale(*compared)
-        if seen:
+            known = scale_of_terms(weight.grad, terms, directions) if terms else None
+            return edit_scale(*compared) if known is None else known
+        if terms:
             found = Comparison.of_terms(weight.grad, terms, directions)
         else:
             found = Comparison.of(*compared, scaled=True)

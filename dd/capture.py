@@ -81,8 +81,8 @@ class Capture:
         self._edge = get_gradient_edge(preactivation)
         self._level = DualLevel() if estimator.forward_mode else None
         preactivation.register_hook(_Listener(self.receive))
-        if product is not None and directions is not None:
-            self._directions = directions
+        self._directions = directions
+        if product is not None:
             product.register_hook(_Listener(self.receive_product))
 
     def outgoing(self, preactivation: Tensor) -> Tensor:
@@ -146,13 +146,11 @@ class Capture:
             results: of the node; the last one is the weight's gradient, shape (d, k).
             gradients: what the node received.
         """
-        received, term = gradients[0], results[-1]
-        self.contribution = None
-        if self._estimating or self.gradient is None or received is None or term is None:
+        if self._estimating or self._directions is None:
             return
+        term, self.contribution = results[-1], None
         # A hook of the user's may have put another gradient in place of the one that was kept.
-        plain = type(received) is Tensor and type(term) is Tensor
-        if plain and received.data_ptr() == self.gradient.data_ptr():
+        if term is not None and self.gradient is not None and gradients[0] is self.gradient:
             self.contribution = Contribution.of(term.mT, self._directions)
 
     def follow(self, scores: Tensor, corrected: Tensor, features: Tensor) -> None:

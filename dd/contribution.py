@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from dd.functional import at_least_single
+from dd.rounding import product_rounding
 
 __all__ = ["Contribution", "along", "product_node"]
 
@@ -16,13 +18,11 @@ class Contribution:
     """A term XᵀG of a weight gradient, along random directions U of the inputs.
 
     Attributes:
-        along: Uᵀ XᵀG, shape (j, k), in double precision.
-        size: norms of the columns of XᵀG, shape (k,), likewise.
-        rounding: relative error of one of its numbers.
+        along: Uᵀ XᵀG, shape (j, k).
+        rounding: relative error of one product behind it.
     """
 
     along: Tensor
-    size: Tensor
     rounding: float
 
     @classmethod
@@ -33,17 +33,17 @@ class Contribution:
             term: (XᵀG)ᵀ, shape (k, d).
             directions: Uᵀ, shape (j, d).
         """
-        values = term.detach().double()
-        size = torch.linalg.vector_norm(values, dim=1)
-        return cls(along(values, directions), size, torch.finfo(term.dtype).eps)
+        return cls(along(term, directions), product_rounding(term))
 
 
 def along(gradient: Tensor, directions: Tensor) -> Tensor:
-    """A weight gradient (k, d) along directions (j, d); shape (j, k), in double precision.
+    """A weight gradient (k, d) along directions (j, d); shape (j, k), in single precision at least.
 
-    Which neither a setting of the user's lowers, nor a scaled loss exceeds.
+    On an accelerator in double: nobody waits there to see whether a scaled loss is beyond single.
     """
-    gradient = gradient.detach().double()
+    gradient = at_least_single(gradient.detach())
+    if gradient.device.type != "cpu":
+        gradient = gradient.double()
     return (gradient @ directions.to(gradient).mT).mT
 
 

@@ -161,9 +161,11 @@ class Stein(Curvature):
     def _counts(self, components: Tensor, *, whole: bool) -> Tensor:
         if not whole:
             return component_counts(components, self.num_components)
-        if self._all is None or self._all.device != components.device:
-            self._all = component_counts(components, self.num_components)
-        return self._all
+        known = self._all
+        # Processes may have told of more components since.
+        if known is None or known.device != components.device or len(known) != self.num_components:
+            known = self._all = component_counts(components, self.num_components)
+        return known
 
     def solve(self, moments: Moments) -> Tensor:
         """Solve K H = R_cᵀ G."""

@@ -11,6 +11,7 @@ from dd.blocks import row_blocks, tall_product
 from dd.contribution import Contribution, along
 from dd.functional import all_finite, at_least_single
 from dd.ranks import Ranks
+from dd.rounding import product_rounding
 
 __all__ = [
     "Comparison",
@@ -35,12 +36,13 @@ class Comparison:
     """A weight gradient beside the one that the backward pass delivered.
 
     GᵀX = ∂L/∂weight is compared along the random directions U of the inputs: (∂L/∂weight) U against
-    Gᵀ(XU). The shadows follow G. They would part from the weights if the weights moved along
-    anything else than a multiple of it. Nothing is read back from the device.
+    Gᵀ(XU), or against what backward passes were seen to add to it. The shadows follow G. They would
+    part from the weights if the weights moved along anything else than a multiple of it. Nothing is
+    read back from the device.
 
     Attributes:
         arrived: Uᵀ(∂L/∂weight)ᵀ, shape (j, k).
-        delivered: (XU)ᵀG, shape (j, k).
+        delivered: (XU)ᵀG, or the sum of what was seen, shape (j, k).
         tolerance: what rounding may add to it, shape (j, k).
         rounding: relative error of one product.
         unit: of the weight gradient over that of G.
@@ -74,7 +76,7 @@ class Comparison:
             scaled: whether both are brought to a size of one first, as sums over a scaled loss may
                 be out of range.
         """
-        rounding = max(_rounding(gradient), _rounding(weight_gradient))
+        rounding = max(product_rounding(gradient), product_rounding(weight_gradient))
         gradient, weight_gradient = at_least_single(gradient), at_least_single(weight_gradient)
         unit: Tensor | float = 1.0
         if scaled:
@@ -96,12 +98,16 @@ class Comparison:
             terms: what each backward pass added to it.
             directions: Uᵀ, shape (j, d).
         """
-        rounding = max(term.rounding for term in terms)
-        delivered = torch.stack([term.along for term in terms]).sum(0)
-        size = torch.stack([term.size for term in terms]).sum(0)
+        rounding = max(product_rounding(weight_gradient), *(term.rounding for term in terms))
+        delivered = torch.stack([term.along for term in terms])
+        arrived = along(weight_gradient, directions)
+        # Along random directions a vector's root mean square is its norm; sums over a scaled loss
+        # may be out of range before they are squared.
+        parts = torch.cat([delivered, arrived.unsqueeze(0)]).double()
+        size = parts.square().mean(1).sqrt().sum(0)
         units = _UNITS_IN_THE_LAST_PLACE * rounding
         tolerance = torch.outer(units * directions.to(size).square().sum(1).sqrt(), size)
-        return cls(along(weight_gradient, directions), delivered, tolerance, rounding)
+        return cls(arrived, delivered.sum(0), tolerance, rounding)
 
     def is_same(self) -> Tensor:
         """Whether the two agree up to rounding, shape ()."""
@@ -148,13 +154,16 @@ class Comparison:
 
 def scale_of_terms(
     weight_gradient: Tensor, terms: Sequence[Contribution], directions: Tensor
-) -> float:
+) -> float | None:
     """As :func:`edit_scale`, from the terms that backward passes were seen to add.
 
     Args:
         weight_gradient: ∂L/∂weight, shape (k, d), finite.
         terms: one a backward pass, at least one.
         directions: Uᵀ, shape (j, d).
+
+    Returns:
+        The scale, or None where sums over a scaled loss are out of range.
 
     Raises:
         RuntimeError: if it is neither their sum nor a multiple of it.
@@ -167,6 +176,8 @@ def scale_of_terms(
     scale, is_multiple = found.multiple
     if bool(is_multiple):
         return float(scale)
+    if not bool(all_finite(found.arrived, found.delivered).all()):
+        return None
     raise RuntimeError(edited(Ranks()))
 
 
@@ -237,7 +248,7 @@ def require_unedited(
     Raises:
         RuntimeError: if the two sides differ by more than rounding.
     """
-    rounding = max(_rounding(gradient), _rounding(found))
+    rounding = max(product_rounding(gradient), product_rounding(found))
     gradient, size = _of_size_one(gradient, ranks)
     found, found_size = _of_size_one(found)
     arrived = found @ direction.to(gradient) * (found_size / size / scale)
@@ -314,22 +325,3 @@ def _on_processes(ranks: Ranks) -> str:
     if distributed.is_available() and distributed.is_initialized():
         return ", or processes average it, which the optimizer was told to be apart (process_group)"
     return ""
-
-
-def _rounding(tensor: Tensor) -> float:
-    """Relative error of one product in the matrix products behind a gradient."""
-    coarse = {"tf32": 2.0**-10, "bf16": 2.0**-8}
-    if tensor.dtype == torch.float32 and (choice := _products(tensor.device.type)) in coarse:
-        return coarse[choice]
-    return torch.finfo(tensor.dtype).eps
-
-
-def _products(device: str) -> str:
-    """In what precision the user lets a device multiply float32 matrices."""
-    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-    # The older getter raises once the newer setting, which torch 2.9 brought, has been used.
-    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if precision is not None:
-        return precision
-    older = {"highest": "ieee", "high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}
-    return older[torch.get_float32_matmul_precision()]

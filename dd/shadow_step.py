@@ -176,9 +176,9 @@ class ShadowStep:
         captured = [c.gradient for c in attachment.pending if c.gradient is not None]
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
         found = [_values(p.grad.detach()) for p in moved if p.grad is not None]
-        defers = attachment.verdicts.defers
-        if attachment.has_seen_terms and not defers and bool(all_finite(*found).all()):
-            # A number of G that is not finite leaves none of ∂L/∂W that is.
+        defers, terms = attachment.verdicts.defers, attachment.seen_terms()
+        # A number of G that is not finite leaves no term of ∂L/∂W that is.
+        if terms and not defers and bool(all_finite(*(t.along for t in terms), *found).all()):
             return
         gradients = [*(gradient.detach() for gradient in captured), *found]
         finite = all_finite(*gradients)
@@ -186,9 +186,11 @@ class ShadowStep:
             # A sum may overflow where no number does.
             finite = torch.stack([gradient.isfinite().all() for gradient in gradients])
         step = self._store.of(attachment.weight).get("shadow_step", 0)
+        count = len(captured)
 
         def explain(flags: list[bool]) -> FloatingPointError:
-            names = [f"the output of {attachment.name!r}"] * len(captured)
+            # What it refers to lives until the verdict, which may be some steps off.
+            names = [f"the output of {attachment.name!r}"] * count
             names += _names(attachment.module, moved)
             return _not_finite(names, flags, step)
 

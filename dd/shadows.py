@@ -122,7 +122,8 @@ class Push:
             bins: which these are.
             gradient: :meth:`gradient_of` these samples, shape (u, k).
         """
-        return driven(shadow, gradient.to(shadow.dtype), self._decay[bins], self._mass[bins])
+        rest = (gradient, self._decay[bins], self._mass[bins])
+        return driven(shadow, *(part.to(shadow.dtype) for part in rest))
 
     def gradient_of(self, rows: slice, relative_mass: Tensor | None) -> Tensor:
         """G of some samples with relative masses (n,), each scaled by its own, shape (u, k)."""

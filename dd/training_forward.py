@@ -83,7 +83,8 @@ class TrainingForward:
         placement = attachment.place(inputs, state, binds=leads_to_step)
         attachment.now = placement
         attachment.rows_seen += len(inputs)
-        product = product_node(output, attachment.weight)
+        alone = attachment.is_alone_with(output)
+        product = product_node(output, attachment.weight) if alone else None
         corrected, signal = attachment.preactivation(placement, output, state), None
         if attachment.shared is not None:
             signal = self._signal(inputs, placement)
