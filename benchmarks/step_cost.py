@@ -235,15 +235,16 @@ def main() -> int:
         wrong = check_counts(console)
         console.print(*(f"not as derived: {case}" for case in wrong), sep="\n")
         return int(bool(wrong))
-    rows = []
+    about = {"device": device_name(options.device), "threads": options.threads}
+    rows: list[Row] = []
     with console.status("") as status:
         for case in (case for case in CASES if re.search(options.only, str(case))):
             status.update(str(case))
             rows.append(measure(case, options))
+            # The largest cases take minutes each.
+            if options.json is not None:
+                write_json(options.json, {**about, "torch": torch.__version__, "rows": rows})
     console.print(shown(rows))
-    if options.json is not None:
-        about = {"device": device_name(options.device), "threads": options.threads}
-        write_json(options.json, {**about, "torch": torch.__version__, "rows": rows})
     if options.figure is not None:
         from _step_cost_figure import draw
 

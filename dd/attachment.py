@@ -391,19 +391,25 @@ class Attachment:
             if count is not None and self.noise is not None:
                 self.shadows.make(state, self.noise, count, output)
             shadow = self.shadows.of(state, placement)
-        correct = correct_preactivation_ if self.is_alone_with(output) else corrected_preactivation
+        correct = correct_preactivation_ if self._is_alone_with(output) else corrected_preactivation
         return correct(output, shadow)
 
-    def is_alone_with(self, output: Tensor) -> bool:
-        """Whether nobody but the layer's own product has seen its output yet."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is one product of its inputs and its weight, seen first from here."""
         layer = self.layer
-        first = next(iter(layer._forward_hooks.values()), None)
         return (
-            output.requires_grad
-            and type(layer) is nn.Linear
+            type(layer) is nn.Linear
             and "forward" not in vars(layer)
             and layer._compiled_call_impl is None
-            and first is self._hook
+            and next(iter(layer._forward_hooks.values()), None) is self._hook
+        )
+
+    def _is_alone_with(self, output: Tensor) -> bool:
+        """Whether nobody but the layer's own product has seen its output yet."""
+        return (
+            self.is_plain
+            and output.requires_grad
             and not nn.modules.module._global_forward_hooks
             and type(output) is Tensor
             and not output._is_view()

@@ -83,8 +83,7 @@ class TrainingForward:
         placement = attachment.place(inputs, state, binds=leads_to_step)
         attachment.now = placement
         attachment.rows_seen += len(inputs)
-        alone = attachment.is_alone_with(output)
-        product = product_node(output, attachment.weight) if alone else None
+        product = product_node(output, attachment.weight) if attachment.is_plain else None
         corrected, signal = attachment.preactivation(placement, output, state), None
         if attachment.shared is not None:
             signal = self._signal(inputs, placement)
