@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dd.capture import Capture, Pushes, joined
 from dd.contribution import Contribution
-from dd.curvature import build
+from dd.curvature import Rows, build
 from dd.fingerprint import Fingerprints
 from dd.functional import (
     all_finite,
@@ -600,7 +600,7 @@ class Attachment:
             # Sums over a scaled loss may be infinite.
             product = scale * at_least_single(product)
         pools = self.ranks.size > 1 or state.get("shadow_moments") is not None
-        moments = estimator.moments(pushes.observed, product, index, self.ranks, pools=pools)
+        moments = estimator.moments(Rows(pushes.observed, product, index, self.ranks, pools))
         if isinstance(scale, Tensor):
             moments = moments.scaled(scale.to(moments.cross))
         found, kept = self._pooled(moments, pushes, scale, state)

@@ -19,7 +19,6 @@ from torch.autograd.graph import GradientEdge
 from dd.functional import (
     at_least_single,
     centre_within_components,
-    component_counts,
     rademacher,
     scaled_by_mass,
     solved_curvature,
@@ -35,6 +34,7 @@ __all__ = [
     "Exact",
     "GraphProbe",
     "Probe",
+    "Rows",
     "Stein",
     "build",
     "check_name",
@@ -54,6 +54,25 @@ class Backward:
     gradient: Tensor
     tangent: Tensor | None
     edge: GradientEdge
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a step, of which an estimator forms its moments.
+
+    Attributes:
+        observed: what :meth:`Curvature.observe` returned, shape (m, k).
+        product: what :meth:`Curvature.product` returned.
+        index: sample of each row, shape (m,); None for all samples in their order.
+        ranks: over which rows are spread.
+        pools: whether their moments may be pooled with those of other steps.
+    """
+
+    observed: Tensor
+    product: Tensor
+    index: Tensor | None
+    ranks: Ranks
+    pools: bool = True
 
 
 class Curvature(ABC):
@@ -82,24 +101,8 @@ class Curvature(ABC):
         """Return what the moments need of one backward pass, shape (m, k) or (m, k, k)."""
 
     @abstractmethod
-    def moments(
-        self,
-        observed: Tensor,
-        product: Tensor,
-        index: Tensor | None,
-        ranks: Ranks,
-        *,
-        pools: bool = True,
-    ) -> Moments:
-        """Moments of the rows of a step.
-
-        Args:
-            observed: what :meth:`observe` returned, shape (m, k).
-            product: what :meth:`product` returned.
-            index: sample of each row, shape (m,); None for all samples in their order.
-            ranks: over which rows are spread.
-            pools: whether they will be pooled with those of other steps.
-        """
+    def moments(self, rows: Rows) -> Moments:
+        """Moments of the rows of a step."""
 
     @abstractmethod
     def solve(self, moments: Moments) -> Tensor:
@@ -116,7 +119,7 @@ class Curvature(ABC):
     def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
         """Return H, shape (k, k), of one pass over all samples in their order."""
         product = self.product(observed, backward)
-        return self.solve(self.moments(observed, product, None, Ranks(), pools=False))
+        return self.solve(self.moments(Rows(observed, product, None, Ranks(), pools=False)))
 
 
 class Stein(Curvature):
@@ -133,8 +136,6 @@ class Stein(Curvature):
         self.components = components
         self.num_components = int(components.max()) + 1
         self.ridge = ridge
-        # Rows of each component among all samples.
-        self._all: Tensor | None = None
 
     def observe(self, preactivation: Tensor, seed: int) -> Tensor:
         """Return R."""
@@ -144,28 +145,11 @@ class Stein(Curvature):
         """Return G."""
         return backward.gradient.detach()
 
-    def moments(
-        self,
-        observed: Tensor,
-        product: Tensor,
-        index: Tensor | None,
-        ranks: Ranks,
-        *,
-        pools: bool = True,
-    ) -> Moments:
+    def moments(self, rows: Rows) -> Moments:
         """R_cᵀR_c / m and R_cᵀG."""
-        components = self.of(index, observed.device)
-        counts = self._counts(components, whole=index is None)
-        return Moments.centred(observed, product, components, counts, ranks, pools=pools)
-
-    def _counts(self, components: Tensor, *, whole: bool) -> Tensor:
-        if not whole:
-            return component_counts(components, self.num_components)
-        known = self._all
-        # Processes may have told of more components since.
-        if known is None or known.device != components.device or len(known) != self.num_components:
-            known = self._all = component_counts(components, self.num_components)
-        return known
+        components, count = self.of(rows.index, rows.observed.device), self.num_components
+        both = rows.observed, rows.product
+        return Moments.centred(*both, components, count, rows.ranks, pools=rows.pools)
 
     def solve(self, moments: Moments) -> Tensor:
         """Solve K H = R_cᵀ G."""
@@ -226,17 +210,9 @@ class Probe(_SecondDerivative):
             raise RuntimeError(LOST_TANGENT)
         return backward.tangent
 
-    def moments(
-        self,
-        observed: Tensor,
-        product: Tensor,
-        index: Tensor | None,
-        ranks: Ranks,
-        *,
-        pools: bool = True,
-    ) -> Moments:
+    def moments(self, rows: Rows) -> Moments:
         """VᵀV / m and Vᵀ(HV)."""
-        return Moments.plain(observed, self.weighted(product, index), ranks)
+        return Moments.plain(rows.observed, self.weighted(rows.product, rows.index), rows.ranks)
 
     def solve(self, moments: Moments) -> Tensor:
         """Average the products over samples."""
@@ -290,20 +266,14 @@ class Exact(_SecondDerivative):
         ]
         return torch.stack(rows, 1)
 
-    def moments(
-        self,
-        observed: Tensor,
-        product: Tensor,
-        index: Tensor | None,
-        ranks: Ranks,
-        *,
-        pools: bool = True,
-    ) -> Moments:
+    def moments(self, rows: Rows) -> Moments:
         """The sum itself, beside a gram matrix of ones."""
-        total = ranks.sum(self.weighted(product.flatten(1), index).sum(0).view(product.shape[1:]))
-        rows = ranks.sum(total.new_tensor(float(len(product))))
+        product, ranks = rows.product, rows.ranks
+        parts = self.weighted(product.flatten(1), rows.index)
+        total = ranks.sum(parts.sum(0).view(product.shape[1:]))
+        count = ranks.sum(total.new_tensor(float(len(product))))
         none = total[:0]
-        return Moments(rows, none[:, 0], none, none, torch.eye(len(total)).to(total), total)
+        return Moments(count, none[:, 0], none, none, torch.eye(len(total)).to(total), total)
 
     def solve(self, moments: Moments) -> Tensor:
         """Return the sum."""

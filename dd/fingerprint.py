@@ -152,10 +152,6 @@ class Fingerprints:
         low = torch.searchsorted(first, key - tolerance[0])
         high = torch.searchsorted(first, key + tolerance[0], right=True)
         width = max(1, int((high - low).max()))
-        if width == 1:
-            nearest = order[low.clamp_max(len(order) - 1)]
-            close = ((self.values[nearest] - found).abs() <= tolerance).all(1)
-            return nearest, close & (low < high)
         rows = max(1, _AT_A_TIME // width)
         blocks = zip(found.split(rows), low.split(rows), high.split(rows), strict=True)
         parts = [self._nearest(*block, width, order, tolerance) for block in blocks]

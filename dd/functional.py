@@ -84,10 +84,8 @@ def correct_preactivation_(preactivation: Tensor, shadow: Tensor) -> Tensor:
     Returns:
         R, the same tensor.
     """
-    count, width = preactivation.shape
-    bins = len(shadow)
-    blocks = row_blocks(count, bins * width, shadow.device) if bins > 1 else [slice(count)]
-    for rows in blocks:
+    bins, count, width = shadow.shape
+    for rows in row_blocks(count, bins * width, shadow.device):
         preactivation[rows].add_(_summed_over_bins(shadow[:, rows]).to(preactivation.dtype))
     return preactivation
 

@@ -83,7 +83,7 @@ class Comparison:
             gradient, size = _of_size_one(gradient, ranks)
             weight_gradient, weight_size = _of_size_one(weight_gradient)
             unit = weight_size.double() / size.double()
-        arrived = directions.to(gradient) @ weight_gradient.mT
+        arrived = along(weight_gradient, directions)
         delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
         return cls(arrived, delivered, tolerance, rounding, unit)
 
@@ -108,6 +108,13 @@ class Comparison:
         units = _UNITS_IN_THE_LAST_PLACE * rounding
         tolerance = torch.outer(units * directions.to(size).square().sum(1).sqrt(), size)
         return cls(arrived, delivered.sum(0), tolerance, rounding)
+
+    def scale(self) -> float | None:
+        """By which scale the two differ: 1 where they agree, None where by more than a scale."""
+        if bool(self.is_same()):
+            return 1.0
+        scale, is_multiple = self.multiple
+        return float(scale) if bool(is_multiple) else None
 
     def is_same(self) -> Tensor:
         """Whether the two agree up to rounding, shape ()."""
@@ -171,14 +178,10 @@ def scale_of_terms(
     if len(terms) == 1 and torch.equal(along(weight_gradient, directions), terms[0].along):
         return 1.0
     found = Comparison.of_terms(weight_gradient, terms, directions)
-    if bool(found.is_same()):
-        return 1.0
-    scale, is_multiple = found.multiple
-    if bool(is_multiple):
-        return float(scale)
-    if not bool(all_finite(found.arrived, found.delivered).all()):
-        return None
-    raise RuntimeError(edited(Ranks()))
+    scale = found.scale()
+    if scale is None and bool(all_finite(found.arrived, found.delivered).all()):
+        raise RuntimeError(edited(Ranks()))
+    return scale
 
 
 def edit_scale(
@@ -205,12 +208,9 @@ def edit_scale(
     """
     for scaled in (False, True):
         both = weight_gradient, gradient, directions, projections, ranks
-        found = Comparison.of(*both, scaled=scaled)
-        if bool(found.is_same()):
-            return 1.0
-        scale, is_multiple = found.multiple
-        if bool(is_multiple):
-            return float(scale)
+        scale = Comparison.of(*both, scaled=scaled).scale()
+        if scale is not None:
+            return scale
     raise RuntimeError(edited(ranks))
 
 

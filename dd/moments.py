@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dd.blocks import row_blocks, tall_product
-from dd.functional import all_finite, at_least_single, component_sums
+from dd.functional import all_finite, at_least_single, component_counts, component_sums
 from dd.ranks import Ranks
 
 __all__ = ["Moments"]
@@ -40,7 +40,7 @@ class Moments:
         values: Tensor,
         products: Tensor,
         components: Tensor,
-        counts: Tensor,
+        count: int,
         ranks: Ranks,
         *,
         pools: bool = True,
@@ -51,14 +51,14 @@ class Moments:
             values: a, shape (m, k).
             products: b, shape (m, k).
             components: of each row, shape (m,).
-            counts: rows of each component, shape (C,).
+            count: number of components C.
             ranks: over which rows are spread.
             pools: whether they will be pooled with others; ``right`` is empty if not.
         """
         values, products = at_least_single(values), at_least_single(products)
         width, averaged = values.shape[1], [values, products] if pools else [values]
-        counts = ranks.sum(counts.to(values))
-        sums = [component_sums(rows, components, len(counts)) for rows in averaged]
+        counts = ranks.sum(component_counts(components, count).to(values))
+        sums = [component_sums(rows, components, count) for rows in averaged]
         means = ranks.sum(torch.stack(sums)) / counts.clamp_min(1).unsqueeze(1)
         left = means[0]
         gram, cross = _zeros(values, 2, width, width)
@@ -87,8 +87,7 @@ class Moments:
         values, products = at_least_single(values), at_least_single(products)
         rows = ranks.sum(values.new_full((), float(len(values))))
         none = values.new_empty(0, values.shape[1])
-        both = torch.stack([tall_product(values, b) for b in (values, products)])
-        both = ranks.sum(both)
+        both = ranks.sum(torch.stack([tall_product(values, b) for b in (values, products)]))
         return cls(rows, none[:, 0], none, none, both[0] / rows, both[1])
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dd.attachment import Attachment
+from dd.curvature import Rows
 from dd.product_cache import FirstForward
 from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
 
@@ -72,5 +73,5 @@ def _estimate(attachment: Attachment) -> Tensor:
         raise RuntimeError(UNLIKE_FIRST)
     (capture,) = pending
     estimator = attachment.estimator
-    moments = estimator.moments(capture.observed, capture.product(), None, attachment.ranks)
-    return estimator.solve(moments)
+    rows = Rows(capture.observed, capture.product(), None, attachment.ranks)
+    return estimator.solve(estimator.moments(rows))
