@@ -569,8 +569,9 @@ class Attachment:
         projections, terms = pushes.placement.fingerprints, self.seen_terms()
         compared = weight.grad, pushes.gradient, directions, projections, self.ranks
         if not self.verdicts.defers:
-            known = scale_of_terms(weight.grad, terms, directions) if terms else None
-            return edit_scale(*compared) if known is None else known
+            if terms:
+                return scale_of_terms(weight.grad, terms, directions)
+            return edit_scale(*compared)
         if terms:
             found = Comparison.of_terms(weight.grad, terms, directions)
         else:

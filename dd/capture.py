@@ -135,6 +135,8 @@ class Capture:
         else:
             # A second backward pass finds the level closed, so that its curvature is lost.
             self.gradient, self.tangent = self.gradient + gradient, None
+            # It may have gone no further than to R, and then adds nothing to the weight's.
+            self.contribution = None
         return gradient if self._level is not None else None
 
     def receive_product(

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-
-from dd.functional import at_least_single
-from dd.rounding import product_rounding
 
 __all__ = ["Contribution", "along", "product_node"]
 
@@ -18,8 +16,8 @@ class Contribution:
     """A term XᵀG of a weight gradient, along random directions U of the inputs.
 
     Attributes:
-        along: Uᵀ XᵀG, shape (j, k).
-        rounding: relative error of one product behind it.
+        along: Uᵀ XᵀG, shape (j, k), in double precision.
+        rounding: relative error of one of its numbers, once an edit has rounded it.
     """
 
     along: Tensor
@@ -33,17 +31,15 @@ class Contribution:
             term: (XᵀG)ᵀ, shape (k, d).
             directions: Uᵀ, shape (j, d).
         """
-        return cls(along(term, directions), product_rounding(term))
+        return cls(along(term, directions), torch.finfo(term.dtype).eps)
 
 
 def along(gradient: Tensor, directions: Tensor) -> Tensor:
-    """A weight gradient (k, d) along directions (j, d); shape (j, k), in single precision at least.
+    """A weight gradient (k, d) along directions (j, d); shape (j, k), in double precision.
 
-    On an accelerator in double: nobody waits there to see whether a scaled loss is beyond single.
+    Which neither a setting of the user's lowers nor a scaled loss exceeds.
     """
-    gradient = at_least_single(gradient.detach())
-    if gradient.device.type != "cpu":
-        gradient = gradient.double()
+    gradient = gradient.detach().double()
     return (gradient @ directions.to(gradient).mT).mT
 
 

@@ -83,7 +83,7 @@ class Comparison:
             gradient, size = _of_size_one(gradient, ranks)
             weight_gradient, weight_size = _of_size_one(weight_gradient)
             unit = weight_size.double() / size.double()
-        arrived = along(weight_gradient, directions)
+        arrived = directions.to(gradient) @ weight_gradient.mT
         delivered, tolerance = _delivered(gradient, projections, rounding, ranks)
         return cls(arrived, delivered, tolerance, rounding, unit)
 
@@ -98,15 +98,15 @@ class Comparison:
             terms: what each backward pass added to it.
             directions: Uᵀ, shape (j, d).
         """
-        rounding = max(product_rounding(weight_gradient), *(term.rounding for term in terms))
+        own = torch.finfo(weight_gradient.dtype).eps
+        rounding = max(own, *(term.rounding for term in terms))
         delivered = torch.stack([term.along for term in terms])
+        # An edit, or the addition of a term, rounds every number by itself, so that along a random
+        # direction the errors add up as squares. Sums on the way may be larger than the last one.
+        size = torch.linalg.vector_norm(weight_gradient.double(), dim=1)
+        size = size + delivered.square().mean(1).sqrt().sum(0)
+        tolerance = (_UNITS_IN_THE_LAST_PLACE * rounding * size).expand_as(delivered[0])
         arrived = along(weight_gradient, directions)
-        # Along random directions a vector's root mean square is its norm; sums over a scaled loss
-        # may be out of range before they are squared.
-        parts = torch.cat([delivered, arrived.unsqueeze(0)]).double()
-        size = parts.square().mean(1).sqrt().sum(0)
-        units = _UNITS_IN_THE_LAST_PLACE * rounding
-        tolerance = torch.outer(units * directions.to(size).square().sum(1).sqrt(), size)
         return cls(arrived, delivered.sum(0), tolerance, rounding)
 
     def scale(self) -> float | None:
@@ -161,7 +161,7 @@ class Comparison:
 
 def scale_of_terms(
     weight_gradient: Tensor, terms: Sequence[Contribution], directions: Tensor
-) -> float | None:
+) -> float:
     """As :func:`edit_scale`, from the terms that backward passes were seen to add.
 
     Args:
@@ -170,16 +170,15 @@ def scale_of_terms(
         directions: Uᵀ, shape (j, d).
 
     Returns:
-        The scale, or None where sums over a scaled loss are out of range.
+        The scale; 1 where the two agree up to rounding.
 
     Raises:
         RuntimeError: if it is neither their sum nor a multiple of it.
     """
     if len(terms) == 1 and torch.equal(along(weight_gradient, directions), terms[0].along):
         return 1.0
-    found = Comparison.of_terms(weight_gradient, terms, directions)
-    scale = found.scale()
-    if scale is None and bool(all_finite(found.arrived, found.delivered).all()):
+    scale = Comparison.of_terms(weight_gradient, terms, directions).scale()
+    if scale is None:
         raise RuntimeError(edited(Ranks()))
     return scale
 

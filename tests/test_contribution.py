@@ -10,8 +10,9 @@ from torch import nn
 
 import dd
 from dd.blocks import bin_groups, row_blocks, tall_product
-from dd.contribution import product_node
+from dd.contribution import Contribution, product_node
 from dd.functional import all_finite
+from dd.gradient_check import scale_of_terms
 
 N, D, K, C = 60, 30, 4, 3
 ROUNDING = torch.finfo(torch.float64).eps
@@ -196,6 +197,66 @@ def test_a_second_backward_through_one_forward_is_counted():
     loop.optimizer.step()
     once.step(factor=2.0)
     torch.testing.assert_close(loop.state(), once.state())
+
+
+def test_a_gradient_that_ends_at_the_output_is_no_part_of_the_weights():
+    """It counts in G, but never reached W: nothing tells by which rows."""
+    loop = Loop()
+    loop.step()
+    loop.step()
+    loop.optimizer.zero_grad()
+    hidden = loop.model[0](loop.inputs)
+    loss = F.cross_entropy(loop.model[1:](hidden), loop.labels)
+    loss.backward(retain_graph=True)
+    torch.autograd.grad(loss, hidden)
+    assert loop.terms() == [None]
+    expected = Loop()
+    for _ in range(2):
+        expected.step()
+    expected.step()
+    loop.optimizer.step()
+    torch.testing.assert_close(loop.state(), expected.state())
+
+
+COARSE = {"highest": torch.float32, "medium": torch.float32, "half": torch.bfloat16}
+
+
+@pytest.fixture(params=COARSE)
+def wide(request):
+    """A layer of many inputs in a coarse precision, its terms, and its gradient."""
+    before = torch.get_float32_matmul_precision()
+    if request.param == "medium":
+        torch.set_float32_matmul_precision("medium")
+    g = torch.Generator().manual_seed(1)
+    gradient = torch.randn(8, 1024, generator=g).to(COARSE[request.param])
+    directions = torch.randn(3, 1024, generator=g)
+    terms = [Contribution.of(gradient.clone(), directions)]
+    yield gradient, terms, directions
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8, 0.9, 0.95, 1.0, 1.1])
+def test_coarse_precision_hides_no_scale(wide, factor):
+    gradient, terms, directions = wide
+    found = scale_of_terms(gradient * factor, terms, directions)
+    # Each number is rounded once, and the scale read off 3 times 8 sums.
+    assert found == pytest.approx(factor, abs=4 * torch.finfo(gradient.dtype).eps)
+
+
+@pytest.mark.parametrize("edit", ["rows", "columns", "clamped", "penalty"])
+def test_coarse_precision_hides_no_edit(wide, edit):
+    gradient, terms, directions = wide
+    edited = gradient.clone()
+    if edit == "rows":
+        edited[::2] = 0
+    elif edit == "columns":
+        edited[:, ::2] = 0
+    elif edit == "clamped":
+        edited.clamp_(-0.3, 0.3)
+    else:
+        edited += torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(RuntimeError, match="edited entry by entry"):
+        scale_of_terms(edited, terms, directions)
 
 
 def test_another_product_than_the_weights_is_no_term():
