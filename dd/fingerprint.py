@@ -47,20 +47,33 @@ class Fingerprints:
 
     Args:
         values: shape (n, 3).
+        rounding: by which fingerprints of one sample differ, over their size; by default that of
+            sums in another order.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, rounding: float | None = None) -> None:
         self.values = values
+        self._relative = _ROUNDING_TOLERANCE if rounding is None else rounding
         self._known = 0
         self._rounding = self._tolerance = values.new_zeros(PROJECTIONS)
         self._order: tuple[Tensor, Tensor] | None = None
         self._has_copies: bool | None = None
         self._measure()
-        self._fresh = [values[~values[:, 0].isnan()]]
+        self._fresh = [self.seen]
 
     def __len__(self) -> int:
         """Number of samples, seen or not."""
         return len(self.values)
+
+    @property
+    def count(self) -> int:
+        """Number of samples seen."""
+        return self._known
+
+    @property
+    def seen(self) -> Tensor:
+        """Fingerprints of the samples seen, shape (s, 3)."""
+        return self.values[~self.values[:, 0].isnan()]
 
     @property
     def complete(self) -> bool:
@@ -177,10 +190,10 @@ class Fingerprints:
         return self._order
 
     def _measure(self) -> None:
-        known = self.values[~self.values[:, 0].isnan()]
+        known = self.seen
         self._known = len(known)
         if len(known) > 0:
             size = known.square().mean(0).sqrt().clamp_min(torch.finfo(known.dtype).tiny)
-            self._rounding = _ROUNDING_TOLERANCE * size
+            self._rounding = self._relative * size
             spread = known.std(0, correction=0)
             self._tolerance = _SPREAD_TOLERANCE * spread + self._rounding

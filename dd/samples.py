@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dd.fingerprint import Fingerprints, directions, fingerprint
+from dd.fitted import fitted_samples, refuse_others, require_spread, require_told
 from dd.noise import NoiseModel
 from dd.user_warning import warn_user
 
@@ -89,11 +90,13 @@ class Samples:
     Attributes:
         known: fingerprints of the samples, or None before the first batch.
         directions: of the fingerprints, shape (3, d), or None before the first batch.
+        are_fitted: whether they are among those that the noise model was fitted on.
     """
 
     def __init__(self) -> None:
         self.known: Fingerprints | None = None
         self.directions: Tensor | None = None
+        self.are_fitted = False
         self._last: _LastBatch | None = None
         # Where the next batch begins if samples come in their order, None once they did not.
         self._end: int | None = 0
@@ -101,6 +104,8 @@ class Samples:
         self._used: Tensor | None = None
         self._looked_at: Tensor | None = None
         self._total: int | None = None
+        # Which samples were held against the noise model.
+        self._compared = (0, False)
         self._is_told = self._has_warned = False
 
     @property
@@ -186,6 +191,7 @@ class Samples:
     def forget(self) -> None:
         """Take the next batch as new."""
         self.known, self._last, self._end = None, None, 0
+        self._compared, self.are_fitted = (0, False), False
 
     def resume(self, values: Tensor | None) -> None:
         """Take the fingerprints of an earlier run where there are none yet."""
@@ -206,6 +212,7 @@ class Samples:
 
         Raises:
             RuntimeError: if they cannot be found, or there are none.
+            ValueError: if they are not those that the noise model was fitted on.
 
         Warns:
             AugmentationWarning: once, if an announced sample has changed.
@@ -221,16 +228,22 @@ class Samples:
         found = self._project(inputs)
         known = self.known
         if known is None:
-            known = _fitted(found, noise)
+            fitted = fitted_samples(found, noise, inputs.dtype)
+            if fitted is not None:
+                known, self.are_fitted = Fingerprints(fitted), True
+                self._compared = (len(known), True)
+        else:
+            self._compare(known, noise)
         if known is None and not self._is_told:
+            refuse_others(found, noise)
             known = Fingerprints(found)
         if known is not None and not known.complete and not binds:
             index, same = known.find(found)
             if bool(same.all()):
                 return Placement.of(found, index, len(known))
         if known is None or not known.complete:
-            return self._told(found, noise, binds=binds)
-        placement = self._recognised(found, known, noise, binds=binds)
+            return self._told(found, noise, inputs.dtype, binds=binds)
+        placement = self._recognised(found, known, noise, inputs.dtype, binds=binds)
         if binds:
             self.known = known
         if self.known is not None and not inputs.is_inference():
@@ -239,7 +252,13 @@ class Samples:
         return placement
 
     def _recognised(
-        self, found: Tensor, known: Fingerprints, noise: NoiseModel | None, *, binds: bool
+        self,
+        found: Tensor,
+        known: Fingerprints,
+        noise: NoiseModel | None,
+        dtype: torch.dtype,
+        *,
+        binds: bool,
     ) -> Placement:
         """Place a batch by its inputs; where that fails, by what was announced.
 
@@ -256,7 +275,7 @@ class Samples:
                 self._use(told)
             return Placement.of(found, index if told is None else told, len(known))
         if self._is_told:
-            return self._told(found, noise, binds=binds)
+            return self._told(found, noise, dtype, binds=binds)
         raise RuntimeError(
             f"DecoupledDescent: {unknown} of {len(found)} samples in the training batch are not "
             f"among the {len(known)} seen before{_by_whom(known, noise)}. Feed the training "
@@ -292,17 +311,43 @@ class Samples:
         self._used = index.cpu()
         self._waiting = [other for other in self._waiting if not torch.equal(other, self._used)]
 
-    def _told(self, found: Tensor, noise: NoiseModel | None, *, binds: bool) -> Placement:
+    def _told(
+        self, found: Tensor, noise: NoiseModel | None, dtype: torch.dtype, *, binds: bool
+    ) -> Placement:
         index = self._next(found, binds=binds).to(found.device)
         if self.known is None:
+            require_told(index, found, noise, dtype)
             self.known = Fingerprints(self._blank(found, index, noise))
         self._make_room(index, noise)
         new, differ = self.known.differ(index, found)
         if bool(differ.any()):
             self._explain(index, found, differ)
-        if binds and bool(new.any()):
+        has_new = bool(new.any())
+        if binds and has_new:
             self.known.put(index[new], found[new])
+        self._compare(self.known, noise, passed=not has_new)
         return Placement.of(found, index, len(self.known))
+
+    def _compare(
+        self, known: Fingerprints, noise: NoiseModel | None, *, passed: bool = False
+    ) -> None:
+        """Hold the samples against those of the noise model: whenever they have doubled, and all.
+
+        Args:
+            known: the samples.
+            noise: the model.
+            passed: whether a batch brought no new ones.
+
+        Raises:
+            ValueError: if they vary otherwise.
+        """
+        if noise is None or noise.fingerprints is None:
+            return
+        whole = passed or known.complete
+        now = (known.count if whole else known.count.bit_length(), whole)
+        if now != self._compared:
+            require_spread(known.seen, noise, whole=whole)
+            self._compared = now
 
     def _next(self, found: Tensor, *, binds: bool) -> Tensor:
         """The announcement that a batch belongs to.
@@ -396,14 +441,6 @@ def _fitted_on(noise: NoiseModel | None) -> int | None:
     if noise is None or noise.fingerprints is None:
         return None if noise is None else noise.num_samples
     return len(noise.fingerprints)
-
-
-def _fitted(found: Tensor, noise: NoiseModel | None) -> Fingerprints | None:
-    """What the noise model knows of the training samples, where it knows all of these."""
-    if noise is None or noise.fingerprints is None:
-        return None
-    fitted = Fingerprints(noise.fingerprints.to(found.device))
-    return fitted if bool(fitted.find(found)[1].all()) else None
 
 
 def _by_whom(known: Fingerprints, noise: NoiseModel | None) -> str:

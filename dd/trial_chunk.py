@@ -126,7 +126,7 @@ class Chunk:
         self, name: str, optimizer: DecoupledDescent, noises: "_Noises", weight: Tensor
     ) -> Correction:
         models = noises.models(None if optimizer._damping == 1.0 else 1)
-        check_noise(name, optimizer, models, self._inputs[0], weight.shape[1])
+        check_noise(name, optimizer, models, list(self._inputs), weight.shape[1])
         noise = StackedNoise.of(models, weight)
         seeds = None
         if self._plan.probe_seed is not None:

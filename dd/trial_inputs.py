@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dd.fingerprint import fingerprint
+from dd.fitted import fitted_samples, refuse_others
 from dd.line_settings import chooses_rate
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
@@ -231,7 +233,11 @@ def check_scores(
 
 
 def check_noise(
-    name: str, optimizer: DecoupledDescent, models: Sequence[NoiseModel], inputs: Tensor, width: int
+    name: str,
+    optimizer: DecoupledDescent,
+    models: Sequence[NoiseModel],
+    inputs: Sequence[Tensor],
+    width: int,
 ) -> None:
     """Check the noise models of some trials against a decoupled optimizer and the data.
 
@@ -239,20 +245,23 @@ def check_noise(
         name: of the optimizer.
         optimizer: that takes them.
         models: one a trial.
-        inputs: of one trial, shape (n, d).
+        inputs: of each trial, shape (n, d).
         width: k.
 
     Raises:
         ValueError: if they do not go with either.
     """
-    samples, dimension = inputs.shape
-    for model in models:
+    samples, dimension = inputs[0].shape
+    for model, rows in zip(models, inputs, strict=True):
         if model.dimension != dimension or model.num_samples not in {None, samples}:
             raise ValueError(
                 f"run_trials: a noise model describes {model.num_samples or samples} samples of "
                 f"{model.dimension} inputs, but a trial has {samples} of {dimension}; fit it on "
                 "the training inputs of its own trial"
             )
+        found = fingerprint(rows)
+        if fitted_samples(found, model, rows.dtype) is None:
+            refuse_others(found, model)
         if model.mean_directions is not None:
             raise ValueError(
                 "run_trials: a noise model leaves out the directions of the component means, "

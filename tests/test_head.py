@@ -323,14 +323,17 @@ def test_samples_are_those_of_the_first_step():
     # A forward on other data before it must leave nothing behind.
     (inputs, labels), (others, _) = make_problem(), make_problem(seed=5)
     models = []
-    for first in (None, "no_grad", "dropped"):
+    for first in (None, "no_grad", "refused", "dropped"):
         model = make_model()
         optimizer = attached(model, inputs, labels)
         if first == "no_grad":
             with torch.no_grad():
                 model(others)
+        elif first == "refused":
+            with pytest.raises(ValueError, match="not among them"):
+                model(others)
         elif first == "dropped":
-            model(others)
+            model(inputs[:20])
             optimizer.drop_forward()
         train(model, optimizer, inputs, labels)
         models.append(model)
