@@ -85,6 +85,12 @@ class CentredInputs:
         """Input dimension d, less the directions taken out."""
         return self.shape[1] - (0 if self.directions is None else self.directions.shape[1])
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Some x, not centred, shape (m, d), by their indices, shape (m,)."""
+        if isinstance(self.source, Tensor):
+            return self._single(index)
+        return at_least_single(torch.from_numpy(np.asarray(self.source[index.cpu().numpy()])))
+
     def separate(self, directions: Tensor) -> None:
         """Take out what lies along orthonormal directions, shape (d, m)."""
         directions = directions.double()
@@ -128,10 +134,10 @@ class CentredInputs:
             return block.sum(0, keepdim=True)
         return component_sums(block, self.components[rows], count)
 
-    def _single(self, rows: slice) -> Tensor:
+    def _single(self, rows: slice | Tensor) -> Tensor:
         return at_least_single(self._at(rows))
 
-    def _at(self, where: slice | tuple[slice, slice]) -> Tensor:
+    def _at(self, where: slice | Tensor | tuple[slice, slice]) -> Tensor:
         if isinstance(self.source, Tensor):
             return self.source[where].detach()
         # A copy, as torch warns of arrays that are not to be written to.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dd.centred import CentredInputs
 from dd.checks import check_count
+from dd.copies import count_copies
 from dd.quadrature import nodes
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
@@ -45,6 +46,8 @@ class NoiseModel:
         norm_variation: standard deviation of ‖z_i‖² over its mean, or None where not measured.
         fingerprints: of the samples that the model was fitted on, shape (n, 3), by which a training
             batch of some of them is recognised; or None.
+        copies: how many of the samples that the model was fitted on are copies of others, or nearly
+            so; None where not looked for.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -58,6 +61,7 @@ class NoiseModel:
     fitted_on: int | None = None
     norm_variation: float | None = None
     fingerprints: Tensor | None = None
+    copies: int | None = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -187,6 +191,7 @@ class NoiseModel:
             norm_variation=float(relative.double().std(correction=0)),
             mean_directions=None if directions is None else directions.to(like),
             fingerprints=centred.fingerprints,
+            copies=count_copies(centred.fingerprints, centred.rows),
         )
 
     def of(self, rows: Tensor) -> "NoiseModel":
@@ -287,6 +292,7 @@ class NoiseModel:
             fitted_on=self.fitted_on,
             norm_variation=self.norm_variation,
             fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
+            copies=self.copies,
         )
 
 

@@ -2,16 +2,18 @@
 
 import functools
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
-from dd.copies import count_copies
+from dd.copies import CopyWatch, count_copies
 from dd.curvature import Stein
 from dd.samples import Placement
-from dd.strain import StrainWarning, strains
+from dd.strain import StrainWarning, of_copies, strains
 from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Oversight:
         self._forwards = 0
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
+        self._copies: CopyWatch | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far, between two training forwards."""
@@ -44,12 +47,15 @@ class Oversight:
     def look(self, attachment: "Attachment", placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.
 
+        Copies are told at the end of the first pass where nobody has seen all samples before.
+
         Args:
             attachment: with its noise model fitted and the samples known.
-            placement: of the first batch.
-            inputs: of the first batch, shape (m, d).
+            placement: of a batch.
+            inputs: of the batch, shape (m, d).
         """
         if self._has_looked:
+            self._look_for_copies(attachment, placement, inputs)
             return
         self._has_looked = True
         logger.info("%s", attachment.noise)
@@ -59,18 +65,48 @@ class Oversight:
         head = sum(p.numel() for p in others if p.requires_grad)
         count = attachment.samples.count
         assert count is not None
-        # Mini-batches never show two copies side by side.
-        whole = placement.index is None
-        copies = count_copies(inputs, placement.fingerprints[:, 0]) if whole else 0
+        total = count * attachment.ranks.size
+        copies = self._copies_at_once(attachment, placement, inputs)
+        if copies is None:
+            self._copies = CopyWatch()
+            self._look_for_copies(attachment, placement, inputs)
         for sentence in strains(
-            count * attachment.ranks.size,
+            total,
             layer.in_features,
             layer.out_features,
             head,
-            copies,
+            0 if copies is None else round(copies * total),
             ignores_heavy_tails=attachment.noise is not None
             and attachment.noise.ignores_heavy_tails,
         ):
+            warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
+
+    def _copies_at_once(
+        self, attachment: "Attachment", placement: Placement, inputs: Tensor
+    ) -> float | None:
+        """Share of copies among the samples, or None where a first batch does not show it."""
+        noise, samples = attachment.noise, attachment.samples
+        of_samples = attachment.given_noise is None or samples.are_fitted
+        if noise is not None and noise.copies is not None and noise.fitted_on and of_samples:
+            return noise.copies / noise.fitted_on
+        if placement.index is not None or math.isinf(samples.total(attachment.given_noise)):
+            return None
+        return count_copies(placement.fingerprints, inputs.__getitem__) / len(inputs)
+
+    def _look_for_copies(
+        self, attachment: "Attachment", placement: Placement, inputs: Tensor
+    ) -> None:
+        known = attachment.samples.known
+        if self._copies is None or known is None:
+            return
+        index = placement.index
+        index = torch.arange(len(inputs)) if index is None else index.cpu()
+        copies = self._copies.see(index, inputs, known)
+        if copies is None:
+            return
+        self._copies = None
+        sentence = of_copies(copies, known.count)
+        if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def outgoing(

@@ -1,6 +1,6 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["StrainWarning", "strains"]
+__all__ = ["StrainWarning", "of_copies", "strains"]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
@@ -25,7 +25,7 @@ def strains(
         d: inputs of the decoupled layer.
         k: its width.
         head: trainable parameters that are not corrected.
-        copies: samples that equal another.
+        copies: samples that equal another, or nearly.
         ignores_heavy_tails: whether the noise model does.
 
     Returns:
@@ -50,12 +50,9 @@ def strains(
             "sample): those are not corrected and over-fit; expect a training error that is too "
             "low, less so with a smaller head or with head=True."
         )
-    if copies > MAX_COPIES_PER_SAMPLE * n:
-        sentences.append(
-            f"{copies} of {n} samples are copies of others: each leaves its imprint on its twins, "
-            "and only its own is removed; expect a training error that is too low. Keep each "
-            "sample once, and weigh it in the loss by its count."
-        )
+    repeated = of_copies(copies, n)
+    if repeated is not None:
+        sentences.append(repeated)
     if ignores_heavy_tails:
         sentences.append(
             "the samples' noise norms vary far more than this noise model says: the noise is "
@@ -63,3 +60,22 @@ def strains(
             "spectrum and a mass for every sample: NoiseModel.fit(inputs, components)."
         )
     return sentences
+
+
+def of_copies(copies: int, n: int) -> str | None:
+    """Say what to expect where samples are copies.
+
+    Args:
+        copies: samples that equal another, or nearly.
+        n: training samples.
+
+    Returns:
+        A sentence, or None where they are few enough.
+    """
+    if copies <= MAX_COPIES_PER_SAMPLE * n:
+        return None
+    return (
+        f"{copies} of {n} samples are copies of others, or nearly: each leaves its imprint on its "
+        "twins, and only its own is removed; expect a training error that is too low. Keep each "
+        "sample once, and weigh it in the loss by its count."
+    )

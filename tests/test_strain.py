@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.copies import count_copies
 from dd.strain import strains
 
 
@@ -67,20 +66,6 @@ def test_the_noise_model_is_logged(given, caplog):
     assert caplog.messages[0].startswith("noise model: 1 bin, effective rank 30 of 30, n/d 2,")
 
 
-def test_copies_are_counted():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3000, 20, generator=generator)
-    direction = torch.randn(20, generator=generator)
-    assert count_copies(rows, rows @ direction) == 0
-    twice = torch.cat([rows, rows[:10], rows[:5]])[torch.randperm(3015, generator=generator)]
-    assert count_copies(twice, twice @ direction) == 15
-    # Equal projections alone are no copies.
-    assert count_copies(rows, torch.zeros(3000)) == 0
-    many = torch.cat([rows, rows])
-    # A thousand of the 3000 pairs are compared.
-    assert count_copies(many, many @ direction) == pytest.approx(3000, rel=0.01)
-
-
 def test_copies_warn():
     model, inputs, targets = problem(60)
     inputs[5] = inputs[7]
@@ -88,6 +73,27 @@ def test_copies_warn():
     with pytest.warns(dd.StrainWarning, match="1 of 60 samples are copies"):
         F.cross_entropy(model(inputs), targets)
     optimizer.detach()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_copies_in_mini_batches_warn_at_the_end_of_the_first_pass(given):
+    """At once where the noise model was fitted on all samples."""
+    model, inputs, targets = problem(60)
+    inputs[:6] = inputs[-6:]
+    noise = dd.NoiseModel.isotropic(inputs)
+    if not given:
+        noise = dd.NoiseModel(noise.eigenvalues, noise.multiplicities)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+    warned = []
+    for number, rows in enumerate(torch.arange(60).split(15) * 2):
+        optimizer.batch(rows)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+        optimizer.step()
+        warned += [number for w in caught if "6 of 60 samples are copies" in str(w.message)]
+    assert warned == [0 if given else 4]
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
