@@ -105,8 +105,6 @@ def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) ->
     """
     # Each run's noise model stands in its report.
     logging.getLogger("dd").setLevel(logging.WARNING)
-    # torch's own forward-mode formulas still go through a deprecated compiler.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     # The loop clears the gradients before every step, which is what this warning asks for.
     warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle.*")
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -30,7 +30,7 @@ from dd.gradient_check import (
     weight_changed,
 )
 from dd.head import SharedParameters
-from dd.layers import find_layer
+from dd.layers import changing_modules, find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
@@ -160,7 +160,7 @@ class Attachment:
         self.noise = self.given_noise = noise
         self.estimator = build(curvature, noise)
         self.pending: list[Capture] = []
-        self.samples = Samples()
+        self.samples = Samples(self._changing_modules)
         self.shadows = Shadows()
         self.oversight = Oversight()
         self.verdicts = Verdicts()
@@ -605,7 +605,7 @@ class Attachment:
         if isinstance(scale, Tensor):
             moments = moments.scaled(scale.to(moments.cross))
         found, kept = self._pooled(moments, pushes, scale, state)
-        self._require_resolved(moments, found, len(pushes.gradient))
+        self._require_resolved(moments, found, pushes.gradient)
         if kept is not None:
             self._keep_moments(state, kept)
         return found
@@ -632,10 +632,12 @@ class Attachment:
             scaled = estimator.pooled(scaled, earlier, keep)
         return estimator.solve_pooled(scaled.scaled(unit)), scaled
 
-    def _require_resolved(self, moments: Moments, curvature: Tensor, num_samples: int) -> None:
+    def _require_resolved(self, moments: Moments, curvature: Tensor, gradient: Tensor) -> None:
+        num_samples, dtype = len(gradient), gradient.dtype
+
         def explain(_: list[bool]) -> Exception:
             if not moments.is_finite:
-                return self._curvature_overflows()
+                return self._curvature_overflows(dtype)
             return RuntimeError(
                 f"DecoupledDescent: {num_samples} samples do not resolve the curvature of the "
                 f"{len(curvature)} units of layer {self.name!r}; use fewer units or more samples, "
@@ -654,11 +656,22 @@ class Attachment:
             packed = torch.where(refusal > 0, before, packed)
         state["shadow_moments"] = packed
 
-    def _curvature_overflows(self) -> FloatingPointError:
+    def _curvature_overflows(self, dtype: torch.dtype) -> FloatingPointError:
+        """What to say where the second derivative is not finite.
+
+        Args:
+            dtype: of the gradient, which tells of autocast.
+        """
+        parameters = [parameter.detach() for parameter in self.module.parameters()]
+        largest = max(float(p.abs().max()) for p in parameters if p.numel() > 0)
+        precisions = {dtype, *(parameter.dtype for parameter in parameters)}
+        half = torch.float16 in precisions
         return FloatingPointError(
             f"DecoupledDescent: the curvature at layer {self.name!r} is not finite, though the "
-            "gradient is; nothing was updated. Likely causes: half precision that overflows, "
-            "or a loss whose second derivative is infinite at some sample."
+            "gradient is; nothing was updated. Likely causes: the learning rate is too large "
+            f"(halve it; the largest weight is {largest:.2g})"
+            + (", half precision that overflows" if half else "")
+            + ", or a loss whose second derivative is infinite at some sample."
         )
 
     def _gradient_size(self, pushes: Pushes, scale: float | Tensor) -> Tensor:
@@ -747,6 +760,17 @@ class Attachment:
             "DecoupledDescent: a mini-batch does not show the noise of the training set. "
             "Construct with noise=dd.NoiseModel.fit(inputs, components), the inputs of all "
             "training samples as the decoupled layer receives them; components are optional."
+        )
+
+    def _changing_modules(self) -> str:
+        """A sentence on modules that change the layer's inputs from step to step, or nothing."""
+        found = changing_modules(self.module, self.layer)
+        if not found:
+            return ""
+        return (
+            f" Found before layer {self.name!r}: {', '.join(found)}, which in train mode gives a "
+            "sample another input at every step. Put it behind the layer, or keep it in eval mode: "
+            "call its eval() after every model.train(), and before NoiseModel.fit."
         )
 
     def _earlier_parameters(self) -> str:

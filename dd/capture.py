@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dd.contribution import Contribution
 from dd.curvature import Backward, Curvature
-from dd.dual import DualLevel, carry_tangent, split_tangent
+from dd.dual import DualLevel, carry_tangent, no_derivative, split_tangent
 from dd.functional import at_least_single
 from dd.head import Scores
 from dd.marked import UncompiledTensor
@@ -208,11 +208,22 @@ class Capture:
         self.scores.gradient = gradient if earlier is None else earlier + gradient
 
     def product(self) -> Tensor:
-        """What the curvature needs of the backward pass, once the gradient is there."""
+        """What the curvature needs of the backward pass, once the gradient is there.
+
+        Raises:
+            NotImplementedError: if an operation has no second derivative.
+            RuntimeError: if the curvature cannot be had for another reason.
+        """
         assert self.gradient is not None
         # Differentiating the gradient again passes by R and must not count as a gradient.
         with self.undisturbed() as (observed, edge):
-            return self._estimator.product(observed, Backward(self.gradient, self.tangent, edge))
+            backward = Backward(self.gradient, self.tangent, edge)
+            try:
+                return self._estimator.product(observed, backward)
+            except RuntimeError as error:
+                if "derivative for" not in str(error):
+                    raise
+                raise NotImplementedError(no_derivative(error)) from error
 
     def close(self) -> None:
         """Drop the share in the forward-mode level."""

@@ -1,6 +1,7 @@
 """Whether training samples are those that their noise model was fitted on."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,12 +57,13 @@ def fitted_samples(found: Tensor, noise: NoiseModel | None, dtype: torch.dtype) 
     return torch.empty_like(found).index_copy_(0, index, found)
 
 
-def refuse_others(found: Tensor, noise: NoiseModel | None) -> None:
+def refuse_others(found: Tensor, noise: NoiseModel | None, blame: Callable[[], str] = str) -> None:
     """Refuse training samples that are not those of their noise model.
 
     Args:
         found: fingerprints, shape (m, 3), that :func:`fitted_samples` does not know.
         noise: the model.
+        blame: says what may have changed them, in a sentence or not at all.
 
     Raises:
         ValueError: if the model was fitted on inputs.
@@ -73,13 +75,17 @@ def refuse_others(found: Tensor, noise: NoiseModel | None) -> None:
     raise ValueError(
         f"DecoupledDescent: the noise model was fitted on {len(fitted)} inputs, and {unknown} of "
         f"the {len(found)} that the decoupled layer receives in training are not among them"
-        f"{_times(found, fitted)}: they are other samples, or the same ones in other units. "
-        + _REMEDY.format(these="these inputs")
+        f"{_times(found, fitted)}: they are other samples, or the same ones in other units."
+        f"{blame()} " + _REMEDY.format(these="these inputs")
     )
 
 
 def require_told(
-    index: Tensor, found: Tensor, noise: NoiseModel | None, dtype: torch.dtype
+    index: Tensor,
+    found: Tensor,
+    noise: NoiseModel | None,
+    dtype: torch.dtype,
+    blame: Callable[[], str] = str,
 ) -> None:
     """Check that announced samples are those that a noise model knows one by one.
 
@@ -88,6 +94,7 @@ def require_told(
         found: their fingerprints, shape (m, 3).
         noise: the model.
         dtype: of the inputs.
+        blame: as in :func:`refuse_others`.
 
     Raises:
         ValueError: if none is; where some are, the others may have been augmented.
@@ -103,7 +110,7 @@ def require_told(
             f"DecoupledDescent: the noise model knows {len(fitted)} samples one by one (component "
             f"ids or masses), and none of the {len(found)} announced ones in the first training "
             f"forward has the input that it was fitted on{_times(found, fitted)}: announced are "
-            "other samples, other units or augmented inputs. "
+            f"other samples, other units or augmented inputs.{blame()} "
             + _REMEDY.format(these="the announced samples in their order")
         )
 

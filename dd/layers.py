@@ -1,8 +1,13 @@
 """Which layers of a module are decoupled and corrected."""
 
+import re
+
 from torch import nn
 
-__all__ = ["find_head", "find_layer"]
+__all__ = ["changing_modules", "find_head", "find_layer"]
+
+# Names that people give to layers which draw at random.
+_RANDOM = re.compile(r"noise|drop|augment|random|jitter|mixup|cutout|erasing", re.IGNORECASE)
 
 
 def find_layer(module: nn.Module, layer: nn.Module | str | None) -> tuple[str, nn.Linear]:
@@ -61,6 +66,35 @@ def find_head(
             "own (not frozen, not parametrised); use head=False for a fixed head"
         )
     return name, head
+
+
+def changing_modules(module: nn.Module, layer: nn.Module) -> list[str]:
+    """Name what changes inputs from step to step in train mode, of all that stands before a layer.
+
+    Args:
+        module: the model.
+        layer: the layer.
+
+    Returns:
+        Names and classes, in the order of ``module.named_modules()``, which is taken for the order
+        of the forward pass.
+    """
+    found = []
+    for name, one in module.named_modules():
+        if one is layer:
+            break
+        if one.training and next(one.children(), None) is None and _changes(one):
+            found.append(f"{name!r} ({type(one).__name__})")
+    return found
+
+
+def _changes(module: nn.Module) -> bool:
+    """Whether a module's output for a sample depends on other samples, or on chance."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU):
+        return True
+    if getattr(module, "p", 1) == 0:
+        return False
+    return _RANDOM.search(type(module).__name__) is not None
 
 
 def _linear_layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,13 +87,17 @@ class Samples:
 
     A batch that is the very tensor seen last, unmodified, is recognised without any work.
 
+    Args:
+        blame: says what may change the inputs before they come, in a sentence or not at all.
+
     Attributes:
         known: fingerprints of the samples, or None before the first batch.
         directions: of the fingerprints, shape (3, d), or None before the first batch.
         are_fitted: whether they are among those that the noise model was fitted on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blame: Callable[[], str] = str) -> None:
+        self._blame = blame
         self.known: Fingerprints | None = None
         self.directions: Tensor | None = None
         self.are_fitted = False
@@ -235,7 +239,7 @@ class Samples:
         else:
             self._compare(known, noise)
         if known is None and not self._is_told:
-            refuse_others(found, noise)
+            refuse_others(found, noise, self._blame)
             known = Fingerprints(found)
         if known is not None and not known.complete and not binds:
             index, same = known.find(found)
@@ -278,8 +282,8 @@ class Samples:
             return self._told(found, noise, dtype, binds=binds)
         raise RuntimeError(
             f"DecoupledDescent: {unknown} of {len(found)} samples in the training batch are not "
-            f"among the {len(known)} seen before{_by_whom(known, noise)}. Feed the training "
-            "samples as they are, unaugmented. For mini-batches construct with "
+            f"among the {len(known)} seen before{_by_whom(known, noise)}.{self._blame()} Feed the "
+            "training samples as they are, unaugmented. For mini-batches construct with "
             "noise=dd.NoiseModel.fit(inputs), the inputs of all training samples as the decoupled "
             "layer receives them, or use optimizer.track(loader). Call model.eval() before "
             "evaluating on other data."
@@ -316,7 +320,7 @@ class Samples:
     ) -> Placement:
         index = self._next(found, binds=binds).to(found.device)
         if self.known is None:
-            require_told(index, found, noise, dtype)
+            require_told(index, found, noise, dtype, self._blame)
             self.known = Fingerprints(self._blank(found, index, noise))
         self._make_room(index, noise)
         new, differ = self.known.differ(index, found)
@@ -423,9 +427,9 @@ class Samples:
             self._has_warned = True
             warn_user(
                 f"DecoupledDescent: {int(differ.sum())} of {len(index)} samples in a training "
-                "batch came with other inputs than before. Augmentation and other changes of the "
-                "inputs are outside the theory: the training error will not track the test error. "
-                "Give every sample one fixed input.",
+                f"batch came with other inputs than before.{self._blame()} Augmentation and other "
+                "changes of the inputs are outside the theory: the training error will not track "
+                "the test error. Give every sample one fixed input.",
                 AugmentationWarning,
             )
 

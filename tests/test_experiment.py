@@ -65,9 +65,7 @@ SUMMARY_KEYS = {
     "completed_trials",
 }
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Using backward.. with create_graph=True", "ignore:.*torch.jit.script.*"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 
 
 def configure(*overrides: str, experiment: str = "xor"):

@@ -30,9 +30,6 @@ SMALL = [
     "tracking.wandb.mode=disabled",
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-
-
 def samples(n=60, d=5, seed=0):
     """Two classes whose means differ, on scales of their own, far from zero."""
     generator = np.random.default_rng(seed)
