@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from dd.gradient_check import (
     weight_changed,
 )
 from dd.head import SharedParameters
-from dd.layers import changing_modules, find_layer
+from dd.layers import blamed_modules, find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
@@ -160,7 +161,8 @@ class Attachment:
         self.noise = self.given_noise = noise
         self.estimator = build(curvature, noise)
         self.pending: list[Capture] = []
-        self.samples = Samples(self._changing_modules)
+        # Not a method of this object, which would then outlive its last reference.
+        self.samples = Samples(partial(blamed_modules, module, self.name, self.layer))
         self.shadows = Shadows()
         self.oversight = Oversight()
         self.verdicts = Verdicts()
@@ -760,17 +762,6 @@ class Attachment:
             "DecoupledDescent: a mini-batch does not show the noise of the training set. "
             "Construct with noise=dd.NoiseModel.fit(inputs, components), the inputs of all "
             "training samples as the decoupled layer receives them; components are optional."
-        )
-
-    def _changing_modules(self) -> str:
-        """A sentence on modules that change the layer's inputs from step to step, or nothing."""
-        found = changing_modules(self.module, self.layer)
-        if not found:
-            return ""
-        return (
-            f" Found before layer {self.name!r}: {', '.join(found)}, which in train mode gives a "
-            "sample another input at every step. Put it behind the layer, or keep it in eval mode: "
-            "call its eval() after every model.train(), and before NoiseModel.fit."
         )
 
     def _earlier_parameters(self) -> str:

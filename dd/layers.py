@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-__all__ = ["changing_modules", "find_head", "find_layer"]
+__all__ = ["blamed_modules", "find_head", "find_layer"]
 
 # Names that people give to layers which draw at random.
 _RANDOM = re.compile(r"noise|drop|augment|random|jitter|mixup|cutout|erasing", re.IGNORECASE)
@@ -68,24 +68,30 @@ def find_head(
     return name, head
 
 
-def changing_modules(module: nn.Module, layer: nn.Module) -> list[str]:
-    """Name what changes inputs from step to step in train mode, of all that stands before a layer.
+def blamed_modules(module: nn.Module, name: str, layer: nn.Module) -> str:
+    """Say what changes a layer's inputs from step to step in train mode.
 
     Args:
-        module: the model.
+        module: the model, of which ``named_modules()`` is taken for the order of the forward pass.
+        name: of the layer.
         layer: the layer.
 
     Returns:
-        Names and classes, in the order of ``module.named_modules()``, which is taken for the order
-        of the forward pass.
+        A sentence after a space, or nothing.
     """
     found = []
-    for name, one in module.named_modules():
+    for other, one in module.named_modules():
         if one is layer:
             break
         if one.training and next(one.children(), None) is None and _changes(one):
-            found.append(f"{name!r} ({type(one).__name__})")
-    return found
+            found.append(f"{other!r} ({type(one).__name__})")
+    if not found:
+        return ""
+    return (
+        f" Found before layer {name!r}: {', '.join(found)}, which in train mode gives a sample "
+        "another input at every step. Put it behind the layer, or keep it in eval mode: call its "
+        "eval() after every model.train(), and before NoiseModel.fit."
+    )
 
 
 def _changes(module: nn.Module) -> bool:
