@@ -159,7 +159,7 @@ class Attachment:
         self._bins = bins
         self.name, self.layer = find_layer(module, layer)
         self.noise = self.given_noise = noise
-        self.estimator = build(curvature, noise)
+        self.estimator = build(curvature, noise, module)
         self.pending: list[Capture] = []
         # Not a method of this object, which would then outlive its last reference.
         self.samples = Samples(partial(blamed_modules, module, self.name, self.layer))
@@ -603,7 +603,13 @@ class Attachment:
             # Sums over a scaled loss may be infinite.
             product = scale * at_least_single(product)
         pools = self.ranks.size > 1 or state.get("shadow_moments") is not None
-        moments = estimator.moments(Rows(pushes.observed, product, index, self.ranks, pools))
+        gradient = pushes.gradient
+        if not isinstance(scale, Tensor) and scale != 1.0:
+            gradient = scale * at_least_single(gradient)
+        rows = Rows(
+            pushes.observed, product, index, self.ranks, pushes.preactivation, gradient, pools
+        )
+        moments = estimator.moments(rows)
         if isinstance(scale, Tensor):
             moments = moments.scaled(scale.to(moments.cross))
         found, kept = self._pooled(moments, pushes, scale, state)

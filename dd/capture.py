@@ -75,9 +75,13 @@ class Capture:
         self._estimating = False
         self._estimator = estimator
         # Layers that work in place change what they are handed, and its version tells.
-        self._handed = estimator.observe(preactivation.detach(), seed)
-        self._version = self._handed._version
-        self._observed = self._handed if shares else self._handed.clone()
+        values = preactivation.detach()
+        self._handed = estimator.observe(values, seed)
+        handed = [self._handed, values] if estimator.sees_kinks else [self._handed]
+        self._versions = [(tensor, tensor._version) for tensor in handed]
+        self._shares = shares
+        self._observed, *rest = handed if shares else [tensor.clone() for tensor in handed]
+        self._preactivation = rest[0] if rest else None
         self._edge = get_gradient_edge(preactivation)
         self._level = DualLevel() if estimator.forward_mode else None
         preactivation.register_hook(_Listener(self.receive))
@@ -100,7 +104,7 @@ class Capture:
 
     @property
     def is_intact(self) -> bool:  # noqa: D102 - in the class's attributes
-        return self._handed._version == self._version
+        return all(tensor._version == version for tensor, version in self._versions)
 
     @property
     def observed(self) -> Tensor:
@@ -109,9 +113,22 @@ class Capture:
         Raises:
             RuntimeError: if it was kept without a copy, and changed in place.
         """
-        if self._observed is self._handed and not self.is_intact:
-            raise RuntimeError(CHANGED_IN_PLACE)
+        self._require_intact()
         return self._observed
+
+    @property
+    def preactivation(self) -> Tensor | None:
+        """R, shape (m, k), where the estimator looks for kinks.
+
+        Raises:
+            RuntimeError: if it was kept without a copy, and changed in place.
+        """
+        self._require_intact()
+        return self._preactivation
+
+    def _require_intact(self) -> None:
+        if self._shares and not self.is_intact:
+            raise RuntimeError(CHANGED_IN_PLACE)
 
     @contextmanager
     def undisturbed(self) -> Iterator[tuple[Tensor, GradientEdge]]:
@@ -239,6 +256,7 @@ class Pushes:
         placement: the samples of the rows.
         gradient: G, shape (m, k).
         observed: what the estimator kept of the forwards, shape (m, k).
+        preactivation: R, shape (m, k), where the estimator looks for kinks, else None.
         captures: the forwards.
         signal: coordinates along the component means, shape (m, j), or None.
         scores: what the head saw and said, or None.
@@ -247,6 +265,7 @@ class Pushes:
     placement: Placement
     gradient: Tensor
     observed: Tensor
+    preactivation: Tensor | None
     captures: Sequence[Capture]
     signal: Tensor | None
     scores: Scores | None
@@ -295,10 +314,13 @@ def joined(captures: Sequence[Capture], num_samples: int) -> Pushes:
     gradients = [c.gradient.detach() for c in captures if c.gradient is not None]
     signals = [c.signal for c in captures if c.signal is not None]
     scores = [c.scores for c in captures if c.scores is not None]
+    found = [c.preactivation for c in captures]
+    preactivations = [rows for rows in found if rows is not None]
     return Pushes(
         placement=Placement.joined([c.placement for c in captures], num_samples),
         gradient=_stacked(gradients),
         observed=_stacked([c.observed for c in captures]),
+        preactivation=_stacked(preactivations) if preactivations else None,
         captures=captures,
         signal=_stacked(signals) if signals else None,
         scores=Scores.joined(scores) if len(scores) == len(captures) else None,

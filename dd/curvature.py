@@ -8,20 +8,21 @@ moments, which can be pooled over micro-batches, processes and steps, and from t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from dd.functional import (
     at_least_single,
     centre_within_components,
+    kink_curvature,
     rademacher,
     scaled_by_mass,
     solved_curvature,
+    symmetric_curvature,
 )
 from dd.moments import Moments
 from dd.noise import NoiseModel
@@ -38,6 +39,7 @@ __all__ = [
     "Stein",
     "build",
     "check_name",
+    "has_leaky_kinks",
 ]
 
 
@@ -65,6 +67,8 @@ class Rows:
         product: what :meth:`Curvature.product` returned.
         index: sample of each row, shape (m,); None for all samples in their order.
         ranks: over which rows are spread.
+        preactivation: R, shape (m, k), for estimators that look for kinks; else None.
+        gradient: G, shape (m, k), likewise.
         pools: whether their moments may be pooled with those of other steps.
     """
 
@@ -72,6 +76,8 @@ class Rows:
     product: Tensor
     index: Tensor | None
     ranks: Ranks
+    preactivation: Tensor | None = None
+    gradient: Tensor | None = None
     pools: bool = True
 
 
@@ -82,6 +88,7 @@ class Curvature(ABC):
         forward_mode: whether the forward pass must carry the observed probe as a tangent.
         second_order: whether the gradient must be part of a graph.
         draws: whether it draws a probe in every forward.
+        sees_kinks: whether it needs R beside what it observes, to find what kinks add.
         pooled_rows: how many rows a unit the moments of small batches are pooled to, over steps.
         num_components: means that the moments are centred by.
     """
@@ -89,6 +96,7 @@ class Curvature(ABC):
     forward_mode: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    sees_kinks: ClassVar[bool] = False
     pooled_rows: ClassVar[int] = 0
     num_components: int = 0
 
@@ -116,10 +124,20 @@ class Curvature(ABC):
         """Return H of moments that may hold fewer rows than units so far."""
         return self.solve(moments)
 
-    def estimate(self, observed: Tensor, backward: Backward) -> Tensor:
+    def estimate(
+        self, observed: Tensor, backward: Backward, preactivation: Tensor | None = None
+    ) -> Tensor:
         """Return H, shape (k, k), of one pass over all samples in their order."""
-        product = self.product(observed, backward)
-        return self.solve(self.moments(Rows(observed, product, None, Ranks(), pools=False)))
+        rows = Rows(
+            observed,
+            self.product(observed, backward),
+            None,
+            Ranks(),
+            preactivation,
+            backward.gradient.detach(),
+            pools=False,
+        )
+        return self.solve(self.moments(rows))
 
 
 class Stein(Curvature):
@@ -152,8 +170,8 @@ class Stein(Curvature):
         return Moments.centred(*both, components, count, rows.ranks, pools=rows.pools)
 
     def solve(self, moments: Moments) -> Tensor:
-        """Solve K H = R_cᵀ G."""
-        return solved_curvature(moments.gram, moments.cross, self.ridge)
+        """Solve K H = R_cᵀ G for the symmetric H."""
+        return symmetric_curvature(moments.gram, moments.cross, self.ridge)
 
     def pooled(self, moments: Moments, earlier: Moments, keep: float) -> Moments:
         """Pool K and the means, which the noise of a batch would bias; R_cᵀG is the step's own."""
@@ -173,19 +191,34 @@ class Stein(Curvature):
 class _SecondDerivative(Curvature):
     """An estimator that differentiates the gradient: Σ_i r_i ∂²L/∂r_i² under masses r.
 
+    At the kink of a piecewise linear activation the gradient jumps, which no derivative sees; what
+    that adds is estimated from the samples next to it.
+
     Args:
         relative_mass: r, noise mass of each sample over its mean, shape (n,); equal by default.
+        leaky: whether kinks at 0 may be other than a ReLU's.
     """
 
-    def __init__(self, relative_mass: Tensor | None = None) -> None:
-        self.relative_mass = relative_mass
+    sees_kinks = True
+
+    def __init__(self, relative_mass: Tensor | None = None, *, leaky: bool = False) -> None:
+        self.relative_mass, self.leaky = relative_mass, leaky
 
     def weighted(self, product: Tensor, index: Tensor | None) -> Tensor:
         """Scale row i of a curvature-vector product (m, k) by its sample's relative mass."""
+        return scaled_by_mass(product, self._mass_of(index, product.device))
+
+    def kinks(self, rows: Rows) -> Tensor | None:
+        """What kinks add, a diagonal (k, k) summed over ranks; None where R is not given."""
+        if rows.preactivation is None or rows.gradient is None:
+            return None
+        mass = self._mass_of(rows.index, rows.gradient.device)
+        found = kink_curvature(rows.preactivation, rows.gradient, mass, leaky=self.leaky)
+        return torch.diag(rows.ranks.sum(found))
+
+    def _mass_of(self, index: Tensor | None, device: torch.device) -> Tensor | None:
         mass = self.relative_mass
-        if mass is not None and index is not None:
-            mass = mass.to(product.device)[index]
-        return scaled_by_mass(product, mass)
+        return mass if mass is None or index is None else mass.to(device)[index]
 
 
 class Probe(_SecondDerivative):
@@ -211,8 +244,12 @@ class Probe(_SecondDerivative):
         return backward.tangent
 
     def moments(self, rows: Rows) -> Moments:
-        """VᵀV / m and Vᵀ(HV)."""
-        return Moments.plain(rows.observed, self.weighted(rows.product, rows.index), rows.ranks)
+        """VᵀV / m and Vᵀ(HV), and what kinks add to it."""
+        product = self.weighted(rows.product, rows.index)
+        found, kinks = Moments.plain(rows.observed, product, rows.ranks), self.kinks(rows)
+        if kinks is None:
+            return found
+        return replace(found, cross=found.cross + found.gram @ kinks.to(found.gram))
 
     def solve(self, moments: Moments) -> Tensor:
         """Average the products over samples."""
@@ -270,7 +307,9 @@ class Exact(_SecondDerivative):
         """The sum itself, beside a gram matrix of ones."""
         product, ranks = rows.product, rows.ranks
         parts = self.weighted(product.flatten(1), rows.index)
-        total = ranks.sum(parts.sum(0).view(product.shape[1:]))
+        total, kinks = ranks.sum(parts.sum(0).view(product.shape[1:])), self.kinks(rows)
+        if kinks is not None:
+            total = total + kinks.to(total)
         count = ranks.sum(total.new_tensor(float(len(product))))
         none = total[:0]
         return Moments(count, none[:, 0], none, none, torch.eye(len(total)).to(total), total)
@@ -306,13 +345,13 @@ def check_name(name: str) -> None:
         raise ValueError(f"DecoupledDescent: curvature must be one of {ESTIMATORS}, got {name!r}")
 
 
-def build(name: str, noise: NoiseModel | None) -> Curvature:
+def build(name: str, noise: NoiseModel | None, module: nn.Module | None = None) -> Curvature:
     """Make the estimator called ``name``.
 
     Args:
-        name: one of :data:`ESTIMATORS`; ``"auto"`` is Stein where the noise model knows the
-            components and the probe where it does not.
+        name: one of :data:`ESTIMATORS`; ``"auto"`` is the probe.
         noise: the noise model, or None where it will be fitted without components.
+        module: the model, whose activations tell of kinks.
 
     Returns:
         The estimator.
@@ -323,8 +362,6 @@ def build(name: str, noise: NoiseModel | None) -> Curvature:
     check_name(name)
     components = None if noise is None else noise.components
     relative_mass = None if noise is None else noise.relative_mass
-    if name == "auto":
-        name = "probe" if components is None else "stein"
     if name == "stein":
         if components is None:
             raise ValueError(
@@ -332,12 +369,21 @@ def build(name: str, noise: NoiseModel | None) -> Curvature:
                 'pass noise=dd.NoiseModel.isotropic(inputs, components), or curvature="probe"'
             )
         return Stein(components)
-    without_ids: dict[str, Callable[[Tensor | None], Curvature]] = {
+    without_ids = {
+        "auto": Probe,
         "probe": Probe,
         "probe_create_graph": GraphProbe,
         "exact": Exact,
     }
-    return without_ids[name](relative_mass)
+    return without_ids[name](relative_mass, leaky=has_leaky_kinks(module))
+
+
+_LEAKY = (nn.LeakyReLU, nn.PReLU, nn.RReLU)
+
+
+def has_leaky_kinks(module: nn.Module | None) -> bool:
+    """Whether a module has activations with a kink at 0 that are not zero below."""
+    return module is not None and any(isinstance(part, _LEAKY) for part in module.modules())
 
 
 def _differentiate(backward: Backward, direction: Tensor, *, keep_graph: bool) -> Tensor:

@@ -41,6 +41,7 @@ __all__ = [
     "corrected_preactivation",
     "damped_weight_gradient",
     "driven",
+    "kink_curvature",
     "probe_curvature",
     "rademacher",
     "scaled_by_mass",
@@ -53,8 +54,12 @@ __all__ = [
     "solved_curvature",
     "stein_curvature",
     "stein_excess",
+    "symmetric_curvature",
 ]
 
+
+# Rows by which the units with a ReLU behind them are known.
+_ROWS_THAT_TELL = 1024
 
 # Numbers that a temporary of :func:`shared_curvature` holds at most.
 _AT_A_TIME = 2**24
@@ -263,7 +268,7 @@ def all_finite(*tensors: Tensor) -> Tensor:
 
 
 def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> Tensor:
-    """Curvature by Stein's lemma: H = (K + εI)⁻¹ R_cᵀ G, symmetrised, with K = R_cᵀR_c / n.
+    """Curvature by Stein's lemma: the symmetric H closest to K H = R_cᵀ G, with K = R_cᵀR_c / n.
 
     Given its component a row of R is Gaussian with covariance K, so that
     E[(R − E[R|a]) gᵀ] = K E[∂g/∂r]. No second derivative is taken, so the kinks of a ReLU are
@@ -279,30 +284,36 @@ def stein_curvature(centred: Tensor, gradient: Tensor, ridge: float = 1e-4) -> T
     """
     centred, gradient = at_least_single(centred), at_least_single(gradient)
     covariance = centred.mT @ centred / centred.shape[-2]
-    return solved_curvature(covariance, centred.mT @ gradient, ridge)
+    return symmetric_curvature(covariance, centred.mT @ gradient, ridge)
 
 
-def solved_curvature(covariance: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
-    """Solve (K + εI) H = C and symmetrise.
+def symmetric_curvature(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Solve K H + H K + 2εH = C + Cᵀ: the symmetric least-squares solution of K H = C.
+
+    Where K hardly varies along some directions, (K + εI)⁻¹C is noise over small numbers there, and
+    to symmetrise it afterwards would spread that noise over all of H. Section 5 of
+    ``docs/theory.md``.
 
     Args:
         covariance: K, shape (..., k, k), symmetric and not negative.
         cross: C, shape (..., k, k).
-        ridge: ε relative to the mean eigenvalue of K.
+        ridge: ε relative to the mean eigenvalue of K, positive.
 
     Returns:
-        H, shape (..., k, k), symmetric; not finite where K is singular and the ridge is 0.
+        H, shape (..., k, k), symmetric; not a number where K or C is not finite.
     """
-    if ridge:
-        mean_eigenvalue = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-        # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
-        epsilon = (ridge * mean_eigenvalue).clamp_min(torch.finfo(covariance.dtype).tiny)
-        covariance = covariance.clone()
-        covariance.diagonal(dim1=-2, dim2=-1).add_(epsilon.unsqueeze(-1))
-    return _symmetrised(torch.linalg.solve_ex(covariance, cross)[0])
+    finite = (covariance.isfinite() & cross.isfinite()).all(-1).all(-1)[..., None, None]
+    values, directions = torch.linalg.eigh(torch.where(finite, covariance, 0.0))
+    # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
+    epsilon = (ridge * values.mean(-1)).clamp_min(torch.finfo(values.dtype).tiny)
+    values = values.clamp_min(0.0) + epsilon.unsqueeze(-1)
+    rotated = directions.mT @ cross @ directions
+    solution = (rotated + rotated.mT) / (values.unsqueeze(-1) + values.unsqueeze(-2))
+    found = directions @ solution @ directions.mT
+    return torch.where(finite, _symmetrised(found), torch.nan)
 
 
-def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
+def probe_curvature(probe: Tensor, product: Tensor, kinks: Tensor | None = None) -> Tensor:
     """Curvature from one curvature-vector product: H = n (VᵀV)⁻¹ Vᵀ(HV), symmetrised.
 
     One independent Rademacher row a sample is enough, because the product is averaged over samples.
@@ -310,13 +321,68 @@ def probe_curvature(probe: Tensor, product: Tensor) -> Tensor:
     Args:
         probe: V, shape (..., n, k), entries ±1.
         product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
+        kinks: what the derivative of G does not see (:func:`kink_curvature`), shape (..., k).
 
     Returns:
         H, shape (..., k, k), symmetric, in float32 at least; not finite where VᵀV is singular,
         as it is for n < k.
     """
     probe, product = at_least_single(probe), at_least_single(product)
-    return solved_curvature(probe.mT @ probe / probe.shape[-2], probe.mT @ product)
+    found = solved_curvature(probe.mT @ probe / probe.shape[-2], probe.mT @ product)
+    return found if kinks is None else found + torch.diag_embed(kinks)
+
+
+def solved_curvature(covariance: Tensor, cross: Tensor) -> Tensor:
+    """Solve K H = C and symmetrise.
+
+    Args:
+        covariance: K, shape (..., k, k), symmetric and not negative.
+        cross: C, shape (..., k, k).
+
+    Returns:
+        H, shape (..., k, k), symmetric; not finite where K is singular.
+    """
+    return _symmetrised(torch.linalg.solve_ex(covariance, cross)[0])
+
+
+def kink_curvature(
+    preactivation: Tensor,
+    gradient: Tensor,
+    relative_mass: Tensor | None = None,
+    *,
+    leaky: bool = False,
+) -> Tensor:
+    """What the kinks of a piecewise linear activation at 0 add to the curvature of each unit.
+
+    The derivative of G jumps there, so that no pointwise second derivative sees it: unit j's share
+    is f_j(0) E[jump of g_j at r_j = 0] with f_j the density of r_j. Both factors together are a
+    kernel sum over the samples next to the kink; the kernel 4 − 6u on each side is the linear
+    boundary kernel, of bias h², h = n^(-1/5) standard deviations. Section 5 of ``docs/theory.md``.
+
+    A unit has a ReLU behind it where G vanishes for every negative pre-activation; its jump is G
+    next to 0 from above. Others get zero, or, ``leaky``, the jump between both sides.
+
+    Args:
+        preactivation: R, shape (..., n, k).
+        gradient: G, shape (..., n, k).
+        relative_mass: ‖z_i‖² over its mean, shape (..., n); equal masses by default.
+        leaky: whether units with another kink at 0, such as a leaky ReLU's, are behind.
+
+    Returns:
+        Shape (..., k), in float32 at least.
+    """
+    rows, pushes = at_least_single(preactivation), at_least_single(gradient)
+    some = slice(0, _ROWS_THAT_TELL)
+    below = rows[..., some, :] < 0
+    rectified = ((pushes[..., some, :] == 0) | ~below).all(-2) & below.any(-2)
+    width = rows.std(-2, keepdim=True, correction=0) * rows.shape[-2] ** -0.2
+    apart = rows / width.clamp_min(torch.finfo(rows.dtype).tiny)
+    near = apart.abs() < 1
+    # Above the kink G counts, below it is taken off; behind a ReLU it is zero there.
+    kernel = torch.where(near, (4 - 6 * apart.abs()).copysign(apart), 0.0)
+    jump = (kernel * scaled_by_mass(pushes, relative_mass)).sum(-2)
+    jump = jump / width.squeeze(-2).clamp_min(torch.finfo(rows.dtype).tiny)
+    return jump if leaky else torch.where(rectified, jump, 0.0)
 
 
 def softmax_curvature(scores: Tensor, weights: Tensor) -> Tensor:

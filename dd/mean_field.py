@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dd.checks import check_count, check_number
 from dd.fresh_paths import FreshPaths, Start
-from dd.functional import centre_within_components, solved_curvature
+from dd.functional import centre_within_components, symmetric_curvature
 from dd.layers import find_layer
 from dd.limit_checks import check_loss, check_network
 from dd.mixture import GaussianMixture
@@ -240,7 +240,7 @@ class MeanField:
         centred = centre_within_components(preactivation, self._components, len(self._sizes))
         centred = centred.double()
         covariance = centred.T @ (shares * centred)
-        return solved_curvature(covariance, centred.T @ gradient.double(), _RIDGE).to(gradient)
+        return symmetric_curvature(covariance, centred.T @ gradient.double(), _RIDGE).to(gradient)
 
     def _not_finite(self, step: int) -> Exception:
         if step == 0 and bool(self._preactivation.isfinite().all()):

@@ -73,5 +73,12 @@ def _estimate(attachment: Attachment) -> Tensor:
         raise RuntimeError(UNLIKE_FIRST)
     (capture,) = pending
     estimator = attachment.estimator
-    rows = Rows(capture.observed, capture.product(), None, attachment.ranks)
+    rows = Rows(
+        capture.observed,
+        capture.product(),
+        None,
+        attachment.ranks,
+        capture.preactivation,
+        capture.gradient,
+    )
     return estimator.solve(estimator.moments(rows))

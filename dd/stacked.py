@@ -12,6 +12,7 @@ from dd.functional import (
     centre_within_components,
     corrected_preactivation,
     damped_weight_gradient,
+    kink_curvature,
     probe_curvature,
     rademacher,
     scaled_by_mass,
@@ -144,6 +145,7 @@ class Correction:
         samples: n.
         width: k.
         seeds: of the probes of each trial; by default the optimizer's own in all.
+        leaky: whether kinks at 0 may be other than a ReLU's.
 
     Attributes:
         shadow: Q, shape (S, B, n, k).
@@ -157,12 +159,14 @@ class Correction:
         samples: int,
         width: int,
         seeds: Sequence[int] | None = None,
+        *,
+        leaky: bool = False,
     ) -> None:
         self._noise, self._damping = noise, optimizer._damping
         self._seeds = [optimizer._seed] if seeds is None else list(seeds)
         self.shadow = noise.eigenvalues.new_zeros(*noise.eigenvalues.shape, samples, width)
-        known = noise.components is not None
-        self.stein = optimizer._curvature == "stein" or (optimizer._curvature == "auto" and known)
+        self.stein = optimizer._curvature == "stein"
+        self._leaky = leaky
 
     def corrected(self, preactivation: Tensor) -> Tensor:
         """R of XW, both of shape (S, n, k)."""
@@ -183,7 +187,9 @@ class Correction:
             return stein_curvature(centre_within_components(rows.detach(), ids, count), gradient)
         probe = self._probe(rows, step)
         product = _product(gradient, rows, probe.expand_as(rows))
-        return probe_curvature(probe, scaled_by_mass(product, noise.relative_mass))
+        mass = noise.relative_mass
+        kinks = kink_curvature(rows.detach(), gradient.detach(), mass, leaky=self._leaky)
+        return probe_curvature(probe, scaled_by_mass(product, mass), kinks)
 
     def _probe(self, rows: Tensor, step: int) -> Tensor:
         """V, shape (n, k), or (S, n, k) where the trials have seeds of their own."""

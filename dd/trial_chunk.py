@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dd.curvature import has_leaky_kinks
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer
@@ -131,7 +132,9 @@ class Chunk:
         seeds = None
         if self._plan.probe_seed is not None:
             seeds = [self._plan.probe_seed(seed) for seed in self._seeds]
-        return Correction(optimizer, noise, self._inputs.shape[1], weight.shape[1], seeds)
+        leaky = has_leaky_kinks(self._model)
+        samples, width = self._inputs.shape[1], weight.shape[1]
+        return Correction(optimizer, noise, samples, width, seeds, leaky=leaky)
 
     @torch.no_grad()
     def run(self, advance: Callable[[int], None]) -> Trials:
