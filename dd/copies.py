@@ -77,8 +77,10 @@ def _exact(order: Tensor, first: Tensor, rows: Rows, held: Tensor | None) -> int
     pairs = share * float((sizes * (sizes - 1)).sum()) / 2
     sample = _shuffled(n, order.device) if held is None else held
     some = sample[: min(_ROWS, math.isqrt(_IN_ALL // rows(sample[:1]).shape[1]))]
-    explained = _coincidences(rows(some).double())
-    return 0 if pairs <= _UNEXPLAINED * explained * n**2 / 2 else round(share * len(again))
+    explained = _UNEXPLAINED * _coincidences(rows(some).double()) * n**2 / 2
+    # Few pairs vary by the square root of their number.
+    by_chance = pairs <= explained + 3 * math.sqrt(explained)
+    return 0 if by_chance else round(share * len(again))
 
 
 def _coincidences(inputs: Tensor) -> float:
@@ -103,8 +105,10 @@ def _coincidences(inputs: Tensor) -> float:
         return 0.0
     most = 0.0
     for width in {shell, max(shell, 2 if columns >= _MANY_COLUMNS else 1)}:
-        one, two = int(up_to[width]), int(up_to[min(2 * width, columns)])
-        most = max(most, one**2 / (2 * max(two - one, 1)))
+        last = min(2 * width, columns)
+        one, two = int(up_to[width]), int(up_to[last])
+        # The second shell may be cut off by the number of columns.
+        most = max(most, one / 2 * (one / max(two - one, 1)) ** (width / max(last - width, 1)))
     return most / len(differ)
 
 

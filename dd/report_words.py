@@ -36,7 +36,8 @@ GLOSSARY = {
     "validation": "On training samples held out of the fit, with the settings chosen by it.",
     "theory": "Predicted by state evolution without any data.",
     "reported": "The error on new data that a method claims without the test samples. Of decoupled "
-    "descent: its training error, where that is lowest or where it stopped by itself. Of hold-out "
+    "descent: its training error, where that is lowest or where it stopped by itself; too low, "
+    "with no sign of it, where columns were chosen by the labels of the same samples. Of hold-out "
     "and K folds: the validation error. Of plain optimizers: their lowest training error.",
     "test error": "On the test samples, with the weights whose error is reported.",
     "off by": "|reported − test error|. By chance alone, two samples of n and m independent draws "

@@ -22,3 +22,12 @@ def test_programs_named_exist(path):
     text = path.read_text(encoding="utf-8")
     for program in re.findall(r"\b((?:scripts|benchmarks|tests)/[\w/]+\.py)\b", text):
         assert (REPOSITORY / program).exists(), program
+
+
+@pytest.mark.parametrize(
+    "place", ["docs/when-to-trust.md", "configs/experiment/probe.yaml", "dd/report_words.py"]
+)
+def test_columns_chosen_by_labels_are_spoken_of_where_nothing_can_warn(place):
+    text = (REPOSITORY / place).read_text(encoding="utf-8")
+    words = re.sub(r'[\s"]+', " ", text)
+    assert re.search(r"chosen by the labels of (the same|these) samples", words)
