@@ -14,6 +14,7 @@ from dd.mixture import GaussianMixture
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
+from dd.shadow_size import ShadowWarning
 from dd.state_evolution import state_evolution
 from dd.strain import StrainWarning
 from dd.trial_results import Trials
@@ -31,6 +32,7 @@ __all__ = [
     "GaussianMixture",
     "NoSignalWarning",
     "NoiseModel",
+    "ShadowWarning",
     "StrainWarning",
     "Trials",
     "find_components",

@@ -31,6 +31,7 @@ from dd.gradient_check import (
     weight_changed,
 )
 from dd.head import SharedParameters
+from dd.head_choice import AUTO, is_worth_correcting
 from dd.layers import blamed_modules, find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
@@ -38,6 +39,7 @@ from dd.oversight import Oversight
 from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
+from dd.strain import StrainWarning
 from dd.user_warning import warn_user
 from dd.verdicts import Verdicts
 
@@ -134,6 +136,8 @@ class Attachment:
         oversight: warns where the theory is strained or the component ids are wrong.
         verdicts: conditions of its steps.
         shared: the parameters that all samples share, where they are corrected too.
+        head_is_optional: whether nobody asked for that, and it ends where a loop does not allow it.
+        noise_of_all: the noise model as given, before the component means were kept out of it.
         now: the samples of the latest training forward.
         trial: what stands in for the training forward while a step is searched for.
         repeats: how often the latest forward was run before with other probes.
@@ -158,6 +162,15 @@ class Attachment:
         self.module = module
         self._bins = bins
         self.name, self.layer = find_layer(module, layer)
+        # A head that nobody asked for is corrected as long as the loop allows it.
+        self.head_is_optional = head == AUTO
+        if head == AUTO:
+            head = bins is None and is_worth_correcting(module, self.layer, noise)
+        self.noise_of_all = noise
+        if noise is not None and head is not False and noise.separated is not None:
+            noise = noise.with_means_apart()
+        self.has_left_head = False
+        self._curvature = curvature
         self.noise = self.given_noise = noise
         self.estimator = build(curvature, noise, module)
         self.pending: list[Capture] = []
@@ -267,6 +280,42 @@ class Attachment:
             hook = ForwardHook(optimizer, head=True)
             head = self.shared.head
             self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
+
+    def leave_head(self, reason: Exception | str, *, begun: bool) -> None:
+        """Correct the head no more, which nobody asked for.
+
+        Before the first step nothing is lost by that; later on it is said.
+
+        Args:
+            reason: why it cannot be followed.
+            begun: whether there are displacements, which are given up.
+
+        Warns:
+            StrainWarning: if there are.
+        """
+        self._handles.pop().remove()
+        self.shared, self.head_is_optional, self.has_left_head = None, False, True
+        assert self.given_noise is not None
+        if not begun:
+            self.given_noise = self.noise_of_all
+            self._fit_noise_of_all()
+            return
+        if self.given_noise.mean_directions is not None:
+            # As many bins as the shadows have, now for all directions.
+            self.given_noise = self.given_noise.spread_over_means()
+            self._fit_noise_of_all()
+        warn_user(
+            "DecoupledDescent: the correction of the head, which was chosen by the sizes of model "
+            "and data, ends here: from now on the training error is too low by what the head "
+            f"over-fits. Train with head=False from the start, or mend this: {reason}",
+            StrainWarning,
+        )
+
+    def _fit_noise_of_all(self) -> None:
+        assert self.given_noise is not None
+        dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
+        self.noise = self.given_noise.to(self.layer.weight.device, dtype)
+        self.estimator = build(self._curvature, self.given_noise, self.module)
 
     def remove(self) -> None:
         """Take the hooks and everything pending away."""
@@ -394,7 +443,9 @@ class Attachment:
                 self.shadows.make(state, self.noise, count, output)
             shadow = self.shadows.of(state, placement)
         correct = correct_preactivation_ if self._is_alone_with(output) else corrected_preactivation
-        return correct(output, shadow)
+        corrected = correct(output, shadow)
+        self.oversight.look_at_shadows(self, shadow, corrected)
+        return corrected
 
     @property
     def is_plain(self) -> bool:

@@ -56,6 +56,11 @@ class _Watch:
 
     _due: str | None = None
 
+    @property
+    def is_due(self) -> bool:
+        """Whether there is a warning to issue."""
+        return self._due is not None
+
     def tell(self) -> None:
         """Issue the warning that is due; called by ``step`` when everything is updated."""
         due, self._due = self._due, None

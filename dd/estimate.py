@@ -32,6 +32,7 @@ class Estimate:
         upper: upper end, likewise.
         confidence: probability that the interval is meant to have.
         num_samples: n.
+        doubts: why it is not to be believed, a sentence each; empty where no check has failed.
     """
 
     value: Tensor
@@ -39,6 +40,7 @@ class Estimate:
     upper: Tensor
     confidence: float
     num_samples: int
+    doubts: tuple[str, ...] = ()
 
     @classmethod
     def of_sums(
@@ -67,7 +69,10 @@ class Estimate:
         return cls(mean, centre - half, centre + half, confidence, n)
 
     def __str__(self) -> str:
-        """The value and its interval, for example ``0.123 (90 %: 0.111 to 0.136, n = 2000)``."""
+        """The value and its interval, for example ``0.123 (90 %: 0.111 to 0.136, n = 2000)``.
+
+        Where a check has failed it says so: ``..., not to be believed: ...``.
+        """
         ends = zip(
             self.value.flatten().tolist(),
             self.lower.flatten().tolist(),
@@ -75,10 +80,11 @@ class Estimate:
             strict=True,
         )
         percent = f"{100 * self.confidence:g} %"
-        return "; ".join(
+        figures = "; ".join(
             f"{value:.4g} ({percent}: {low:.4g} to {high:.4g}, n = {self.num_samples})"
             for value, low, high in ends
         )
+        return f"{figures}, not to be believed: {' '.join(self.doubts)}" if self.doubts else figures
 
 
 def check_confidence(confidence: float) -> None:

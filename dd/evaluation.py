@@ -1,6 +1,7 @@
 """The corrected loss over batches of training samples, outside of training."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def corrected_estimate(
     num_samples = int(ranks.sum(torch.as_tensor(float(rows), device=total.device)))
     if num_samples < 2:
         raise ValueError("DecoupledDescent: estimate() needs two samples or more, got one")
-    return Estimate.of_sums(total, squares, num_samples, confidence)
+    found = Estimate.of_sums(total, squares, num_samples, confidence)
+    return replace(found, doubts=attachment.oversight.doubts)
 
 
 def _values(

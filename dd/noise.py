@@ -20,6 +20,8 @@ MOST_BINS = 12
 LARGEST_GRAM = 20_000
 # A relative variance of the eigenvalues below this moves the correction by less than a hundredth.
 FLAT = 0.02
+# Beyond these a head of a few hundred units is small for the samples.
+MOST_PER_COMPONENT = 10_000
 # Variance of ‖z‖² over that of Gaussian noise of the same spectrum.
 HEAVY_TAILED = 3
 
@@ -48,6 +50,8 @@ class NoiseModel:
             batch of some of them is recognised; or None.
         copies: how many of the samples that the model was fitted on are copies of others, or nearly
             so; None where not looked for.
+        separated: the same noise with the directions of the component means kept out of the bins,
+            for an optimizer that follows these exactly (``head=``); or None.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -62,6 +66,7 @@ class NoiseModel:
     norm_variation: float | None = None
     fingerprints: Tensor | None = None
     copies: int | None = None
+    separated: "NoiseModel | None" = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -120,7 +125,7 @@ class NoiseModel:
         bins: int | None = None,
         *,
         per_sample: bool | None = None,
-        separate_means: bool = False,
+        separate_means: bool | None = None,
     ) -> "NoiseModel":
         """Estimate the population spectrum of Σ, and stand a few eigenvalues for all.
 
@@ -142,8 +147,9 @@ class NoiseModel:
                 where the components are known and these norms vary far more than those of Gaussian
                 noise would.
             separate_means: whether the directions of the component means are kept out of the bins
-                and followed exactly, which ``DecoupledDescent(head=True)`` needs where the
-                components are known.
+                and followed exactly, as ``DecoupledDescent(head=True)`` does where the components
+                are known. By default the model has both forms, where components are known and the
+                samples so few that a head may need correction (10 000 a component).
 
         Returns:
             A model with eigenvalues in descending order.
@@ -156,7 +162,18 @@ class NoiseModel:
         """
         if bins is not None:
             check_count("NoiseModel: bins", bins)
-        centred, norms = _centred(inputs, components, separate_means=separate_means)
+        centred, norms = _centred(inputs, components, separate_means=separate_means is True)
+        model = cls._fitted(centred, norms, bins, per_sample)
+        if separate_means is not None or not _may_separate(centred):
+            return model
+        centred.separate(_span(centred.means, centred.dimension - 1))
+        apart = cls._fitted(centred, centred.squared_norms(), bins, per_sample)
+        return replace(model, separated=apart)
+
+    @classmethod
+    def _fitted(
+        cls, centred: CentredInputs, norms: Tensor, bins: int | None, per_sample: bool | None
+    ) -> "NoiseModel":
         relative = _relative_mass(centred, norms)
         if bins == 1 and per_sample is False:
             return cls._of(centred, _one_bin(centred, norms), relative)
@@ -194,6 +211,29 @@ class NoiseModel:
             copies=count_copies(centred.fingerprints, centred.rows),
         )
 
+    def with_means_apart(self) -> "NoiseModel":
+        """The same noise and samples, with the directions of the component means kept out.
+
+        Raises:
+            ValueError: if this model was not fitted in both forms.
+        """
+        if self.separated is None:
+            raise ValueError(
+                "NoiseModel: the component means are not known apart from the noise; fit with "
+                "NoiseModel.fit(inputs, components) and separate_means as it is"
+            )
+        return replace(
+            self.separated,
+            components=self.components,
+            fingerprints=self.fingerprints,
+            copies=self.copies,
+        )
+
+    def spread_over_means(self) -> "NoiseModel":
+        """The same bins over all dimensions, those of the component means included."""
+        share = self.dimension / float(self.multiplicities.sum())
+        return replace(self, multiplicities=share * self.multiplicities, mean_directions=None)
+
     def of(self, rows: Tensor) -> "NoiseModel":
         """Return the same noise with what is known of some samples alone.
 
@@ -223,6 +263,7 @@ class NoiseModel:
 
         return replace(
             self,
+            separated=None if self.separated is None else self.separated.of(rows),
             components=some(self.components),
             relative_mass=some(self.relative_mass),
             fingerprints=some(self.fingerprints),
@@ -372,8 +413,18 @@ def _centred(
     return centred, norms
 
 
-def _span(means: Tensor) -> Tensor:
+def _may_separate(centred: CentredInputs) -> bool:
+    """Whether a head that over-fits is to be expected, and means and noise can be told apart."""
+    few = len(centred.source) <= MOST_PER_COMPONENT * len(centred.sizes)
+    return centred.components is not None and few and centred.dimension > 1
+
+
+def _span(means: Tensor, most: int | None = None) -> Tensor:
     """Orthonormal basis of the span of the component means, given as rows.
+
+    Args:
+        means: shape (C, d).
+        most: dimensions at most, those in which the means lie furthest apart.
 
     Raises:
         ValueError: if they span all dimensions.
@@ -385,6 +436,8 @@ def _span(means: Tensor) -> Tensor:
     rows = torch.cat([apart, common * (size / common.norm().clamp_min(1e-30))])
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     spanned = sizes > 1e-4 * sizes[0]
+    if most is not None:
+        return directions[spanned][:most].mT.contiguous()
     if int(spanned.sum()) >= means.shape[1]:
         raise ValueError(
             f"NoiseModel: the means of {len(means)} components span all {means.shape[1]} input "

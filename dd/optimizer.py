@@ -16,6 +16,7 @@ from dd.best_state import BestState
 from dd.curvature import check_name
 from dd.estimate import Estimate
 from dd.evaluation import corrected_estimate, corrected_mean
+from dd.head_choice import AUTO
 from dd.line_family import Trial
 from dd.line_search import LineSearch, Policy
 from dd.line_settings import (
@@ -77,7 +78,9 @@ class DecoupledDescent(torch.optim.SGD):
         head: whether the network's last linear layer (True), or the one given or named, is
             corrected for its own over-fitting too, and with it the decoupled layer's bias and its
             weights along the component means; for softmax cross-entropy. Takes n p numbers and
-            n p² operations a step, p the number of these weights.
+            n p² operations a step, p the number of these weights. ``"auto"``: where ``lr`` is a
+            number, ``noise`` was fitted with the components, p is more than a twentieth of the
+            samples and n p² at most 5·10⁸, as long as loss and loop allow it, on one process.
         seed: of the curvature probes; the global generators are left alone.
         decoupled_weight_decay: shrink the parameters by lr · weight_decay themselves, outside of
             momentum (Loshchilov and Hutter 2019), instead of adding the decay to the gradient.
@@ -111,7 +114,7 @@ class DecoupledDescent(torch.optim.SGD):
         noise: NoiseModel | None = None,
         curvature: str = "auto",
         damping: float = 1.0,
-        head: bool | nn.Module | str = False,
+        head: bool | nn.Module | str = AUTO,
         seed: int = 0,
         decoupled_weight_decay: bool = False,
         stop: str | None = None,
@@ -245,9 +248,8 @@ class DecoupledDescent(torch.optim.SGD):
             # Steps made of gradients alone leave pre-activations that do not vary in all k
             # directions, and then Stein's lemma does not tell the curvature.
             curvature = "probe"
-        attachment = Attachment(
-            module, layer, noise, curvature, self._head, bins, self._process_group
-        )
+        head = False if self._head == AUTO and self._policy is not None else self._head
+        attachment = Attachment(module, layer, noise, curvature, head, bins, self._process_group)
         for parameter, _ in attachment.shadowed:
             self._store().require_own(attachment, parameter)
         if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
@@ -256,7 +258,7 @@ class DecoupledDescent(torch.optim.SGD):
                 f"noise model of {len(noise.eigenvalues)} bins; use damping=1 or "
                 "NoiseModel.isotropic"
             )
-        if self._head is not False and self._damping != 1.0:
+        if attachment.shared is not None and self._damping != 1.0:
             raise ValueError("DecoupledDescent: head=True needs damping=1")
         if any(group["differentiable"] for group in self.param_groups):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
@@ -434,6 +436,15 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.forget()
             self._watches = Watches()
+            self._leave_head_that_state_lacks(self._attachment)
+
+    def _leave_head_that_state_lacks(self, attachment: Attachment) -> None:
+        shared = attachment.shared
+        if shared is None or not attachment.head_is_optional:
+            return
+        state = self.state[attachment.weight]
+        if state.get("shadow") is not None and state.get("signal_shadow") is None:
+            attachment.leave_head("", begun=False)
 
     def _restore_values(self, state_dict: dict[str, Any]) -> None:
         # The base class casts every tensor of a state to the parameter's precision, or shares it
@@ -457,6 +468,8 @@ class DecoupledDescent(torch.optim.SGD):
             attachment = self._attachment
             bond = (attachment.module, attachment.name, attachment.given_noise)
         settings = {name: getattr(self, name) for name in _SETTINGS}
+        if self._attachment is not None and self._attachment.has_left_head:
+            settings["_head"] = False
         # A process group belongs to its process; to train alone is a choice.
         settings["_process_group"] = False if self._process_group is False else None
         return {**super().__getstate__(), "_bond": bond, "_own_settings": settings}
@@ -526,7 +539,7 @@ class DecoupledDescent(torch.optim.SGD):
             return loss
         refuse_capture("step()")
         self._step_attached(self._attachment)
-        self._watches.tell()
+        self._watches.tell(self._attachment.oversight)
         return loss
 
     def _step_attached(self, attachment: Attachment) -> None:

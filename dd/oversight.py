@@ -12,7 +12,9 @@ from torch import Tensor
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.copies import CopyWatch, count_copies
 from dd.curvature import Stein
+from dd.head_choice import uncorrected_count
 from dd.samples import Placement
+from dd.shadow_size import ShadowSizeWatch, ShadowWarning, largest_share
 from dd.strain import StrainWarning, of_copies, strains
 from dd.user_warning import warn_user
 
@@ -33,16 +35,74 @@ class Oversight:
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
         self._copies: CopyWatch | None = None
+        self._size = ShadowSizeWatch()
+        self._limit: float | None = None
+        # What is found elsewhere, such as a correction that diverges.
+        self._told: list[str] = []
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the training error is not to be believed, a sentence each."""
+        found = list(self._told)
+        if self._has_found:
+            found.append("Stein's curvature is not that of the loss.")
+        if self._size.found is not None:
+            found.append(
+                f"The shadows grew to {self._size.found:.2g} of the pre-activations, more than the "
+                "theory can explain."
+            )
+        return tuple(found)
+
+    def doubt(self, sentence: str) -> None:
+        """Add to the doubts, once."""
+        if sentence not in self._told:
+            self._told.append(sentence)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far, between two training forwards."""
         has = {"has_looked": self._has_looked, "has_found": self._has_found}
-        return {"forwards": self._forwards, **has}
+        more = {"size": self._size.state_dict(), "told": list(self._told)}
+        return {"forwards": self._forwards, **has, **more}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self._forwards = state["forwards"]
         self._has_looked, self._has_found = state["has_looked"], state["has_found"]
+        self._size.load_state_dict(state["size"])
+        self._told = list(state["told"])
+
+    def look_at_shadows(
+        self, attachment: "Attachment", shadow: Tensor, preactivation: Tensor
+    ) -> None:
+        """Warn once of shadows that the theory cannot explain.
+
+        Args:
+            attachment: with its noise model fitted and the samples known.
+            shadow: Q of some samples, shape (B, m, k).
+            preactivation: R of these, shape (m, k).
+
+        Warns:
+            ShadowWarning: if there are.
+        """
+        # To look at a number waits for an accelerator.
+        if attachment.stalls and not is_due(self._forwards + 1):
+            return
+        count = attachment.samples.count
+        if attachment.noise is None or count is None:
+            return
+        count *= attachment.ranks.size
+        if self._limit is None:
+            self._limit = largest_share(attachment.noise, count)
+        if self._size.look(shadow, preactivation, self._limit, count):
+            warn_user(
+                f"DecoupledDescent: at training forward {self._forwards + 1} the shadows are "
+                f"{self._size.found:.2g} of the pre-activations in size, where the theory explains "
+                f"{self._limit:.2g} at most: the network learns from its shadows more than from "
+                "its samples, and the training error is not to be believed from here on. Start "
+                'again with a lower learning rate, the default curvature (curvature="auto") and a '
+                "noise model fitted on these inputs; of heavy-tailed inputs, clip the tails.",
+                ShadowWarning,
+            )
 
     def look(self, attachment: "Attachment", placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.
@@ -61,8 +121,7 @@ class Oversight:
         logger.info("%s", attachment.noise)
         layer = attachment.layer
         corrected = {id(parameter) for parameter, _ in attachment.shadowed}
-        others = (p for p in attachment.module.parameters() if id(p) not in corrected)
-        head = sum(p.numel() for p in others if p.requires_grad)
+        head = uncorrected_count(attachment.module, layer, attachment.noise, corrected)
         count = attachment.samples.count
         assert count is not None
         total = count * attachment.ranks.size

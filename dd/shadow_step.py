@@ -61,11 +61,12 @@ class ShadowStep:
         edit = attachment.edit_scale(pushes)
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
+        # First, as a head that cannot be followed leaves another noise model behind.
+        shared = self._followed_head(pushes, edit, scale)
         curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
         if self._more_curvatures:
             curvature = torch.stack([curvature, *self._more_curvatures]).mean(0)
         self.layer_curvature = curvature
-        shared = self._shared_curvature(pushes, edit, scale)
         pushes = attachment.pushes_of_all_ranks(pushes)
         updates = [
             self._of_layer(pushes, scale, curvature),
@@ -88,6 +89,24 @@ class ShadowStep:
                 f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "
                 "forward, or optimizer.drop_forward() to give it up."
             )
+
+    def _followed_head(
+        self, pushes: Pushes, edit: float | Tensor, scale: float | Tensor
+    ) -> Tensor | None:
+        """H_ψ, or None where the head is not corrected, or not any more."""
+        attachment = self._attachment
+        if attachment.shared is None or not attachment.head_is_optional:
+            return self._shared_curvature(pushes, edit, scale)
+        if attachment.ranks.size > 1:
+            attachment.leave_head(
+                "it is followed on one process", begun=self._store.leave(attachment)
+            )
+            return None
+        try:
+            return self._shared_curvature(pushes, edit, scale)
+        except RuntimeError as error:
+            attachment.leave_head(error, begun=self._store.leave(attachment))
+            return None
 
     def _shared_curvature(
         self, pushes: Pushes, edit: float | Tensor, scale: float | Tensor

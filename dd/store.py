@@ -39,6 +39,16 @@ class Store:
         """Keep a value of a parameter."""
         self.state[parameter][key] = value
 
+    def leave(self, attachment: Attachment) -> bool:
+        """Delete the displacements of what all samples share; returns whether there were any."""
+        assert attachment.shared is not None
+        begun = False
+        for parameter, key in attachment.shared.parts:
+            state = self.state.get(parameter, {})
+            begun |= state.pop(key, None) is not None
+            state.pop(f"{key}_momentum_buffer", None)
+        return begun
+
     def group_of(self, parameter: Tensor) -> dict[str, Any] | None:
         """The group of a parameter, or None."""
         return next((g for g in self.groups if any(p is parameter for p in g["params"])), None)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dd.attachment import Attachment
 from dd.contribution import product_node
+from dd.head import SharedParameters
 from dd.samples import Placement
 from dd.store import Store
 from dd.watches import Watches
@@ -153,7 +154,11 @@ class TrainingForward:
             output: scores, shape (m, C).
 
         Raises:
-            RuntimeError: if the head runs twice in a training forward.
+            RuntimeError: if the head runs twice in a training forward, or cannot be differentiated.
+            ValueError: if it does not receive one row a sample.
+
+        Warns:
+            StrainWarning: if any of these happens to a head whose correction nobody asked for.
         """
         attachment, shared = self._attachment, self._attachment.shared
         if shared is None or not attachment.layer.training:
@@ -162,21 +167,31 @@ class TrainingForward:
             return None
         # A marked tensor must not see the hook, nor an operation in place the tensor under it.
         with full_precision(output), torch._C.DisableTorchFunctionSubclass():
-            features = shared.features(inputs)
-            index = None if attachment.now is None else attachment.now.index
-            corrected = shared.correct_scores(output, features, self._store.read, index)
-            # Without a pending forward the head runs by itself, and no step will come of it.
-            if not torch.is_grad_enabled() or not attachment.pending:
-                return corrected
-            if attachment.pending[-1].scores is not None:
-                raise RuntimeError(
-                    f"DecoupledDescent: head {shared.name!r} must run once in every training "
-                    f"forward, after layer {attachment.name!r}; run other forwards under "
-                    "model.eval() or torch.no_grad()"
-                )
-            if corrected is output:
-                corrected = output.clone()
-            attachment.pending[-1].follow(output, corrected, features)
+            if not attachment.head_is_optional:
+                return self._corrected_scores(shared, inputs, output)
+            try:
+                return self._corrected_scores(shared, inputs, output)
+            except (RuntimeError, ValueError) as error:
+                attachment.leave_head(error, begun=self._store.leave(attachment))
+                return None
+
+    def _corrected_scores(self, shared: SharedParameters, inputs: Tensor, output: Tensor) -> Tensor:
+        attachment = self._attachment
+        features = shared.features(inputs)
+        index = None if attachment.now is None else attachment.now.index
+        corrected = shared.correct_scores(output, features, self._store.read, index)
+        # Without a pending forward the head runs by itself, and no step will come of it.
+        if not torch.is_grad_enabled() or not attachment.pending:
+            return corrected
+        if attachment.pending[-1].scores is not None:
+            raise RuntimeError(
+                f"DecoupledDescent: head {shared.name!r} must run once in every training "
+                f"forward, after layer {attachment.name!r}; run other forwards under "
+                "model.eval() or torch.no_grad()"
+            )
+        if corrected is output:
+            corrected = output.clone()
+        attachment.pending[-1].follow(output, corrected, features)
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
 
 

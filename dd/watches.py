@@ -9,6 +9,7 @@ from dd.attachment import Attachment
 from dd.divergence import DivergenceWatch, SharpnessWatch
 from dd.functional import at_least_single
 from dd.noise import NoiseModel
+from dd.oversight import Oversight
 from dd.samples import Placement
 
 __all__ = ["Watches"]
@@ -96,10 +97,12 @@ class Watches:
             self._edge = SharpnessWatch()
         self._edge.look(curvature, list(groups))
 
-    def tell(self) -> None:
-        """Issue the warnings that are due."""
+    def tell(self, oversight: Oversight) -> None:
+        """Issue the warnings that are due, and leave a doubt for each."""
         for watch in (self._feedback, self._edge):
-            if watch is not None:
+            # A warning may be an error, and the doubt remains.
+            if watch is not None and watch.is_due:
+                oversight.doubt("The correction feeds back on itself.")
                 watch.tell()
 
 

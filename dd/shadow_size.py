@@ -1,0 +1,89 @@
+"""Whether the shadows are larger than the theory can explain."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.functional import at_least_single
+from dd.noise import NoiseModel
+
+__all__ = ["ShadowSizeWatch", "ShadowWarning", "largest_share"]
+
+# Above what the theory allows, by sampling and by tails of the noise.
+MARGIN = 1.5
+# Whatever it allows: the network is then trained on its shadows more than on its inputs.
+MOST = 0.9
+# Rows that a look takes in at most, and at least.
+ROWS, FEWEST = 2048, 256
+
+
+class ShadowWarning(UserWarning):
+    """The shadows are larger than the theory can explain; the training error is not to be believed."""
+
+
+def largest_share(noise: NoiseModel, num_samples: int) -> float:
+    """Largest |Q|/|R| that the theory can explain.
+
+    A sample's shadow is made of the pushes that the weights are made of: in the limit
+    E‖q‖² ≤ (d/n) tr Cov(r), with equality where the weights hold noise alone and W⁰ is forgotten.
+    Unequal masses multiply it by their root mean square. Section 5 of ``docs/theory.md``.
+
+    Args:
+        noise: of the inputs.
+        num_samples: n.
+    """
+    mass = noise.relative_mass
+    tails = 1.0 if mass is None else float(mass.double().square().mean().sqrt())
+    dimension = float(noise.multiplicities.sum())
+    return min(MOST, MARGIN * math.sqrt(dimension / num_samples) * tails)
+
+
+class ShadowSizeWatch:
+    """Compares shadows and pre-activations, a few thousand rows at a time."""
+
+    def __init__(self) -> None:
+        self._squares = [0.0, 0.0]
+        self._rows = 0
+        self.found: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was found."""
+        return {"found": self.found}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.found = state["found"]
+
+    @torch.no_grad()
+    def look(self, shadow: Tensor, preactivation: Tensor, limit: float, num_samples: int) -> bool:
+        """Take some rows into account; returns whether they show, for the first time, too much.
+
+        Args:
+            shadow: Q, shape (B, m, k).
+            preactivation: R, shape (m, k).
+            limit: :func:`largest_share`.
+            num_samples: n.
+        """
+        if self.found is not None or len(preactivation) < 2:
+            return False
+        some = slice(None, None, -(-len(preactivation) // ROWS))
+        rows = at_least_single(preactivation.detach()[some])
+        self._squares[0] += float(shadow[:, some].sum(0).square().sum())
+        self._squares[1] += float((rows - rows.mean(0)).square().sum()) * _unbiased(len(rows))
+        self._rows += len(rows)
+        if self._rows < min(FEWEST, num_samples):
+            return False
+        (size, spread), self._squares, self._rows = self._squares, [0.0, 0.0], 0
+        # A layer at zero has neither.
+        share = math.sqrt(size / spread) if spread > 0 else (math.inf if size > 0 else 0.0)
+        if not share > limit:
+            return False
+        self.found = share
+        return True
+
+
+def _unbiased(count: int) -> float:
+    return count / (count - 1)
