@@ -19,7 +19,11 @@ from dd.models import two_layer
 D = 300
 DATA = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
+    # What diverges has large shadows, too, and so has what has few samples.
+    pytest.mark.filterwarnings("ignore::dd.ShadowWarning"),
+]
 
 
 def feedback_matrix(s: float, eigenvalues: Tensor, multiplicities: Tensor, n: int) -> np.ndarray:

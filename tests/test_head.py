@@ -485,7 +485,7 @@ def test_refuses_what_it_cannot_correct():
     with pytest.raises(ValueError, match="separate_means=True"):
         dd.DecoupledDescent(model, lr=0.1, head=True, noise=dd.NoiseModel.isotropic(inputs, labels))
     with pytest.raises(ValueError, match="only head=True follows"):
-        dd.DecoupledDescent(model, lr=0.1, noise=make_noise(inputs, labels))
+        dd.DecoupledDescent(model, lr=0.1, head=False, noise=make_noise(inputs, labels))
     with pytest.raises(ValueError, match="damping=1"):
         dd.DecoupledDescent(model, lr=0.1, head=True, damping=0.5)
     optimizer = dd.DecoupledDescent(model[0].parameters(), lr=0.1, head=True)

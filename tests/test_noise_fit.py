@@ -208,7 +208,7 @@ def test_optimizer_moves_one_shadow_a_bin_with_every_sample_s_mass():
     scale = 0.5 + torch.arange(n).double() / n
     model = nn.Sequential(nn.Linear(d, k), nn.Tanh(), nn.Linear(k, 2)).double()
     noise = NoiseModel.fit(inputs * scale[:, None], targets, bins=4, per_sample=True)
-    optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise)
+    optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise, head=False)
     captured = []
     handle = model[1].register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     loss = nn.functional.cross_entropy(model(inputs * scale[:, None]), targets)
@@ -225,7 +225,7 @@ def test_optimizer_moves_one_shadow_a_bin_with_every_sample_s_mass():
 def test_a_batch_of_another_size_than_the_masses_is_refused():
     model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     noise = NoiseModel.fit(normal(9, 30, 5), torch.arange(30) % 2, per_sample=True)
-    optimizer = dd.DecoupledDescent(model, noise=noise)
+    optimizer = dd.DecoupledDescent(model, noise=noise, head=False)
     assert optimizer.noise is noise
     with pytest.raises(ValueError, match=r"fitted on 30 inputs, and 4 of the 29 "):
         model(normal(9, 29, 5))

@@ -41,10 +41,11 @@ def test_the_optimizer_warns_once_at_the_first_training_forward():
     model.train()
     with pytest.warns(dd.StrainWarning) as caught:
         loss = F.cross_entropy(model(inputs), targets)
-    # 14 samples of 30 inputs, and 3 + 6 + 2 parameters beside the weight; k² is 9.
+    # 14 samples of 30 inputs, 3 + 6 + 2 parameters beside the weight, and 3 weights along the
+    # difference of two classes; k² is 9.
     few, large = (str(w.message) for w in caught if w.category is dd.StrainWarning)
     assert "14 samples of dimension 30" in few
-    assert "11 parameters" in large
+    assert "14 parameters" in large
     assert {w.filename for w in caught if w.category is dd.StrainWarning} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error", dd.StrainWarning)
