@@ -4,7 +4,7 @@ Lovig, *Decoupled Descent: Exact Test Error Tracking Via Approximate Message Pas
 arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
-from dd.audit import ComponentWarning
+from dd.audit import ComponentWarning, CurvatureWarning
 from dd.chunks import Chunks
 from dd.components import find_components
 from dd.divergence import DivergenceWarning
@@ -26,6 +26,7 @@ __all__ = [
     "AugmentationWarning",
     "Chunks",
     "ComponentWarning",
+    "CurvatureWarning",
     "DecoupledDescent",
     "DivergenceWarning",
     "Estimate",

@@ -18,7 +18,8 @@ from torch.autograd.graph import GradientEdge
 from dd.functional import (
     at_least_single,
     centre_within_components,
-    kink_curvature,
+    kink_signs,
+    kink_terms,
     rademacher,
     scaled_by_mass,
     solved_curvature,
@@ -143,6 +144,9 @@ class Curvature(ABC):
 class Stein(Curvature):
     """Stein's lemma on R centred within mixture components.
 
+    It holds where R is Gaussian within each, which audits watch (:mod:`dd.audit`). Its solution
+    waits for an accelerator, whose eigenvalues are found by iteration.
+
     Args:
         components: component of each sample, shape (n,), integers from 0.
         ridge: regularisation relative to the mean eigenvalue of the covariance of R.
@@ -213,7 +217,9 @@ class _SecondDerivative(Curvature):
         if rows.preactivation is None or rows.gradient is None:
             return None
         mass = self._mass_of(rows.index, rows.gradient.device)
-        found = kink_curvature(rows.preactivation, rows.gradient, mass, leaky=self.leaky)
+        both = rows.preactivation, rows.gradient
+        signs = rows.ranks.sum(kink_signs(*both))
+        found = kink_terms(*both, signs, mass, leaky=self.leaky).sum(-2)
         return torch.diag(rows.ranks.sum(found))
 
     def _mass_of(self, index: Tensor | None, device: torch.device) -> Tensor | None:
@@ -322,9 +328,10 @@ class Exact(_SecondDerivative):
 ESTIMATORS = ("auto", "stein", "probe", "probe_create_graph", "exact")
 
 REMEDY = (
-    "Remedy: give the mixture components of the samples, noise=dd.NoiseModel.isotropic(inputs, "
-    "components), so that the curvature needs no second derivative; or construct with "
-    'curvature="probe_create_graph" and call loss.backward(create_graph=True).'
+    'Remedy: construct with curvature="probe_create_graph" and call '
+    "loss.backward(create_graph=True); or, where the inputs are a mixture of Gaussians of known "
+    'components, with curvature="stein" and noise=dd.NoiseModel.isotropic(inputs, components), '
+    "which needs no second derivative."
 )
 
 LOST_TANGENT = (
@@ -349,7 +356,7 @@ def build(name: str, noise: NoiseModel | None, module: nn.Module | None = None) 
     """Make the estimator called ``name``.
 
     Args:
-        name: one of :data:`ESTIMATORS`; ``"auto"`` is the probe.
+        name: one of :data:`ESTIMATORS`; ``"auto"`` is the probe, component ids or not.
         noise: the noise model, or None where it will be fitted without components.
         module: the model, whose activations tell of kinks.
 

@@ -23,7 +23,7 @@ _DECOMPOSITIONS = "torch._decomp.decompositions_for_jvp"
 _ONCE = ("hardsigmoid", "scaled_dot_product_flash")
 
 _COMPONENTS = (
-    "Give the mixture components of the samples (classes or clusters): "
+    "Where the inputs are a mixture of Gaussians, give the components of the samples: "
     'noise=dd.NoiseModel.isotropic(inputs, components) with curvature="stein", which needs no '
     "derivative beyond the gradient."
 )

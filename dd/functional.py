@@ -42,6 +42,8 @@ __all__ = [
     "damped_weight_gradient",
     "driven",
     "kink_curvature",
+    "kink_signs",
+    "kink_terms",
     "probe_curvature",
     "rademacher",
     "scaled_by_mass",
@@ -54,6 +56,7 @@ __all__ = [
     "solved_curvature",
     "stein_curvature",
     "stein_excess",
+    "stein_mismatch",
     "symmetric_curvature",
 ]
 
@@ -302,15 +305,21 @@ def symmetric_curvature(covariance: Tensor, cross: Tensor, ridge: float) -> Tens
     Returns:
         H, shape (..., k, k), symmetric; not a number where K or C is not finite.
     """
-    finite = (covariance.isfinite() & cross.isfinite()).all(-1).all(-1)[..., None, None]
-    values, directions = torch.linalg.eigh(torch.where(finite, covariance, 0.0))
-    # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
-    epsilon = (ridge * values.mean(-1)).clamp_min(torch.finfo(values.dtype).tiny)
-    values = values.clamp_min(0.0) + epsilon.unsqueeze(-1)
+    finite = cross.isfinite().all(-1).all(-1)
+    values, directions, known = _eigenbasis(covariance, ridge)
     rotated = directions.mT @ cross @ directions
     solution = (rotated + rotated.mT) / (values.unsqueeze(-1) + values.unsqueeze(-2))
-    found = directions @ solution @ directions.mT
-    return torch.where(finite, _symmetrised(found), torch.nan)
+    found = _symmetrised(directions @ solution @ directions.mT)
+    return torch.where((finite & known)[..., None, None], found, torch.nan)
+
+
+def _eigenbasis(covariance: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues of K + εI (..., k), its directions (..., k, k), and whether K is finite (...)."""
+    finite = covariance.isfinite().all(-1).all(-1)
+    values, directions = torch.linalg.eigh(torch.where(finite[..., None, None], covariance, 0.0))
+    # A layer at zero has K = 0; the floor makes its curvature zero instead of 0/0.
+    epsilon = (ridge * values.mean(-1)).clamp_min(torch.finfo(values.dtype).tiny)
+    return values.clamp_min(0.0) + epsilon.unsqueeze(-1), directions, finite
 
 
 def probe_curvature(probe: Tensor, product: Tensor, kinks: Tensor | None = None) -> Tensor:
@@ -371,18 +380,64 @@ def kink_curvature(
     Returns:
         Shape (..., k), in float32 at least.
     """
+    signs = kink_signs(preactivation, gradient)
+    return kink_terms(preactivation, gradient, signs, relative_mass, leaky=leaky).sum(-2)
+
+
+def kink_signs(preactivation: Tensor, gradient: Tensor) -> Tensor:
+    """Sums over samples that tell which units have a ReLU behind them, and how R is spread.
+
+    Of samples spread over processes they may be added up.
+
+    Args:
+        preactivation: R, shape (..., n, k).
+        gradient: G, shape (..., n, k).
+
+    Returns:
+        Of each unit the number of samples, ΣR, ΣR², and among a thousand of them how many are
+        negative and how many of these have a gradient; shape (..., 5, k).
+    """
     rows, pushes = at_least_single(preactivation), at_least_single(gradient)
     some = slice(0, _ROWS_THAT_TELL)
     below = rows[..., some, :] < 0
-    rectified = ((pushes[..., some, :] == 0) | ~below).all(-2) & below.any(-2)
-    width = rows.std(-2, keepdim=True, correction=0) * rows.shape[-2] ** -0.2
-    apart = rows / width.clamp_min(torch.finfo(rows.dtype).tiny)
-    near = apart.abs() < 1
+    pushed = below & (pushes[..., some, :] != 0)
+    count = torch.full_like(rows[..., 0, :], rows.shape[-2])
+    negative, active = below.sum(-2).to(rows), pushed.sum(-2).to(rows)
+    return torch.stack([count, rows.sum(-2), rows.square().sum(-2), negative, active], -2)
+
+
+def kink_terms(
+    preactivation: Tensor,
+    gradient: Tensor,
+    signs: Tensor,
+    relative_mass: Tensor | None = None,
+    *,
+    leaky: bool = False,
+) -> Tensor:
+    """Each sample's term of :func:`kink_curvature`.
+
+    Args:
+        preactivation: R, shape (..., n, k).
+        gradient: G, shape (..., n, k).
+        signs: of all samples (:func:`kink_signs`), shape (..., 5, k).
+        relative_mass: ‖z_i‖² over its mean, shape (..., n); equal masses by default.
+        leaky: whether units with another kink at 0, such as a leaky ReLU's, are behind.
+
+    Returns:
+        Shape (..., n, k), in float32 at least.
+    """
+    rows, pushes = at_least_single(preactivation), at_least_single(gradient)
+    count, total, squares, below, pushed = signs.unsqueeze(-2).unbind(-3)
+    variance = (squares / count - (total / count).square()).clamp_min(0.0)
+    tiny = torch.finfo(rows.dtype).tiny
+    width = (variance.sqrt() * count**-0.2).clamp_min(tiny)
+    apart = rows / width
+    counts = apart.abs() < 1
+    if not leaky:
+        counts &= (below > 0) & (pushed == 0)
     # Above the kink G counts, below it is taken off; behind a ReLU it is zero there.
-    kernel = torch.where(near, (4 - 6 * apart.abs()).copysign(apart), 0.0)
-    jump = (kernel * scaled_by_mass(pushes, relative_mass)).sum(-2)
-    jump = jump / width.squeeze(-2).clamp_min(torch.finfo(rows.dtype).tiny)
-    return jump if leaky else torch.where(rectified, jump, 0.0)
+    kernel = torch.where(counts, (4 - 6 * apart.abs()).copysign(apart), 0.0)
+    return kernel * scaled_by_mass(pushes, relative_mass) / width
 
 
 def softmax_curvature(scores: Tensor, weights: Tensor) -> Tensor:
@@ -506,6 +561,69 @@ def stein_excess(
     total = unexplained.sum(-1)
     scale = torch.linalg.matrix_norm(covariance @ curvature, "nuc")
     return total / scale, total / ((unexplained - scatter).std(-1) * n**0.5)
+
+
+def stein_mismatch(
+    centred: Tensor,
+    gradient: Tensor,
+    probe: Tensor,
+    product: Tensor,
+    kinks: Tensor,
+    ridge: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """How far Stein's curvature is from a probe's as a matrix, beyond what chance explains.
+
+    The trace of :func:`stein_excess` weighs directions by how much R varies there, and says nothing
+    of those where it hardly does. Both estimates are sums over samples, so that the variance of
+    each entry of their difference is a sum of squares, taken in the eigenbasis of K, where small
+    eigenvalues do not spread. Section 5 of ``docs/theory.md``.
+
+    Args:
+        centred: R centred within components, shape (..., n, k).
+        gradient: G centred likewise, shape (..., n, k).
+        probe: V, shape (..., n, k), entries ±1.
+        product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
+        kinks: what each sample adds at kinks (:func:`kink_terms`), shape (..., n, k).
+        ridge: of Stein's estimate (:func:`symmetric_curvature`).
+
+    Returns:
+        The norm of the difference beyond its expectation over the norm of the probe's curvature,
+        and by how many standard errors Σ (difference / standard error)² exceeds its expectation;
+        each of shape (...), not a number where a variance vanishes.
+    """
+    centred, gradient = at_least_single(centred), at_least_single(gradient)
+    probe, product = at_least_single(probe), at_least_single(product)
+    kinks = at_least_single(kinks)
+    n, k = centred.shape[-2:]
+    values, directions, finite = _eigenbasis(centred.mT @ centred / n, ridge)
+    centred, gradient, probe, product = (
+        rows @ directions for rows in (centred, gradient, probe, product)
+    )
+    # The mean of both sides' eigenvalues, by which Stein's symmetrised products are divided.
+    sizes = (values.unsqueeze(-1) + values.unsqueeze(-2)) / 2
+    stein = _symmetrised(centred.mT @ gradient) / sizes
+    smooth = probe_curvature(probe, product)
+    squares = directions.square()
+    probed = smooth + directions.mT @ torch.diag_embed(kinks.sum(-2)) @ directions
+    unexplained = gradient - centred @ stein / n
+    scatter = product - probe @ smooth / n
+    variance = (
+        _summed_products(centred, unexplained, centred, unexplained) / sizes.square()
+        - 2 * _summed_products(centred, unexplained, probe, scatter) / sizes
+        + _summed_products(probe, scatter, probe, scatter)
+        + squares.mT @ torch.diag_embed(kinks.square().sum(-2)) @ squares
+    )
+    found = (stein - probed).square()
+    beyond = (found - variance).sum((-2, -1)).clamp_min(0).sqrt()
+    count = k * (k + 1) / 2
+    chance = (found / variance - 1).triu().sum((-2, -1)) / (2 * count) ** 0.5
+    share = beyond / torch.linalg.matrix_norm(probed)
+    return torch.where(finite, share, torch.nan), torch.where(finite, chance, torch.nan)
+
+
+def _summed_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Σ_i sym(a_i b_iᵀ) ∘ sym(c_i d_iᵀ), shape (..., k, k), of rows (..., n, k)."""
+    return _symmetrised((a * c).mT @ (b * d) + (a * d).mT @ (b * c)) / 2
 
 
 def scaled_by_mass(rows: Tensor, relative_mass: Tensor | None) -> Tensor:

@@ -1,6 +1,5 @@
 """What is said to the user while an attached optimizer trains; it changes nothing."""
 
-import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.copies import CopyWatch, count_copies
-from dd.curvature import Stein
+from dd.curvature import Stein, has_leaky_kinks
 from dd.head_choice import uncorrected_count
 from dd.samples import Placement
 from dd.shadow_size import ShadowSizeWatch, ShadowWarning, largest_share
@@ -28,9 +27,15 @@ logger = logging.getLogger("dd")
 
 
 class Oversight:
-    """Looks after one attachment: its noise model, its sizes and its component ids."""
+    """Looks after one attachment: its noise model, its sizes and Stein's curvature.
+
+    Attributes:
+        is_suspicious: set it to have the next training forward audited that can be, besides those
+            that are by their number.
+    """
 
     def __init__(self) -> None:
+        self.is_suspicious = False
         self._forwards = 0
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
@@ -57,6 +62,11 @@ class Oversight:
         """Add to the doubts, once."""
         if sentence not in self._told:
             self._told.append(sentence)
+
+    @property
+    def has_found(self) -> bool:
+        """Whether an audit has found Stein's curvature wrong; there are no more audits then."""
+        return self._has_found
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far, between two training forwards."""
@@ -181,16 +191,20 @@ class Oversight:
         """
         self._forwards += 1
         estimator = attachment.estimator
-        if self._has_found or not isinstance(estimator, Stein) or not is_due(self._forwards):
+        is_wanted = self.is_suspicious or is_due(self._forwards)
+        if self._has_found or not isinstance(estimator, Stein) or not is_wanted:
             return preactivation
         if not is_safe(attachment.module):
             return preactivation
+        self.is_suspicious = False
         mass = None if attachment.noise is None else attachment.noise.relative_mass
         index = capture.placement.index
         if mass is not None and index is not None:
             mass = mass[index]
-        centred = functools.partial(estimator.centred, index=index)
-        self._audit = Audit(capture, centred, mass, seed, self._forwards, self._found)
+        leaky = has_leaky_kinks(attachment.module)
+        self._audit = Audit(
+            capture, estimator, mass, seed, self._forwards, self._found, leaky=leaky
+        )
         return preactivation.as_subclass(AuditedTensor)
 
     def _found(self) -> None:
