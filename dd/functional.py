@@ -436,7 +436,7 @@ def kink_terms(
     if not leaky:
         counts &= (below > 0) & (pushed == 0)
     # Above the kink G counts, below it is taken off; behind a ReLU it is zero there.
-    kernel = torch.where(counts, (4 - 6 * apart.abs()).copysign(apart), 0.0)
+    kernel = torch.where(counts, (4 - 6 * apart.abs()) * apart.sign(), 0.0)
     return kernel * scaled_by_mass(pushes, relative_mass) / width
 
 

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dd.audit import CurvatureWarning
+from dd.audit import ComponentWarning
 from dd.divergence import DivergenceWarning
 from dd.samples import AugmentationWarning
 from dd.strain import StrainWarning
 
 __all__ = ["noted"]
 
-NOTED = (AugmentationWarning, CurvatureWarning, DivergenceWarning, StrainWarning)
+NOTED = (AugmentationWarning, ComponentWarning, DivergenceWarning, StrainWarning)
 
 
 @contextmanager

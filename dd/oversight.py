@@ -63,11 +63,6 @@ class Oversight:
         if sentence not in self._told:
             self._told.append(sentence)
 
-    @property
-    def has_found(self) -> bool:
-        """Whether an audit has found Stein's curvature wrong; there are no more audits then."""
-        return self._has_found
-
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far, between two training forwards."""
         has = {"has_looked": self._has_looked, "has_found": self._has_found}
@@ -113,6 +108,11 @@ class Oversight:
                 "noise model fitted on these inputs; of heavy-tailed inputs, clip the tails.",
                 ShadowWarning,
             )
+
+    @property
+    def has_found(self) -> bool:
+        """Whether an audit has found Stein's curvature wrong; there are no more audits then."""
+        return self._has_found
 
     def look(self, attachment: "Attachment", placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.

@@ -168,7 +168,7 @@ def test_a_gradient_that_a_hook_replaced_is_compared_with_the_one_kept():
 
 @pytest.mark.parametrize("kind", ["masked", "first row for all"])
 def test_a_gradient_that_a_hook_changed_by_rows_is_refused(kind):
-    loop, changes = Loop(), False
+    loop, changes = Loop(curvature="stein"), False
     mask = torch.arange(N).remainder(2).double().unsqueeze(1)
 
     def replaced(gradient):
@@ -185,8 +185,22 @@ def test_a_gradient_that_a_hook_changed_by_rows_is_refused(kind):
         loop.step()
 
 
+def test_a_gradient_that_a_hook_changed_by_rows_is_followed_by_a_probe():
+    """The hook is on the dual number, and what it returns is what the correction sees."""
+    loop, twin = Loop(), Loop()
+    mask = torch.arange(N).remainder(2).double()
+    follow(loop, lambda gradient: mask.unsqueeze(1) * gradient)
+    loop.step()
+    twin.optimizer.zero_grad()
+    losses = F.cross_entropy(twin.model(twin.inputs), twin.labels, reduction="none")
+    (mask * losses).mean().backward()
+    twin.optimizer.step()
+    torch.testing.assert_close(loop.weight, twin.weight)
+    torch.testing.assert_close(loop.optimizer.shadow, twin.optimizer.shadow)
+
+
 def test_a_second_backward_through_one_forward_is_counted():
-    loop, once = Loop(), Loop()
+    loop, once = Loop(curvature="stein"), Loop(curvature="stein")
     loop.step()
     once.step()
     loop.optimizer.zero_grad()
@@ -201,7 +215,7 @@ def test_a_second_backward_through_one_forward_is_counted():
 
 def test_a_gradient_that_ends_at_the_output_is_no_part_of_the_weights():
     """It counts in G, but never reached W: nothing tells by which rows."""
-    loop = Loop()
+    loop = Loop(curvature="stein")
     loop.step()
     loop.step()
     loop.optimizer.zero_grad()
@@ -210,7 +224,7 @@ def test_a_gradient_that_ends_at_the_output_is_no_part_of_the_weights():
     loss.backward(retain_graph=True)
     torch.autograd.grad(loss, hidden)
     assert loop.terms() == [None]
-    expected = Loop()
+    expected = Loop(curvature="stein")
     for _ in range(2):
         expected.step()
     expected.step()

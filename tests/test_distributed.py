@@ -16,6 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dd
+from dd.curvature import Exact, Rows
+from dd.ranks import Ranks
+from tests.reference import kinks_of
 
 N, D, K, C, WORLD = 40, 12, 3, 4, 2
 
@@ -71,6 +74,8 @@ def build(model, setting, inputs, labels, rows=None, **others):
     noise = dd.NoiseModel.fit(inputs, labels, bins=3, separate_means=head)
     noise = noise if rows is None else noise.of(rows)
     options = {k: v for k, v in setting.items() if k in {"momentum", "weight_decay"}}
+    # Processes draw probes of their own, one process draws others.
+    others = {"curvature": "stein"} | others
     return dd.DecoupledDescent(model, lr=0.3, noise=noise, head=head, **options, **others)
 
 
@@ -208,7 +213,28 @@ def fitted_together(rank):
     return optimizer.noise.eigenvalues
 
 
+def kinks(rank):
+    """What kinks add, of samples of unequal number, spread and mass on the processes."""
+    rows, pushes, masses = kinked()
+    own = slice(0, 17) if rank == 0 else slice(17, N)
+    ranks = Ranks(dist.group.WORLD)
+    estimator = Exact(masses[own])
+    both = rows[own], pushes[own]
+    return estimator.kinks(Rows(both[1], both[1], None, ranks, *both)).diagonal()
+
+
+def kinked():
+    """R and G of ReLU units, a smooth unit, and one whose gradient is zero only on one process."""
+    g = torch.Generator().manual_seed(3)
+    rows, pushes = torch.randn(2, N, 4, generator=g).double()
+    rows[:17] = 0.3 * rows[:17] + 0.2
+    pushes[:, :2] *= rows[:, :2] > 0
+    pushes[:17, 3] *= rows[:17, 3] > 0
+    return rows, pushes, torch.rand(N, generator=g).double()
+
+
 TASKS = {
+    "kinks": (kinks,),
     **{name: (shared, setting) for name, setting in SETTINGS.items()},
     "wrapped afterwards": (unwrapped_afterwards,),
     "wandering": (wandering, {"momentum": 0.5}),
@@ -276,6 +302,14 @@ def test_tracked_loss_is_that_of_all_processes(results):
         expected = F.cross_entropy(model(inputs), labels)
     for *_, mean in results["full batch"]:
         torch.testing.assert_close(mean, expected)
+
+
+def test_kinks_are_those_of_all_samples(results):
+    rows, pushes, masses = kinked()
+    expected = kinks_of(rows, pushes, masses)
+    assert expected.ne(0).tolist() == [True, True, False, False]
+    for found in results["kinks"]:
+        torch.testing.assert_close(found, expected)
 
 
 def test_noise_is_fitted_on_the_samples_of_all_processes(results):

@@ -124,15 +124,19 @@ def test_learning_rate_reaches_both_optimizers_and_optimizer_lr_only_one():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "estimator"),
-    [([], "Probe"), (["optimizer.curvature=stein"], "Stein"), (["components=known"], "Stein")],
+    ("overrides", "estimator", "known"),
+    [
+        ([], "Probe", False),
+        (["optimizer.curvature=stein"], "Stein", True),
+        (["components=known"], "Probe", True),
+    ],
 )
-def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator):
+def test_cluster_ids_are_used_only_when_asked_for(overrides, estimator, known):
     config = configure(*SMALL, *overrides)
     split = make_split(config)
     optimizer = make_optimizer(config, "dd", make_model(config, split), split)
     assert type(optimizer._attachment.estimator).__name__ == estimator
-    assert (optimizer.noise.components is None) == (estimator == "Probe")
+    assert (optimizer.noise.components is not None) == known
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,16 @@ from dd.functional import (
     centre_within_components,
     corrected_preactivation,
     damped_weight_gradient,
+    kink_curvature,
     probe_curvature,
     rademacher,
     shadow_gradient,
     stein_curvature,
+    symmetric_curvature,
 )
 from dd.noise import NoiseModel
-from tests.reference import Head, Step, decoupled_descent
+from dd.ranks import Ranks
+from tests.reference import Head, Step, decoupled_descent, kinks_of, stein_of
 
 FIXED = (0.4,) * 8
 VARYING = (0.7, 0.1, 0.5, 0.0, 0.9, 0.3, 0.6, 0.2)
@@ -192,6 +195,8 @@ def test_leading_dimensions_equal_a_loop(bins):
         centre_within_components(preactivation, components, 5),
         stein_curvature(preactivation, g),
         probe_curvature(probe, g),
+        kink_curvature(preactivation, g * (preactivation > 0)),
+        kink_curvature(preactivation, g, leaky=True),
         damped_weight_gradient(weight_gradient, weight, h, 1.3, 0.7),
     ]
     for i in range(lead[0]):
@@ -208,6 +213,8 @@ def test_leading_dimensions_equal_a_loop(bins):
                 centre_within_components(preactivation[i, j], components, 5),
                 stein_curvature(preactivation[i, j], g[i, j]),
                 probe_curvature(probe[i, j], g[i, j]),
+                kink_curvature(preactivation[i, j], g[i, j] * (preactivation[i, j] > 0)),
+                kink_curvature(preactivation[i, j], g[i, j], leaky=True),
                 damped_weight_gradient(weight_gradient[i, j], weight[i, j], h[i, j], 1.3, 0.7),
             ]
             for whole, part in zip(batched, looped, strict=True):
@@ -359,6 +366,43 @@ def test_stein_needs_the_right_components(centring):
     assert biases[1] / biases[0] > 0.7
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3], ids=["", "a direction without variance"])
+@pytest.mark.parametrize("ridge", [1e-4, 0.1])
+def test_stein_solves_the_symmetric_equations(spread, ridge):
+    """Rounding of 1e-16 grows by the condition of K, which the ridge keeps below 4 / ridge."""
+    n, k = 40, 4
+    labels = torch.arange(n) % 3
+    r = normal(0, n, k) @ torch.diag(torch.tensor([2.0, 1.0, 1.0, spread]).double())
+    r = r @ torch.linalg.qr(normal(1, k, k))[0] + labels.unsqueeze(1)
+    g = normal(2, n, k)
+    found = stein_curvature(centre_within_components(r, labels, 3), g, ridge)
+    expected = stein_of(r, g, labels, ridge)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.norm()))
+
+
+def test_noise_where_nothing_varies_stays_there():
+    """An error in the row of C that belongs to a small κ reaches the other rows divided by 1 + κ.
+
+    To symmetrise (K + ε)⁻¹C instead would put half of the error over κ into both.
+    """
+    kappa, error = 1e-6, 1e-3
+    covariance = torch.diag(torch.tensor([1.0, kappa]).double())
+    hessian = torch.tensor([[1.0, 0.3], [0.3, 0.5]]).double()
+    cross = covariance @ hessian
+    cross[1, 0] += error
+    found = symmetric_curvature(covariance, cross, ridge=1e-9)
+    assert abs(float(found[0, 1]) - 0.3) < 2 * error
+    torch.testing.assert_close(found[0, 0], hessian[0, 0], rtol=1e-6, atol=0)
+
+
+def test_stein_of_numbers_that_are_none_is_none():
+    for place in range(2):
+        both = [torch.eye(3).double(), torch.eye(3).double()]
+        both[place][0, 0] = math.nan
+        assert symmetric_curvature(*both, 1e-4).isnan().all()
+    torch.testing.assert_close(symmetric_curvature(*[torch.eye(3)] * 2, 0.5), torch.eye(3) / 1.5)
+
+
 def test_stein_on_a_layer_at_zero_is_zero():
     for dtype in (torch.float32, torch.float64):
         zero = stein_curvature(torch.zeros(50, 3, dtype=dtype), normal(0, 50, 3).to(dtype))
@@ -387,7 +431,7 @@ def test_stein_estimator_takes_components_from_the_noise_model():
     rows = gaussian_rows(400, 1)
     inputs = normal(0, 400, 2)
     noise = NoiseModel.isotropic(inputs, 10 * rows.cluster - 7)
-    estimator = curvature.build("auto", noise)
+    estimator = curvature.build("stein", noise)
     observed = estimator.observe(rows.r[0], 0)
     backward = curvature.Backward(rows.g[0] / 400, None, get_gradient_edge(_leaf(rows.r[0])))
     expected = stein_curvature(
@@ -470,7 +514,7 @@ def test_estimators_refuse_what_they_cannot_do():
     r = _leaf(normal(0, 5, 2))
     lost = curvature.Backward(r.detach(), None, get_gradient_edge(r))
     for name, message in (
-        ("probe", "Remedy: give the mixture components"),
+        ("probe", "Remedy: construct with curvature=.probe_create_graph"),
         ("probe_create_graph", r"loss\.backward\(create_graph=True\)"),
         ("exact", r"loss\.backward\(create_graph=True\)"),
     ):
@@ -497,6 +541,146 @@ def test_second_differentiation_of_a_linear_loss_is_zero():
 
 def _leaf(values: Tensor) -> Tensor:
     return values.detach().clone().requires_grad_()
+
+
+# --- kinks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masses", [None, 0.3 + normal(7, 200).square()], ids=["", "masses"])
+@pytest.mark.parametrize("leaky", [False, True])
+def test_kinks_equal_those_by_loops(leaky, masses):
+    # Units of a ReLU, of a smooth activation, of a ReLU that is never negative, at other scales.
+    r = normal(0, 200, 4) * torch.tensor([1.0, 3.0, 0.01, 0.5]).double()
+    r[:, 2:3] += 0.02
+    r[:, 3] = r[:, 3].abs()
+    g = normal(1, 200, 4)
+    g[:, [0, 2, 3]] *= r[:, [0, 2, 3]] > 0
+    found = kink_curvature(r, g, masses, leaky=leaky)
+    expected = kinks_of(r, g, masses, leaky=leaky)
+    assert expected.ne(0).tolist() == [True, leaky, True, leaky]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["gelu", "tanh", "softplus"])
+def test_smooth_units_have_no_kinks(name):
+    r = _leaf(normal(0, 500, 3))
+    torch.nn.functional.__dict__.get(name, torch.tanh)(r).sum().backward()
+    assert not kink_curvature(r.detach(), r.grad).any()
+
+
+SLOPES = {
+    # g(r) of the loss Σ_j a(r_j), and the jump of g at 0.
+    "relu": (lambda r: (r > 0).double(), 1.0),
+    "squared relu": (lambda r: 2 * r.clamp_min(0), 0.0),
+    "leaky relu": (lambda r: torch.where(r > 0, 1.0, 0.2).double(), 0.8),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_kinks_are_density_times_jump_to_their_standard_error(name):
+    """Gaussian R: the mean is an integral over the density, the variance that of a sum."""
+    slope, jump = SLOPES[name]
+    seeds, mean = 400, 0.4
+    errors = {}
+    for n in (500, 8000):
+        r = mean + normal(n, seeds, n, 1)
+        found = kink_curvature(r, slope(r) / n, leaky=name == "leaky relu").squeeze(1)
+        h = n**-0.2
+        u = (torch.arange(20_000).double() + 0.5) / 20_000
+        first = second = torch.zeros(())
+        for side in (-1, 1):
+            density = torch.exp(-((side * h * u - mean) ** 2) / 2) / math.sqrt(2 * math.pi)
+            values = (4 - 6 * u) * slope(side * h * u)
+            first = first + side * (density * values).mean()
+            second = second + (density * values.square()).mean() / h
+        standard_error = math.sqrt(float(second - first.square()) / n)
+        # The mean of 400, to four standard errors; the deviation of R is known to 1/√(2n), which
+        # moves the bias, of order h², by less than h/√n.
+        assert abs(float(found.mean() - first)) < 4 * standard_error / 20 + h / n**0.5
+        # A deviation of 400 has relative deviation about 1/√800; five, and as much for its tails.
+        assert float(found.std()) == pytest.approx(standard_error, rel=0.35)
+        truth = jump * math.exp(-(mean**2) / 2) / math.sqrt(2 * math.pi)
+        # The bias is h² (f g)''/12, and f and its derivatives are below 1/2, slopes below 2.
+        assert abs(float(first) - truth) < h**2 / 4
+        errors[n] = float((found - truth).square().mean().sqrt())
+    assert errors[8000] < errors[500] / 2
+
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "leaky relu": lambda r: torch.nn.functional.leaky_relu(r, 0.2),
+    "gelu": torch.nn.functional.gelu,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_probe_with_kinks_is_the_curvature_of_the_population(name):
+    """Gaussian R, for which Stein's lemma gives the curvature without a second derivative.
+
+    Cross-entropy of a linear head behind the activation. The difference of both estimates over
+    independent data sets has mean zero, up to the kinks' bias of h² (f E[g])''/12 in the diagonal.
+    """
+    seeds, n, k, classes = 60, 4000, 3, 3
+    factor = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.8, 0.0], [-0.3, 0.2, 0.7]]).double()
+    r = _leaf(torch.tensor([0.2, -0.3, 0.1]).double() + normal(0, seeds, n, k) @ factor.T)
+    head = 1.5 * normal(2, classes, k)
+    scores = ACTIVATIONS[name](r) @ head.T
+    labels = torch.arange(n) % classes
+    loss = torch.nn.functional.cross_entropy(scores.mT, labels.expand(seeds, n), reduction="sum")
+    (g,) = torch.autograd.grad(loss / n, r, create_graph=True)
+    probe = rademacher(r, generator(3))
+    (product,) = torch.autograd.grad(g, r, probe)
+    g, rows = g.detach(), r.detach()
+    kinks = kink_curvature(rows, g, leaky=name == "leaky relu")
+    stein = stein_curvature(rows - rows.mean(-2, keepdim=True), g, ridge=1e-9)
+
+    def distance(estimate):
+        """Largest mean difference over its standard error, its allowance for bias taken off."""
+        difference = estimate - stein
+        bias = n**-0.4 * kinks.abs().mean(0).max() / 4
+        excess = difference.mean(0).abs() - bias * torch.eye(k).double()
+        return float((excess * math.sqrt(seeds) / difference.std(0)).max())
+
+    # Six entries of a mean of 60: beyond four standard errors with probability 1e-3.
+    assert distance(probe_curvature(probe, product, kinks)) < 4
+    assert kinks.any() == (name != "gelu")
+    if name != "gelu":
+        assert distance(probe_curvature(probe, product)) > 12
+
+
+def test_kinks_of_mini_batches_are_pooled():
+    """Steps of 48 rows of a loss that is linear but for its kinks: H is their density alone."""
+    m, k, steps = 48, 3, 1200
+    estimator, memory, found = curvature.Probe(), None, []
+    for step in range(steps):
+        rows = normal(step, m, k)
+        pushes = (rows > 0) * torch.tensor([1.0, -2.0, 0.5]).double() / m
+        probe = rademacher(rows, generator(step))
+        both = curvature.Rows(probe, torch.zeros(m, k).double(), None, Ranks(), rows, pushes)
+        now = estimator.moments(both)
+        memory = now if memory is None else estimator.pooled(now, memory, 1 - m / (16 * k * 4))
+        found.append(estimator.solve_pooled(memory))
+    density = 1 / math.sqrt(2 * math.pi)
+    truth = torch.diag(torch.tensor([1.0, -2.0, 0.5]).double() * density)
+    # One batch has variance 4 f/(m h) times the jump's square, of 1200 batches a mean; the bias is
+    # h²/12 of the density at the mode, and VᵀV / m is known to 1/√m in each of them.
+    h = m**-0.2
+    error = 4 * math.sqrt(4 * density / (m * h) / steps) + density * (h**2 / 6 + 1 / m)
+    difference = (torch.stack(found).mean(0) - truth).abs()
+    assert float(difference.max()) < 2 * error
+    later = torch.stack(found)[200:]
+    assert float(later[:, 0, 0].std()) < math.sqrt(4 * density / (m * h)) / 1.5
+
+
+def test_which_modules_have_leaky_kinks():
+    for activation, leaky in (
+        (torch.nn.ReLU(), False),
+        (torch.nn.GELU(), False),
+        (torch.nn.LeakyReLU(), True),
+        (torch.nn.PReLU(), True),
+    ):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Sequential(activation))
+        assert curvature.build("auto", None, model).leaky is leaky
 
 
 # --- centring -------------------------------------------------------------------------------------

@@ -304,13 +304,14 @@ def test_maps_are_the_curvature_and_its_inverse_of_unit_norm(curvature, dtype):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
-def test_the_curvature_is_probed_where_it_may_be_chosen():
-    """Even where Stein's lemma would do for steps of a given length."""
+def test_the_curvature_is_probed_unless_steins_is_asked_for():
+    """Component ids or not."""
     inputs, labels = make_problem()
     noise = make_noise(inputs, labels)
     for lr, settings, expected in (
         ("auto", {}, Probe),
-        (0.1, {}, Stein),
+        (0.1, {}, Probe),
+        (0.1, {"curvature": "stein"}, Stein),
         ("auto", {"curvature": "stein"}, Stein),
     ):
         optimizer = dd.DecoupledDescent(make_model(), lr=lr, noise=noise, **settings)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dd.decay import DecayLog
 from dd.fingerprint import Fingerprints, directions, fingerprint
-from dd.functional import centre_within_components, solved_curvature
+from dd.functional import centre_within_components, symmetric_curvature
 from dd.moments import Moments
 from dd.ranks import Ranks
 
@@ -93,10 +93,10 @@ def test_pooling_keeps_the_small_batch_from_biasing_the_curvature():
         rows = normal(step, m, k) + ids.unsqueeze(1)
         products = rows @ hessian / m + normal(5000 + step, m, k) / m
         now = moments_of(rows, products, ids)
-        single.append(solved_curvature(now.gram, now.cross, 1e-4))
+        single.append(symmetric_curvature(now.gram, now.cross, 1e-4))
         memory = now if memory is None else now.merged(memory, 1 - m / 256)
         if step > 100:
-            pooled.append(solved_curvature(memory.gram, memory.cross, 1e-4))
+            pooled.append(symmetric_curvature(memory.gram, memory.cross, 1e-4))
     error = [
         (torch.stack(each).mean(0) - hessian).norm() / hessian.norm() for each in (single, pooled)
     ]

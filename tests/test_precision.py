@@ -328,7 +328,7 @@ def test_copies_of_a_sample_add_up_beyond_half_precision():
     index = torch.tensor([3] * 8 + [1])
     placement = Placement.of(torch.zeros(9, 3), index, num_samples=N)
     gradient = torch.full((9, K), 2.0**15, dtype=torch.float16)
-    pushes = Pushes(placement, gradient, gradient, [], None, None)
+    pushes = Pushes(placement, gradient, gradient, None, [], None, None)
     expected = torch.tensor([[2.0**15], [2.0**18]]).expand(2, K)
     assert torch.equal(pushes.by_sample, expected)
 

@@ -90,10 +90,12 @@ class Case:
 
 CASES = {
     "full batch, probe": Case(),
-    "full batch, Stein": Case({"nesterov": True, "weight_decay": 0.1}, "components"),
+    "full batch, Stein": Case(
+        {"nesterov": True, "weight_decay": 0.1, "curvature": "stein"}, "components"
+    ),
     "damped": Case({"damping": 0.5, "lr": torch.tensor(0.2)}, "isotropic"),
     "mini-batches, probe": Case({"curvature": "probe", "seed": 3}, "isotropic", epochs()),
-    "mini-batches, Stein": Case({"fused": True}, "masses", epochs()),
+    "mini-batches, Stein": Case({"fused": True, "curvature": "stein"}, "masses", epochs()),
     "without momentum": Case({"momentum": 0.0, "weight_decay": 0.1}, "components", epochs()),
     "told by index": Case({"decoupled_weight_decay": True}, "nameless", epochs(), told=True),
     "a whole batch first": Case(batches=[torch.arange(N), *epochs()[1:]]),
