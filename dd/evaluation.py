@@ -72,7 +72,8 @@ def _values(
         RuntimeError: if a batch did not pass through the decoupled layer.
     """
     rows = 0
-    with attachment.corrected_in_eval_mode(), attachment.samples.apart():
+    closely = attachment.oversight.closely()
+    with attachment.corrected_in_eval_mode(), attachment.samples.apart(), closely:
         for batch in batches:
             attachment.rows_seen = 0
             value = loss(batch)

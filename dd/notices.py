@@ -8,11 +8,12 @@ from typing import Any
 from dd.audit import ComponentWarning
 from dd.divergence import DivergenceWarning
 from dd.samples import AugmentationWarning
+from dd.shadow_size import ShadowWarning
 from dd.strain import StrainWarning
 
 __all__ = ["noted"]
 
-NOTED = (AugmentationWarning, ComponentWarning, DivergenceWarning, StrainWarning)
+NOTED = (AugmentationWarning, ComponentWarning, DivergenceWarning, ShadowWarning, StrainWarning)
 
 
 @contextmanager

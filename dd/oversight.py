@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from dd.copies import CopyWatch, count_copies
 from dd.curvature import Stein, has_leaky_kinks
 from dd.head_choice import uncorrected_count
 from dd.samples import Placement
-from dd.shadow_size import ShadowSizeWatch, ShadowWarning, largest_share
+from dd.shadow_size import ShadowSizeWatch, ShadowWarning, largest_share, of_share
 from dd.strain import StrainWarning, of_copies, strains
 from dd.user_warning import warn_user
 
@@ -42,6 +43,7 @@ class Oversight:
         self._copies: CopyWatch | None = None
         self._size = ShadowSizeWatch()
         self._limit: float | None = None
+        self._closely = False
         # What is found elsewhere, such as a correction that diverges.
         self._told: list[str] = []
 
@@ -52,16 +54,22 @@ class Oversight:
         if self._has_found:
             found.append("Stein's curvature is not that of the loss.")
         if self._size.found is not None:
-            found.append(
-                f"The shadows grew to {self._size.found:.2g} of the pre-activations, more than the "
-                "theory can explain."
-            )
+            found.append(of_share(self._size.found))
         return tuple(found)
 
     def doubt(self, sentence: str) -> None:
         """Add to the doubts, once."""
         if sentence not in self._told:
             self._told.append(sentence)
+
+    @contextmanager
+    def closely(self) -> Iterator[None]:
+        """Look at every forward, on an accelerator too."""
+        before, self._closely = self._closely, True
+        try:
+            yield
+        finally:
+            self._closely = before
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far, between two training forwards."""
@@ -90,7 +98,7 @@ class Oversight:
             ShadowWarning: if there are.
         """
         # To look at a number waits for an accelerator.
-        if attachment.stalls and not is_due(self._forwards + 1):
+        if attachment.stalls and not (self._closely or is_due(self._forwards + 1)):
             return
         count = attachment.samples.count
         if attachment.noise is None or count is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dd.functional import at_least_single
 from dd.noise import NoiseModel
 
-__all__ = ["ShadowSizeWatch", "ShadowWarning", "largest_share"]
+__all__ = ["ShadowSizeWatch", "ShadowWarning", "largest_share", "of_share", "shares"]
 
 # Above what the theory allows, by sampling and by tails of the noise.
 MARGIN = 1.5
@@ -21,7 +21,7 @@ ROWS, FEWEST = 2048, 256
 
 
 class ShadowWarning(UserWarning):
-    """The shadows are larger than the theory can explain; the training error is not to be believed."""
+    """Shadows larger than the theory can explain: the training error is not to be believed."""
 
 
 def largest_share(noise: NoiseModel, num_samples: int) -> float:
@@ -39,6 +39,28 @@ def largest_share(noise: NoiseModel, num_samples: int) -> float:
     tails = 1.0 if mass is None else float(mass.double().square().mean().sqrt())
     dimension = float(noise.multiplicities.sum())
     return min(MOST, MARGIN * math.sqrt(dimension / num_samples) * tails)
+
+
+def of_share(share: float) -> str:
+    """Say what too large a share, |Q|/|R|, means."""
+    return (
+        f"The shadows grew to {share:.2g} of the pre-activations, more than the theory can explain."
+    )
+
+
+def shares(shadow: Tensor, preactivation: Tensor) -> Tensor:
+    """|Q|/|R| of many trials, shape (S,), float64; NaN of a layer at zero, and of one sample.
+
+    Args:
+        shadow: Q of all bins together, shape (S, m, k).
+        preactivation: R, shape (S, m, k).
+    """
+    some = slice(None, None, -(-preactivation.shape[1] // ROWS))
+    shadow, preactivation = shadow[:, some].double(), preactivation[:, some].double()
+    if preactivation.shape[1] < 2:
+        return torch.full_like(shadow[:, 0, 0], torch.nan)
+    spread = preactivation.var(1).sum(-1)
+    return (shadow.square().mean(1).sum(-1) / spread).sqrt()
 
 
 class ShadowSizeWatch:
@@ -77,8 +99,10 @@ class ShadowSizeWatch:
         if self._rows < min(FEWEST, num_samples):
             return False
         (size, spread), self._squares, self._rows = self._squares, [0.0, 0.0], 0
-        # A layer at zero has neither.
-        share = math.sqrt(size / spread) if spread > 0 else (math.inf if size > 0 else 0.0)
+        # A layer at zero has neither; one that is not finite says nothing of the shadows.
+        share = math.inf if spread == 0 and size > 0 else 0.0
+        if spread > 0:
+            share = math.sqrt(size / spread)
         if not share > limit:
             return False
         self.found = share
