@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dd.curvature import has_leaky_kinks
+from dd.head_choice import AUTO, is_worth_correcting
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.shadow_size import largest_share, shares
 from dd.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer
 from dd.trial_inputs import (
     MakeOptimizer,
@@ -22,7 +24,7 @@ from dd.trial_inputs import (
     check_split,
     made,
 )
-from dd.trial_results import METRICS, Failure, Trials
+from dd.trial_results import METRICS, Doubt, Failure, Trials
 
 __all__ = ["Chunk", "FirstTrial", "MakeModel", "MakeNoise", "MakeSplit", "Plan", "first_trial"]
 
@@ -96,6 +98,7 @@ class Chunk:
         self._test_inputs = torch.stack([split.test_inputs for split in splits]).to(device)
         self._test_targets = torch.stack([split.test_targets for split in splits]).to(device)
         self._model = first.model
+        self._limits: dict[str, list[float]] = {}
         noises = _Noises(plan.noise, splits)
         self._optimizers = {
             name: self._optimizer(name, make, models, noises)
@@ -104,6 +107,7 @@ class Chunk:
         count = (len(plan.optimizers), len(seeds))
         self._failed = torch.full(count, -1, device=device)
         self._figures: list[Tensor] = []
+        self._shares: list[Tensor] = []
 
     def _optimizer(
         self, name: str, make: MakeOptimizer, models: Sequence[nn.Module], noises: "_Noises"
@@ -128,7 +132,19 @@ class Chunk:
     ) -> Correction:
         models = noises.models(None if optimizer._damping == 1.0 else 1)
         check_noise(name, optimizer, models, list(self._inputs), weight.shape[1])
+        layer = next(self._model.children())
+        assert isinstance(layer, nn.Linear)
+        if optimizer._head == AUTO and any(
+            is_worth_correcting(self._model, layer, noise) for noise in models
+        ):
+            raise ValueError(
+                f"run_trials: optimizers[{name!r}]: these samples are few for the head, which "
+                'head="auto" would correct, in one trial at a time. Use head=False to train with '
+                "the head as it is, and expect training errors that are too low by what it "
+                "over-fits; or loop over the seeds"
+            )
         noise = StackedNoise.of(models, weight)
+        self._limits[name] = [largest_share(model, self._inputs.shape[1]) for model in models]
         seeds = None
         if self._plan.probe_seed is not None:
             seeds = [self._plan.probe_seed(seed) for seed in self._seeds]
@@ -196,6 +212,13 @@ class Chunk:
         self._look(figures[..., 0], step)
         failed = (self._failed >= 0).unsqueeze(-1)
         self._figures.append(figures.masked_fill(failed, torch.nan))
+        decoupled = [
+            _shares(optimizer, product)
+            for optimizer, product in zip(self._optimizers.values(), products, strict=True)
+            if optimizer.corrects
+        ]
+        if decoupled:
+            self._shares.append(torch.stack(decoupled))
 
     def _measured(self, optimizer: StackedOptimizer, product: Tensor, test: Tensor) -> Tensor:
         """The figures of every trial, shape (S, 6), in the order of METRICS."""
@@ -229,7 +252,22 @@ class Chunk:
                 if step >= 0
             ),
             seconds=seconds,
+            doubts=self._doubts(),
         )
+
+    def _doubts(self) -> tuple[Doubt, ...]:
+        if not self._shares:
+            return ()
+        found: list[Doubt] = []
+        # Of every optimizer, trial and record.
+        shares = torch.stack(self._shares, -1).tolist()
+        for (name, limits), of_one in zip(self._limits.items(), shares, strict=True):
+            for seed, limit, values in zip(self._seeds, limits, of_one, strict=True):
+                records = zip(self._plan.recorded, values, strict=True)
+                # False where one is not a number.
+                doubts = (Doubt(name, seed, *own) for own in records if own[1] > limit)
+                found += itertools.islice(doubts, 1)
+        return tuple(found)
 
 
 def _figures(
@@ -240,6 +278,12 @@ def _figures(
     scores = network.scores(optimizer.preactivation(product, corrected=corrected))
     errors = scores.argmax(-1) != targets
     return network.losses(scores, targets).double(), errors.double().mean(1)
+
+
+def _shares(optimizer: StackedOptimizer, product: Tensor) -> Tensor:
+    """|Q|/|R| of every trial, shape (S,), from XW."""
+    corrected = optimizer.preactivation(product, corrected=True)
+    return shares(corrected - optimizer.preactivation(product, corrected=False), corrected)
 
 
 class _Noises:

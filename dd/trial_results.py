@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["METRICS", "Failure", "Trials"]
+__all__ = ["METRICS", "Doubt", "Failure", "Trials"]
 
 METRICS = (
     "train_loss",
@@ -33,6 +33,22 @@ class Failure(NamedTuple):
     step: int
 
 
+class Doubt(NamedTuple):
+    """A trial whose training error is not to be believed: its shadows outgrew the theory.
+
+    Attributes:
+        name: of the optimizer.
+        seed: of the trial.
+        step: of the first record that shows it.
+        share: the size of the shadows there, over that of the pre-activations.
+    """
+
+    name: str
+    seed: int
+    step: int
+    share: float
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Trials:
     """What trials have shown.
@@ -47,6 +63,7 @@ class Trials:
             (trials, ...), on the CPU.
         failures: the trials that turned non-finite.
         seconds: spent on updates, of all trials and optimizers together.
+        doubts: the trials whose training error is not to be believed.
     """
 
     seeds: tuple[int, ...]
@@ -55,6 +72,7 @@ class Trials:
     weights: dict[str, dict[str, Tensor]]
     failures: tuple[Failure, ...]
     seconds: float
+    doubts: tuple[Doubt, ...] = ()
 
     def __repr__(self) -> str:
         """How many trials, and the mean test error of each optimizer at the end."""
@@ -63,6 +81,8 @@ class Trials:
             for name, found in self.metrics.items()
         )
         failed = f"; {len(self.failures)} failed" if self.failures else ""
+        if self.doubts:
+            failed += f"; {len(self.doubts)} not to be believed"
         return (
             f"Trials({len(self.seeds)} trials of {int(self.steps[-1])} steps; mean test error at "
             f"the end: {ends}{failed}; .metrics, .weights)"
@@ -96,6 +116,7 @@ class Trials:
             weights=_joined([part.weights for part in parts]),
             failures=tuple(failure for part in parts for failure in part.failures),
             seconds=sum(part.seconds for part in parts),
+            doubts=tuple(doubt for part in parts for doubt in part.doubts),
         )
 
 

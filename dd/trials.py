@@ -7,10 +7,12 @@ import torch.nn.functional as F
 
 from dd.checks import check_count
 from dd.progress import progress_bar
+from dd.shadow_size import ShadowWarning
 from dd.stacked import Loss
 from dd.trial_chunk import Chunk, FirstTrial, MakeModel, MakeNoise, MakeSplit, Plan, first_trial
 from dd.trial_inputs import MakeOptimizer, checked_optimizers
 from dd.trial_results import Trials
+from dd.user_warning import warn_user
 
 __all__ = ["run_trials", "trial_chunks"]
 
@@ -41,7 +43,8 @@ def run_trials(
 
     Every trial comes out as it would by itself, with an optimizer of its own and all samples in
     every step, up to rounding. All optimizers of a trial start from the same weights and share
-    every pass over its inputs. The warnings of :class:`DecoupledDescent` are not given.
+    every pass over its inputs. Of the warnings of :class:`DecoupledDescent` one is given: of
+    shadows that the theory cannot explain, once an optimizer; :attr:`Trials.doubts` has all.
 
         trials = dd.run_trials(
             lambda seed: xor(dimension=500, num_train=2000, seed=seed),
@@ -77,6 +80,10 @@ def run_trials(
             together.
         TypeError: if a network or an optimizer is not of the kind that can be batched.
         ModuleNotFoundError: if a bar is asked for and rich is not installed.
+
+    Warns:
+        ShadowWarning: of the first trial of an optimizer whose training error is not to be
+            believed.
     """
     return Trials.joined(
         list(
@@ -118,6 +125,9 @@ def trial_chunks(
     Raises:
         ValueError: as :func:`run_trials`.
         TypeError: as :func:`run_trials`.
+
+    Warns:
+        ShadowWarning: as :func:`run_trials`.
     """
     if not isinstance(seeds, Iterable):
         raise TypeError(
@@ -151,12 +161,27 @@ def trial_chunks(
 def _chunks(
     plan: Plan, seeds: tuple[int, ...], memory: int | None, *, progress: bool
 ) -> Iterator[Trials]:
-    steps = plan.recorded[-1]
+    steps, warned = plan.recorded[-1], set[str]()
     with progress_bar(f"{len(seeds)} trials", len(seeds) * steps, show=progress) as advance:
         first = first_trial(plan, seeds[0])
         size = _chunk_size(plan, first, memory)
         for start in range(0, len(seeds), size):
-            yield Chunk(plan, seeds[start : start + size], first).run(advance)
+            found = Chunk(plan, seeds[start : start + size], first).run(advance)
+            _warn_of_doubts(found, warned)
+            yield found
+
+
+def _warn_of_doubts(found: Trials, warned: set[str]) -> None:
+    for doubt in found.doubts:
+        if doubt.name not in warned:
+            warned.add(doubt.name)
+            warn_user(
+                f"run_trials: {doubt.name}, seed {doubt.seed}: after {doubt.step} updates the "
+                f"shadows are {doubt.share:.2g} of the pre-activations in size, more than the "
+                "theory explains, and the training error of the trial is not to be believed; "
+                ".doubts of the result has all such trials",
+                ShadowWarning,
+            )
 
 
 def _chunk_size(plan: Plan, first: FirstTrial, memory: int | None) -> int:
