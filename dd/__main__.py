@@ -91,8 +91,12 @@ def _run_job(config: DictConfig, folder: Path, overrides: Sequence[str]) -> floa
         sys.stdout.write(f"job {job.number}, {' '.join(overrides)}: {'; '.join(words)}\n")
     if objective is None:
         return math.inf
-    completed = [trial for name, trial in experiment.results.fits if name == objective]
-    return tracked_loss(experiment.history, objective, completed)
+    results = experiment.results
+    # A loss that is not to be believed is no loss to minimise.
+    believed = [key for key in results.fits if key not in results.doubts]
+    return tracked_loss(
+        experiment.history, objective, [trial for name, trial in believed if name == objective]
+    )
 
 
 def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) -> Experiment | None:

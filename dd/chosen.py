@@ -10,11 +10,14 @@ from torch import nn
 from dd.batches import Batches
 from dd.candidate_run import CandidateRun, Judgement
 from dd.data.split import Split
+from dd.doubts import doubts_of
 from dd.fit import Fit
 from dd.selection import Candidate, Part, Selection, everything
 from dd.training import Schedule, TrainingStopped, train
 
 __all__ = ["Chooser", "Chosen", "Trained"]
+
+_Rank = tuple[bool, tuple[float, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +42,14 @@ class Chosen:
         trained: the training run that the weights are from, its model with these weights.
         curves: judgements of every candidate that did not diverge, means over folds.
         diverged: the others.
+        doubted: that were passed over, because their error is not to be believed.
     """
 
     fit: Fit
     trained: Trained
     curves: dict[Candidate, list[Judgement]]
     diverged: list[Candidate]
+    doubted: list[Candidate]
 
 
 @dataclass(eq=False)
@@ -94,22 +99,27 @@ class Chooser:
             TrainingStopped: if all candidates diverge.
         """
         curves: dict[Candidate, list[Judgement]] = {}
-        best: tuple[Judgement, Candidate, Trained] | None = None
+        best: tuple[_Rank, Judgement, Candidate, Trained] | None = None
+        doubted: list[Candidate] = []
         for candidate in self.candidates:
             found = self._try(candidate)
             if found is None:
                 continue
             curves[candidate] = mean_curve([each.run.judgements for each in found])
             judged = min(curves[candidate][1:], key=lambda j: j.rank)
-            if best is None or judged.rank < best[0].rank:
-                best = judged, candidate, found[0]
+            if any(doubts_of(each.optimizer) for each in found):
+                doubted.append(candidate)
+            # What is not to be believed comes after all that is.
+            rank = candidate in doubted, judged.rank
+            if best is None or rank < best[0]:
+                best = rank, judged, candidate, found[0]
         diverged = [each for each in self.candidates if each not in curves]
         if best is None:
             raise TrainingStopped(
                 f"all {len(diverged)} candidates diverged. The likely cause is learning rates that "
                 f"are too large ({rates(diverged)}): lower lr, or selection.lr_factors."
             )
-        judged, candidate, trained = best
+        _, judged, candidate, trained = best
         if self.selection.by == "kfold":
             schedule = replace(self.schedule, steps=judged.step)
             trained = self._train(candidate, everything(self.split.train_targets), schedule)
@@ -117,7 +127,8 @@ class Chooser:
             assert trained.run.best is not None
             trained.run.model.load_state_dict(trained.run.best[1])
         fit = self._fit(trained.run, candidate, judged, setup)
-        return Chosen(fit, trained, curves, diverged)
+        passed_over = [] if candidate in doubted else doubted
+        return Chosen(fit, trained, curves, diverged, passed_over)
 
     def _try(self, candidate: Candidate) -> list[Trained] | None:
         """Its training runs, one a part; None if one of them diverged."""

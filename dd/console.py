@@ -1,6 +1,7 @@
 """What a run shows in the terminal: a progress bar while it trains, a table when it is done."""
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,21 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dd.doubts import mark
 from dd.tracking import Record
 
-__all__ = ["METHOD_COLUMNS", "ROWS", "ProgressDisplay", "comparison", "number", "print_report"]
+__all__ = [
+    "METHOD_COLUMNS",
+    "ROWS",
+    "ProgressDisplay",
+    "comparison",
+    "method_cells",
+    "number",
+    "print_report",
+]
+
+# Characters of an optimizer's column.
+WIDTH = 16
 
 
 class ProgressDisplay:
@@ -116,14 +129,34 @@ def methods(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     for label, _, _ in METHOD_COLUMNS:
         table.add_column(label, justify="right")
     for name, summary in summaries.items():
-        cells = (number(summary, key, digits) for _, key, digits in METHOD_COLUMNS)
-        table.add_row(name, *cells)
+        table.add_row(name, *map(_wrapped, method_cells(summary)))
     return table
+
+
+def method_cells(summary: Mapping[str, Any]) -> list[str]:
+    """Return the cells of an optimizer in the table of methods, the mark on what it reports."""
+    return [
+        _marked(number(summary, key, digits), summary)
+        if key == "reported_error"
+        else number(summary, key, digits)
+        for _, key, digits in METHOD_COLUMNS
+    ]
+
+
+def _marked(figure: str, summary: Mapping[str, Any]) -> str:
+    """A figure, and on lines of its own that it is not to be believed."""
+    return "\n".join(filter(None, (figure, mark(summary))))
+
+
+def _wrapped(cell: str) -> str:
+    """A cell whose mark is no wider than a column."""
+    figure, *marks = cell.splitlines()
+    return "\n".join([figure, *(part for line in marks for part in textwrap.wrap(line, WIDTH))])
 
 
 def _columns(width: int) -> int:
     """How many optimizers fit beside the labels in so many characters."""
-    return max(1, (width - 32) // 16)
+    return max(1, (width - 32) // WIDTH)
 
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -144,7 +177,7 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         label = name.upper().replace("_", " ") + part
         table.add_column(label, justify="right", no_wrap=True)
     for label, cell in ROWS:
-        table.add_row(label, *(cell(summary) for summary in summaries.values()))
+        table.add_row(label, *(_wrapped(cell(summary)) for summary in summaries.values()))
     return table
 
 
@@ -153,9 +186,12 @@ def _pair(first: str, second: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def _between(lower: str, upper: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda summary: (
-        f"{number(summary, lower, 3)} to {number(summary, upper, 3)}" if lower in summary else "-"
-    )
+    def cell(summary: Mapping[str, Any]) -> str:
+        if lower not in summary:
+            return "-"
+        return _marked(f"{number(summary, lower, 3)} to {number(summary, upper, 3)}", summary)
+
+    return cell
 
 
 def _at_step(value: str, step: str) -> Callable[[Mapping[str, Any]], str]:

@@ -40,7 +40,7 @@ from dd.recorder import Recorder
 from dd.results import Results
 from dd.stability import EdgeWatch
 from dd.state_evolution import StateEvolution
-from dd.together import Together, failure_of, groups_of, records_of
+from dd.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.training import Schedule, TrainingStopped, train
 from dd.trial_results import Trials
@@ -260,6 +260,7 @@ class Experiment:
         for row, trial in enumerate(trials):
             for name in group.names:
                 records = records_of(name, trial, found, row)
+                self.results.doubt(name, trial, doubts_in(name, self.config.seed + trial, found))
                 failure = failure_of(name, self.config.seed + trial, found)
                 if failure is None:
                     samples = self.results.num_train
@@ -284,7 +285,7 @@ class Experiment:
             for record in records:
                 self.history.append(record)
                 tracker.log(record)
-            tracker.summarise(self.results.figures(name, trial))
+            tracker.summarise(self.results.findings(name, trial))
 
     def _label(self, name: str, trial: int) -> str:
         """An optimizer and trial to the user."""
@@ -331,6 +332,7 @@ class Experiment:
                         self._choose(chosen_among, recorder)
             except TrainingStopped as error:
                 self.results.fail(f"{label}: {error}")
+                recorder.doubt()
         # What is said of the sizes is the same in every trial.
         self.results.note([f"{job.name}: {sentence}" for sentence in sentences])
         if isinstance(job.optimizer, DecoupledDescent):
@@ -349,6 +351,7 @@ class Experiment:
             tracker=self._tracker(job.config, job.name, job.trial, resumes=self.kept is not None),
             checkpoint=job.checkpoint,
             edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
+            optimizer=optimizer,
             sentences=sentences,
             display=display,
             setup=job.setup,
@@ -388,6 +391,13 @@ class Experiment:
         if chosen.diverged:
             self.results.note(
                 [f"{label}: candidates diverged and were left out: {rates(chosen.diverged)}"]
+            )
+        if chosen.doubted:
+            self.results.note(
+                [
+                    f"{label}: candidates whose error is not to be believed were left out: "
+                    f"{rates(chosen.doubted)}"
+                ]
             )
         recorder.take(chosen)
 

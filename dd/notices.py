@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dd.audit import ComponentWarning
+from dd.audit import CurvatureWarning
 from dd.divergence import DivergenceWarning
 from dd.samples import AugmentationWarning
 from dd.shadow_size import ShadowWarning
@@ -13,7 +13,7 @@ from dd.strain import StrainWarning
 
 __all__ = ["noted"]
 
-NOTED = (AugmentationWarning, ComponentWarning, DivergenceWarning, ShadowWarning, StrainWarning)
+NOTED = (AugmentationWarning, CurvatureWarning, DivergenceWarning, ShadowWarning, StrainWarning)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chosen
 from dd.console import ProgressDisplay
+from dd.doubts import doubts_of
 from dd.fit import Fit, SelectionRow, fitted
 from dd.optimizer import DecoupledDescent
 from dd.results import Results
@@ -31,6 +32,7 @@ class Recorder:
         tracker: receives them too.
         checkpoint: receives the states.
         edge: looks at every recorded state.
+        optimizer: that trains; candidates have others.
         sentences: what the optimizer has warned of.
         display: shows the records, if there is one.
         task: this optimizer's bar in it.
@@ -45,6 +47,7 @@ class Recorder:
     tracker: WandbRun
     checkpoint: Checkpoint
     edge: EdgeWatch
+    optimizer: torch.optim.Optimizer
     sentences: list[str]
     display: ProgressDisplay | None = None
     task: Any = None
@@ -56,11 +59,16 @@ class Recorder:
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Take losses and errors."""
         self.edge.look(step)
+        self.doubt()
         entry = Record(self.name, self.trial, step, **figures)
         self.results.history.append(entry)
         self.tracker.log(entry)
         if self.display is not None:
             self.display.update(self.task, entry)
+
+    def doubt(self) -> None:
+        """Take down why the training error is not to be believed, by now."""
+        self.results.doubt(self.name, self.trial, doubts_of(self.optimizer))
 
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint, from which alone a run is resumed, and the history."""
@@ -102,13 +110,14 @@ class Recorder:
             for candidate, curve in chosen.curves.items()
             for judgement in curve
         ]
+        self.results.doubt(self.name, self.trial, doubts_of(chosen.trained.optimizer))
         self._complete(chosen.fit)
         assert chosen.fit.step is not None
         self.keep(chosen.fit.step, chosen.trained.run.model, chosen.trained.optimizer)
 
     def _complete(self, fit: Fit) -> None:
         self.results.complete(self.name, self.trial, fit)
-        self.tracker.summarise(self.results.figures(self.name, self.trial))
+        self.tracker.summarise(self.results.findings(self.name, self.trial))
         if self.display is not None:
             self.display.finish(self.task)
 

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 import dd
 from dd.console import METHOD_COLUMNS, ROWS, number
+from dd.console import method_cells as console_cells
 from dd.report_charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
 from dd.report_words import GLOSSARY, best, is_tested, labels_of, verdicts
 from dd.run_folder import RunFolder, read_run
@@ -119,10 +120,8 @@ def method_cells(figures: Mapping[str, Any], lowest: Mapping[str, bool]) -> list
         figures: of ``summary.json``.
         lowest: whether it is the best of all, for some figures.
     """
-    return [
-        Cell(number(figures, key, digits), lowest.get(key, False))
-        for _, key, digits in METHOD_COLUMNS
-    ]
+    cells = zip(METHOD_COLUMNS, console_cells(figures), strict=True)
+    return [Cell(value, lowest.get(key, False)) for (_, key, _), value in cells]
 
 
 def _page(run: RunFolder) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dd.doubts import mark
 from dd.figures import LABELS
 from dd.lineup import is_decoupled, known_optimizers
 from dd.run_folder import RunFolder
@@ -13,6 +14,9 @@ from dd.run_folder import RunFolder
 __all__ = ["GLOSSARY", "Verdict", "best", "is_tested", "labels_of", "verdicts"]
 
 Key = TypeVar("Key")
+
+# Trials have reasons of their own, and all of them say much the same.
+MOST_REASONS = 3
 
 # How an optimizer comes to what it reports.
 SOURCES = {
@@ -40,6 +44,8 @@ GLOSSARY = {
     "with no sign of it, where columns were chosen by the labels of the same samples. Of hold-out "
     "and K folds: the validation error. Of plain optimizers: their lowest training error.",
     "test error": "On the test samples, with the weights whose error is reported.",
+    "not to be believed": "A check of decoupled descent failed while it trained, so that its "
+    "training error and the interval of it say nothing of new data.",
     "off by": "|reported − test error|. By chance alone, two samples of n and m independent draws "
     "from one source differ by about 0.8·√(p(1 − p)(1/n + 1/m)) at an error rate p.",
     "seconds": "Among the methods: all that the weights and the reported error took, every "
@@ -104,7 +110,16 @@ def _sentence(run: RunFolder, name: str) -> str:
         sentence = (
             f"reports {reported:.3f}, {source}. The test error is {true:.3f}, off by {off:.3f}."
         )
-    return sentence + _unfinished(run, name)
+    return sentence + _doubt(figures) + _unfinished(run, name)
+
+
+def _doubt(figures: Mapping[str, Any]) -> str:
+    said = mark(figures)
+    if not said:
+        return ""
+    reasons = figures["doubts"]
+    more = [] if len(reasons) <= MOST_REASONS else [f"(And {len(reasons) - MOST_REASONS} more.)"]
+    return f" What it reports is {said}: {' '.join([*reasons[:MOST_REASONS], *more])}"
 
 
 def _source(run: RunFolder, name: str) -> str:

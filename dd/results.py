@@ -32,6 +32,7 @@ class Results:
         selection: validation curves of all candidates of optimizers that choose among several.
         num_train: number of training samples.
         token: that this run shares with no other.
+        doubts: why the training error of an optimizer and trial is not to be believed.
     """
 
     history: History = field(default_factory=History)
@@ -42,6 +43,7 @@ class Results:
     selection: list[SelectionRow] = field(default_factory=list)
     num_train: int = 0
     token: str = field(default_factory=lambda: secrets.token_hex(8))
+    doubts: dict[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
 
     def complete(self, name: str, trial: int, fit: Fit) -> None:
         """Take down that an optimizer and trial is completed."""
@@ -52,6 +54,11 @@ class Results:
         """Take down that an optimizer and trial turned non-finite."""
         if sentence not in self.failures:
             self.failures.append(sentence)
+
+    def doubt(self, name: str, trial: int, sentences: Sequence[str]) -> None:
+        """Take down why the training error of an optimizer and trial is not to be believed."""
+        if sentences:
+            self.doubts[name, trial] = tuple(sentences)
 
     def is_through(self, name: str, trial: int, label: str) -> bool:
         """Whether an optimizer and trial is completed, or failed under this label."""
@@ -75,6 +82,19 @@ class Results:
         figures = summarise(records)
         figures |= self._interval(name, figures["final_train_error"])
         return figures | reported(records, fit) | fit.figures()
+
+    def findings(self, name: str, trial: int) -> dict[str, Any]:
+        """Return the figures of one optimizer and trial, and the doubts where there are some.
+
+        Raises:
+            KeyError: if it has no records.
+        """
+        return {**self.figures(name, trial), **self._doubts(name, [trial])}
+
+    def _doubts(self, name: str, trials: Sequence[int]) -> dict[str, list[str]]:
+        every = (said for trial in trials for said in self.doubts.get((name, trial), ()))
+        found = list(dict.fromkeys(every))
+        return {"doubts": found} if found else {}
 
     def _interval(self, name: str, error: float) -> dict[str, float]:
         """The 90 % interval of the test error from a decoupled optimizer's training error."""
@@ -122,7 +142,9 @@ class Results:
         # A trial that failed has chosen nothing.
         keys = dict.fromkeys(key for each in found for key in each)
         figures = aggregate([{key: each.get(key, math.nan) for key in keys} for each in found])
-        return figures | {"completed_trials": completed}
+        for trial, own in zip(trials, figures.get("per_trial", ()), strict=False):
+            own |= self._doubts(name, [trial])
+        return figures | {"completed_trials": completed} | self._doubts(name, trials)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it in plain types."""
@@ -135,6 +157,7 @@ class Results:
             "selection": [astuple(row) for row in self.selection],
             "num_train": self.num_train,
             "token": self.token,
+            "doubts": [(*key, list(said)) for key, said in self.doubts.items()],
         }
 
     @classmethod
@@ -150,6 +173,8 @@ class Results:
             [SelectionRow(*row) for row in state["selection"]],
             state["num_train"],
             state["token"],
+            # A run of an earlier version has none.
+            {(name, trial): tuple(said) for name, trial, said in state.get("doubts", ())},
         )
 
 

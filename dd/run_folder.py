@@ -94,6 +94,7 @@ def _results(
     provenance: Mapping[str, Any],
 ) -> Results:
     fits: dict[tuple[str, int], Fit] = {}
+    doubts: dict[tuple[str, int], tuple[str, ...]] = {}
     for name, figures in optimizers.items():
         trials, found = history.trials(name), figures.get("per_trial", [figures])
         if len(trials) != len(found):
@@ -106,6 +107,11 @@ def _results(
             for trial, own in zip(trials, found, strict=True)
             if own.get("samples") is not None
         }
+        doubts |= {
+            (name, trial): tuple(own["doubts"])
+            for trial, own in zip(trials, found, strict=True)
+            if own.get("doubts")
+        }
     history.completed.update(fits)
     chosen = path / "selection.csv"
     return Results(
@@ -115,6 +121,7 @@ def _results(
         dict(provenance.get("noise", {})),
         fits,
         read_rows(chosen, SELECTION_COLUMNS, _selection_row) if chosen.is_file() else [],
+        doubts=doubts,
     )
 
 

@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dd.doubts import mark
 from dd.run_folder import RunFolder, read_run
 from dd.sweep_job import FILE, SweepJob, read_job
 from dd.tracking import replacing
@@ -55,6 +56,7 @@ class SweepRow:
         figures: by the keys of :data:`FIGURES`; NaN where unknown.
         failed: why the job, or this optimizer in it, did not come to its end; empty where it did.
         run: what the job left in its folder; None where it has no figures.
+        doubts: the mark on what this optimizer reports, where it is not to be believed.
     """
 
     job: SweepJob
@@ -62,6 +64,7 @@ class SweepRow:
     figures: Mapping[str, float] = field(default_factory=dict)
     failed: str = ""
     run: RunFolder | None = None
+    doubts: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,15 @@ class Sweep:
     def write_csv(self) -> Path:
         """Write ``sweep.csv``, whole or not at all, and return its path."""
         path = self.path / "sweep.csv"
-        header = ["job", *self.keys, "optimizer", *FIGURES, "failed"]
+        header = ["job", *self.keys, "optimizer", *FIGURES, "failed", "doubts"]
         with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             for row in self.rows:
                 settings = [row.job.overrides.get(key, "") for key in self.keys]
                 figures = [row.figures.get(name, math.nan) for name in FIGURES]
-                writer.writerow([row.job.number, *settings, row.optimizer, *figures, row.failed])
+                said = (row.failed, row.doubts)
+                writer.writerow([row.job.number, *settings, row.optimizer, *figures, *said])
         return path
 
     def table(self) -> Table:
@@ -118,7 +122,8 @@ class Sweep:
         for row in self.rows:
             settings = [short(row.job.overrides.get(key, "")) for key in self.keys]
             cells = [_number(row.figures.get(name, math.nan)) for name in SHOWN]
-            name = row.optimizer + (" (failed)" if row.failed else "")
+            said = filter(None, ("failed" if row.failed else "", row.doubts))
+            name = " ".join([row.optimizer, *(f"({each})" for each in said)])
             table.add_row(str(row.job.number), *settings, name, *cells)
         return table
 
@@ -183,7 +188,7 @@ def _row(job: SweepJob, run: RunFolder, name: str) -> SweepRow:
     own = [f for f in run.provenance.get("failures", []) if f.split(":")[0].split(" ")[0] == name]
     if not own and not run.provenance.get("finished", True):
         own = [job.failed or "interrupted"]
-    return SweepRow(job, name, figures, "; ".join(own), run)
+    return SweepRow(job, name, figures, "; ".join(own), run, mark(summary))
 
 
 def _known(value: Any) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dd.doubts import mark
 from dd.lineup import asked_for, is_decoupled, known_optimizers
 from dd.tracking import History, write_json
 
@@ -89,10 +90,10 @@ def tracked_loss(history: History, name: str, completed: Sequence[int]) -> float
     Args:
         history: what was recorded.
         name: of a decoupled optimizer.
-        completed: its trials that were trained to their end.
+        completed: its trials that were trained to their end, and whose loss is to be believed.
 
     Returns:
-        Infinity where a trial was not completed.
+        Infinity where there is another trial.
     """
     trials = history.trials(name) if name in history.optimizers else []
     if not trials or set(trials) - set(completed):
@@ -109,4 +110,5 @@ def described(figures: Mapping[str, Any]) -> str:
     if reported is None or not math.isfinite(reported):
         return "did not end"
     known = true is not None and math.isfinite(true)
-    return f"reports {reported:.4f}" + (f", test error {true:.4f}" if known else "")
+    said = [f"reports {reported:.4f}", f"test error {true:.4f}" if known else "", mark(figures)]
+    return ", ".join(filter(None, said))

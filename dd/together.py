@@ -18,11 +18,12 @@ from dd.assembly import (
 )
 from dd.lineup import AUTO
 from dd.optimizer import DecoupledDescent
+from dd.shadow_size import of_share
 from dd.tracking import Record
 from dd.trial_results import METRICS, Trials
 from dd.trials import trial_chunks
 
-__all__ = ["Together", "failure_of", "groups_of", "records_of"]
+__all__ = ["Together", "doubts_in", "failure_of", "groups_of", "records_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +145,11 @@ def records_of(name: str, trial: int, found: Trials, row: int) -> list[Record]:
             break
         records.append(Record(name, trial, step, *figures))
     return records
+
+
+def doubts_in(name: str, seed: int, found: Trials) -> list[str]:
+    """Why the training error of an optimizer's trial is not to be believed, a sentence each."""
+    return [of_share(d.share) for d in found.doubts if (d.name, d.seed) == (name, seed)]
 
 
 def failure_of(name: str, seed: int, found: Trials) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dd.batches import Batches
 from dd.checks import check_count
 from dd.data.split import Split
+from dd.doubts import closely
 from dd.launch import Processes
 from dd.line_settings import chooses_rate
 
@@ -105,7 +106,8 @@ def train(
     for step in range(max(kept, 0), schedule.steps + 1):
         stopped = bool(getattr(optimizer, "stopped", False))
         if step > kept and schedule.records(step, stopped=stopped):
-            figures = measure(model, split)
+            with closely(optimizer):
+                figures = measure(model, split)
             observer.record(step, figures)
             _require_finite(figures["train_loss"], step, optimizer)
         if step > kept and schedule.keeps(step, stopped=stopped):

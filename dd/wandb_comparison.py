@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dd.console import METHOD_COLUMNS
+from dd.doubts import mark
 from dd.tracking import History
 
 __all__ = ["compared", "headline"]
@@ -16,16 +17,17 @@ __all__ = ["compared", "headline"]
 HEADLINE = ("reported_error", "reported_test_error", "reported_gap", "fit_seconds")
 
 
-def headline(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the figures of each optimizer by which experiments are compared.
+def headline(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures of each optimizer by which experiments are compared, and its doubts.
 
     Args:
         summaries: figures of ``summary.json`` for each optimizer's name.
     """
-    return {
-        f"{name}/{key}": float(figures[key])
-        for name, figures in summaries.items()
-        for key in HEADLINE
+    figures = {
+        f"{name}/{key}": float(own[key]) for name, own in summaries.items() for key in HEADLINE
+    }
+    return figures | {
+        f"{name}/doubts": list(own["doubts"]) for name, own in summaries.items() if mark(own)
     }
 
 
@@ -66,7 +68,12 @@ def _chart(wandb: Any, history: History, metric: str) -> Any:
 
 def _table(wandb: Any, summaries: Mapping[str, Mapping[str, Any]]) -> Any:
     columns = ["optimizer", *(label for label, _, _ in METHOD_COLUMNS)]
-    return wandb.Table(columns=columns, data=[_row(name, own) for name, own in summaries.items()])
+    rows = [_row(name, own) for name, own in summaries.items()]
+    marks = [mark(own) for own in summaries.values()]
+    if any(marks):
+        columns.append("doubts")
+        rows = [[*row, said or None] for row, said in zip(rows, marks, strict=True)]
+    return wandb.Table(columns=columns, data=rows)
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> Sequence[Any]:
