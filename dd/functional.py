@@ -602,11 +602,13 @@ def stein_mismatch(
     # The mean of both sides' eigenvalues, by which Stein's symmetrised products are divided.
     sizes = (values.unsqueeze(-1) + values.unsqueeze(-2)) / 2
     stein = _symmetrised(centred.mT @ gradient) / sizes
-    smooth = probe_curvature(probe, product)
+    # Products regressed on the probe: what is left to chance is what that leaves unexplained.
+    regressed = torch.linalg.solve_ex(probe.mT @ probe / n, probe.mT @ product)[0]
     squares = directions.square()
-    probed = smooth + directions.mT @ torch.diag_embed(kinks.sum(-2)) @ directions
+    at_kinks = directions.mT @ torch.diag_embed(kinks.sum(-2)) @ directions
+    probed = _symmetrised(regressed) + at_kinks
     unexplained = gradient - centred @ stein / n
-    scatter = product - probe @ smooth / n
+    scatter = product - probe @ regressed / n
     variance = (
         _summed_products(centred, unexplained, centred, unexplained) / sizes.square()
         - 2 * _summed_products(centred, unexplained, probe, scatter) / sizes

@@ -655,6 +655,57 @@ def kinks_of(
     return found
 
 
+def mismatch_of(
+    preactivations: Tensor,
+    gradients: Tensor,
+    labels: Tensor,
+    probe: Tensor,
+    product: Tensor,
+    kinks: Tensor,
+    ridge: float,
+) -> tuple[float, float]:
+    """How far Stein's curvature is from a probe's, beyond chance, by loops over samples.
+
+    Each estimate is a sum of one matrix a sample, in the eigenbasis of K, and the variance of an
+    entry of their difference is the sum of that entry's squares. Terms of kinks count by
+    themselves, each unit's too.
+
+    Returns:
+        ‖D‖ beyond its expectation over ‖P‖, and the standardised Σ D²/s² over pairs j ≤ l.
+    """
+    n, k = preactivations.shape
+    centred, around = preactivations.clone(), gradients.clone()
+    for component in labels.unique():
+        members = labels == component
+        centred[members] -= centred[members].mean(0)
+        around[members] -= around[members].mean(0)
+    sizes, axes = torch.linalg.eigh(sum(torch.outer(r, r) for r in centred) / n)
+    sizes = sizes + ridge * sizes.mean()
+    stein = axes.T @ stein_of(preactivations, gradients, labels, ridge) @ axes
+    gram = sum(torch.outer(v, v) for v in probe) / n
+    cross = sum(torch.outer(v, u) for v, u in zip(probe, product, strict=True))
+    regressed = torch.linalg.solve(gram, cross)
+    smooth = (regressed + regressed.T) / 2
+    probed = axes.T @ (smooth + torch.diag(kinks.sum(0))) @ axes
+    variance = torch.zeros(k, k).double()
+    for i in range(n):
+        r, v = axes.T @ centred[i], axes.T @ probe[i]
+        left = axes.T @ around[i] - stein @ r / n
+        right = axes.T @ (product[i] - regressed.T @ probe[i] / n)
+        for j in range(k):
+            for m in range(k):
+                of_stein = (r[j] * left[m] + r[m] * left[j]) / (sizes[j] + sizes[m])
+                of_probe = (v[j] * right[m] + v[m] * right[j]) / 2
+                variance[j, m] += (of_stein - of_probe) ** 2
+                for a in range(k):
+                    variance[j, m] += (axes[a, j] * axes[a, m] * kinks[i, a]) ** 2
+    difference = stein - probed
+    beyond = max(0.0, float((difference**2 - variance).sum())) ** 0.5
+    ratios = [float(difference[j, m] ** 2 / variance[j, m]) for j in range(k) for m in range(j, k)]
+    count = len(ratios)
+    return beyond / float(probed.norm()), (sum(ratios) - count) / (2 * count) ** 0.5
+
+
 class LinearCase(NamedTuple):
     """Square loss ‖V r − y_a‖²/2 of a linear head V, trained or not, on a Gaussian mixture.
 

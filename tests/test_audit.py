@@ -1,4 +1,4 @@
-"""The audit of component ids: what it finds, and that training does not notice it."""
+"""The audit of Stein's curvature: what it finds, and that training does not notice it."""
 
 import copy
 import math
@@ -15,12 +15,16 @@ from dd import audit, oversight
 from dd.data import xor
 from dd.functional import (
     centre_within_components,
+    kink_signs,
+    kink_terms,
     probe_curvature,
     rademacher,
     stein_curvature,
     stein_excess,
+    stein_mismatch,
 )
 from dd.models import two_layer
+from tests.reference import mismatch_of
 from tests.test_optimizer import C, D, K, make_model, make_problem, train
 
 
@@ -71,11 +75,78 @@ def test_excess_is_the_difference_of_the_traces_over_the_curvature():
     )
 
 
+@pytest.mark.parametrize("masses", [False, True], ids=["", "masses"])
+def test_mismatch_equals_that_by_loops(masses):
+    n, k, clusters = 60, 3, torch.arange(60) % 2
+    r, gradient, probe, product = quartic(2, n, k, spread=1.0)
+    r[:, 1] *= 0.1
+    # Kinks of two units beside the quartic.
+    pushes = 0.5 * (r > 0) * torch.tensor([1.0, 0.0, -1.0]).double() / n
+    mass = 0.5 + normal(3, n).square() if masses else None
+    kinks = kink_terms(r, pushes, kink_signs(r, pushes), mass, leaky=True)
+    gradient = gradient + pushes
+    centred, around = (centre_within_components(rows, clusters, 2) for rows in (r, gradient))
+    found = stein_mismatch(centred, around, probe, product, kinks, 1e-3)
+    expected = mismatch_of(r, gradient, clusters, probe, product, kinks, 1e-3)
+    assert expected[0] > 0
+    torch.testing.assert_close(torch.stack(found), torch.tensor(expected).double())
+
+
+def mismatch(r, gradient, probe, product, clusters):
+    count = int(clusters.max()) + 1
+    centred, around = (centre_within_components(rows, clusters, count) for rows in (r, gradient))
+    none = torch.zeros_like(r)
+    return torch.stack(stein_mismatch(centred, around, probe, product, none, ridge=1e-12))
+
+
+def test_mismatch_of_gaussian_components_is_chance_however_k_is_conditioned():
+    """Σ D²/s² over six entries has expectation six and variance twelve, to first order.
+
+    Standardised over 300 data sets its mean is known to 1/√300, here to four of them and what is
+    beyond first order, of relative size k/n in each entry.
+    """
+    n, clusters, allowance = 800, torch.arange(800) % 2, math.sqrt(3) * 3 / 800
+    for width in (1.0, 1e-3):
+        found = []
+        for seed in range(300):
+            r, gradient, probe, product = quartic(seed, n, 3, spread=1.0)
+            # The last unit in another measure, in which its K is w² and its curvature over w².
+            scale = torch.tensor([1.0, 1.0, width]).double()
+            others = gradient / scale, probe, product / scale.square()
+            found.append(mismatch(r * scale, *others, clusters))
+        errors = torch.stack(found)[:, 1]
+        assert abs(float(errors.mean())) < 4 * float(errors.std()) / math.sqrt(300) + allowance
+        # Entries that share factors are not independent, nor Gaussian.
+        assert 0.5 < float(errors.std()) < 2
+
+
+def test_mismatch_sees_what_the_trace_does_not():
+    """A direction of little variance in which R is two points: K H hardly weighs it."""
+    n, width = 1000, 1e-2
+    r, gradient, probe, product = quartic(4, n, 2, spread=0.0)
+    r[:, 1] = width * (1 - 2 * (torch.arange(n) // 2 % 2))
+    # Along the second unit ℓ = 50 w² sin²(r/w)/2 in place of the quartic.
+    angle = 2 * r[:, 1] / width
+    gradient[:, 1] = 50 * width * angle.sin() / 2 / n
+    product[:, 1] = 50 * angle.cos() * probe[:, 1] / n
+    clusters = torch.zeros(n, dtype=torch.long)
+    share, errors = mismatch(r, gradient, probe, product, clusters)
+    centred = r - r.mean(0)
+    excess, of_trace = stein_excess(centred, gradient, probe, product)
+    # At ±w the gradient is ±25 w sin 2 and the curvature 50 cos 2: Stein's is 25 sin 2. The rest of
+    # the curvature, 2 along the first unit, is known to 1/√n of it.
+    expected = abs(25 * math.sin(2) - 50 * math.cos(2)) / math.hypot(50 * math.cos(2), 2)
+    assert float(share) == pytest.approx(expected, rel=4 / math.sqrt(n))
+    assert float(errors) > audit.MISMATCH_ERRORS
+    assert abs(float(excess)) < audit.SHARE / 5
+    assert abs(float(of_trace)) < audit.STANDARD_ERRORS
+
+
 # --- XOR ---------------------------------------------------------------------------------------
 
 
-def train_on_xor(ids: str, activation: str, seed: int) -> None:
-    """Fifty steps with Stein's curvature, d = 250, n = 1000, k = 4."""
+def make_xor(ids: str = "clusters", activation: str = "tanh_squared", seed: int = 0):
+    """Stein's curvature, d = 250, n = 1000, k = 4."""
     split = xor(dimension=250, num_train=1000, num_test=10, separation=2.5, noise=1.0, seed=seed)
     model = two_layer(
         250,
@@ -88,14 +159,18 @@ def train_on_xor(ids: str, activation: str, seed: int) -> None:
     components = split.train_targets if ids == "labels" else split.train_components
     noise = dd.NoiseModel.isotropic(split.train_inputs, components)
     optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, curvature="stein")
-    train(model, optimizer, split.train_inputs, split.train_targets, steps=50)
+    return model, optimizer, split.train_inputs, split.train_targets
+
+
+def train_on_xor(*arguments) -> None:
+    train(*make_xor(*arguments), steps=50)
 
 
 def warnings_on_xor(*arguments) -> int:
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", dd.ComponentWarning)
+        warnings.simplefilter("always", dd.CurvatureWarning)
         train_on_xor(*arguments)
-    return sum(issubclass(w.category, dd.ComponentWarning) for w in caught)
+    return sum(issubclass(w.category, dd.CurvatureWarning) for w in caught)
 
 
 @pytest.mark.parametrize("activation", ["tanh_squared", "relu"])
@@ -108,6 +183,73 @@ def test_the_warning_points_at_the_backward_call_and_names_the_remedies():
     with pytest.warns(dd.ComponentWarning, match=r'curvature="probe".*find_comp') as caught:
         train_on_xor("labels", "tanh_squared", 0)
     assert caught[0].filename.endswith("test_optimizer.py")
+
+
+# --- Tables ------------------------------------------------------------------------------------
+
+
+def make_table(seed: int, n: int = 300):
+    """Two numbers, functions of them and the sign of one as columns: no mixture of Gaussians."""
+    z = normal(seed, n, 2).float()
+    a, b = z.unbind(1)
+    inputs = torch.stack([a, b, a**2, b**2, a * b, a.sign()], 1)
+    return (inputs - inputs.mean(0)) / inputs.std(0), (a * b + a > 0).long()
+
+
+def on_table(seed: int, **settings):
+    inputs, labels = make_table(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 2))
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = dd.DecoupledDescent(model, lr=0.05, momentum=0.9, noise=noise, **settings)
+    return model, optimizer, inputs, labels
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_classes_that_are_not_gaussian_are_told_at_once(seed):
+    loop = on_table(seed, curvature="stein")
+    with pytest.warns(dd.CurvatureWarning, match=r"Gaussian.*curvature=\"probe\"") as caught:
+        train(*loop, steps=10)
+    assert [w.category for w in caught] == [dd.CurvatureWarning]
+    assert "training forward 1 " in str(caught[0].message) or "2 " in str(caught[0].message)
+    assert caught[0].filename.endswith("test_optimizer.py")
+    assert loop[1]._attachment.oversight.has_found
+
+
+def test_the_default_is_not_audited(measured):
+    loop = on_table(0)
+    train(*loop, steps=10)
+    assert measured == []
+    assert not loop[1]._attachment.oversight.has_found
+
+
+def test_a_suspicion_has_the_next_forward_audited(measured):
+    model, optimizer, inputs, labels = make_xor()
+    watch = optimizer._attachment.oversight
+    train(model, optimizer, inputs, labels, steps=2)
+    assert len(measured) == 2
+    watch.is_suspicious = True
+    train(model, optimizer, inputs, labels, steps=2)
+    assert len(measured) == 3
+    # One that cannot be audited leaves the suspicion for the next.
+    watch.is_suspicious = True
+    with torch.autograd.forward_ad.dual_level():
+        train(model, optimizer, inputs, labels, steps=2)
+    assert len(measured) == 3
+    train(model, optimizer, inputs, labels, steps=1)
+    assert len(measured) == 4
+    assert not watch.is_suspicious
+
+
+def test_too_few_rows_are_not_compared_as_matrices(monkeypatch):
+    monkeypatch.setattr(audit, "stein_mismatch", lambda *_: 1 / 0)
+    monkeypatch.setattr(audit, "MISMATCH", -1.0)
+    inputs, targets = make_problem()
+    noise = dd.NoiseModel.isotropic(inputs, targets)
+    optimizer = dd.DecoupledDescent(model := make_model(), lr=0.1, noise=noise, curvature="stein")
+    few = slice(0, audit.ROWS_A_UNIT * K - 1)
+    train(model, optimizer, inputs[few], targets[few], steps=1)
+    assert optimizer._attachment.oversight._forwards == 1
 
 
 # --- Training does not notice ------------------------------------------------------------------
@@ -205,7 +347,7 @@ def require_equal(audited, plain):
     "ignore:.*:UserWarning:torch.*",
     "ignore:.*:DeprecationWarning",
     # Sorted units are kinks all over, on 120 samples.
-    "ignore:.*at training forward.*:dd.ComponentWarning",
+    "ignore:.*at training forward.*:dd.CurvatureWarning",
 )
 def test_audited_training_is_unaudited_training_bit_for_bit(name, loss_fn, monkeypatch):
     torch.manual_seed(0)
@@ -278,7 +420,8 @@ def test_hooks_on_gradients_are_called_once_a_step(hook, monkeypatch):
     inputs, targets = make_problem()
     model = make_model()
     calls = hook(model)
-    optimizer = dd.DecoupledDescent(model, noise=dd.NoiseModel.isotropic(inputs, targets))
+    noise = dd.NoiseModel.isotropic(inputs, targets)
+    optimizer = dd.DecoupledDescent(model, noise=noise, curvature="stein")
     train(model, optimizer, inputs, targets, steps=3)
     assert len(calls) == 3
 
@@ -287,7 +430,8 @@ def test_retained_gradients_are_not_doubled(monkeypatch):
     monkeypatch.setattr(oversight, "is_due", lambda forward: True)
     inputs, targets = make_problem()
     model = make_model()
-    optimizer = dd.DecoupledDescent(model, noise=dd.NoiseModel.isotropic(inputs, targets))
+    noise = dd.NoiseModel.isotropic(inputs, targets)
+    optimizer = dd.DecoupledDescent(model, noise=noise, curvature="stein")
     output = model(inputs)
     output.retain_grad()
     F.cross_entropy(output, targets).backward()
@@ -303,7 +447,7 @@ def test_unusual_loops_go_on(kind, monkeypatch):
     inputs, targets = make_problem(dtype=torch.float32)
     model, other = make_model(dtype=torch.float32), make_model(1, dtype=torch.float32)
     noise = dd.NoiseModel.isotropic(inputs, targets)
-    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise, curvature="stein")
     for _ in range(3):
         optimizer.zero_grad()
         if kind == "bfloat16":
