@@ -282,8 +282,13 @@ def make_noise(config: DictConfig, settings: dict[str, Any], split: Split) -> No
         components,
         bins=config.noise_bins,
         per_sample=False if config.noise_bins == 1 else None,
-        separate_means=components is not None and settings["head"] is not False,
+        separate_means=_separates(settings["head"], components),
     )
+
+
+def _separates(head: bool | str, components: Tensor | None) -> bool | None:
+    """Whether the noise model keeps the component means out; None for both forms."""
+    return None if head == AUTO else components is not None and head is not False
 
 
 def _components(config: DictConfig, curvature: str, split: Split) -> Tensor | None:

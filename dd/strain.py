@@ -56,8 +56,9 @@ def strains(
     if ignores_heavy_tails:
         sentences.append(
             "the samples' noise norms vary far more than this noise model says: the noise is "
-            "heavy-tailed, or of few directions; expect a training error that is too high. Fit its "
-            "spectrum and a mass for every sample: NoiseModel.fit(inputs, components)."
+            "heavy-tailed, or of few directions; expect the training error to be off, to either "
+            "side. Fit its spectrum and a mass for every sample, NoiseModel.fit(inputs, "
+            "components), or clip the inputs at a few deviations."
         )
     return sentences
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dd.fingerprint import fingerprint
 from dd.fitted import fitted_samples, refuse_others
+from dd.head_choice import AUTO
 from dd.line_settings import chooses_rate
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
@@ -100,7 +101,7 @@ def _check_settings(name: str, optimizer: DecoupledDescent) -> None:
     obstacle = None
     if chooses_rate(optimizer):
         obstacle = 'lr="auto" searches every step of a trial by itself; give a number'
-    elif optimizer._head is not False:
+    elif optimizer._head not in {False, AUTO}:
         obstacle = "head= corrects the head in one trial at a time; use head=False"
     elif optimizer._curvature not in ESTIMATORS:
         obstacle = (
@@ -285,7 +286,7 @@ def check_noise(
             "every sample; pass noise=lambda split: dd.NoiseModel.isotropic(split.train_inputs, "
             'components), or use curvature="probe"'
         )
-    if samples < width and not any(known):
+    if samples < width and optimizer._curvature != "stein":
         raise ValueError(
             f"run_trials: optimizers[{name!r}]: {samples} samples do not resolve the curvature of "
             f"{width} units; use fewer units or more samples"
