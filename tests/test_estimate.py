@@ -1,6 +1,7 @@
 """Confidence intervals of the tracked loss."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,3 +148,12 @@ def test_losses_that_are_not_one_a_sample():
         optimizer.estimate([(inputs, labels)], lambda batch: torch.zeros(N))
     with pytest.raises(ValueError, match="needs an attached optimizer"):
         dd.DecoupledDescent(list(model.parameters()), lr=0.1).estimate([], losses_of(model))
+
+
+def test_what_is_not_to_be_believed_says_so():
+    values = torch.full((50, 2), 0.5).double()
+    sure = of(values)
+    doubted = replace(sure, doubts=("The one reason.", "The other."))
+    assert sure.doubts == ()
+    assert str(doubted) == f"{sure}, not to be believed: The one reason. The other."
+    assert "believed" not in str(sure)
