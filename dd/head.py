@@ -123,17 +123,22 @@ class SharedParameters:
         self._signal: Tensor | None = None
         self._require_few()
 
+    @property
+    def count(self) -> int:
+        """Number p of the shared parameters."""
+        along = 0 if self._directions is None else self._directions.shape[1]
+        layer = self.layer.out_features * (along + self._has_bias(self.layer))
+        return layer + self.head.out_features * (self.head.in_features + self._has_bias(self.head))
+
     def _has_bias(self, linear: nn.Linear) -> bool:
         return any(parameter is linear.bias for parameter, _ in self.parts)
 
     def _require_few(self) -> None:
-        along = 0 if self._directions is None else self._directions.shape[1]
-        layer = self.layer.out_features * (along + self._has_bias(self.layer))
-        head = self.head.out_features * (self.head.in_features + self._has_bias(self.head))
-        if layer + head > _MOST_PARAMETERS:
+        count = self.count
+        if count > _MOST_PARAMETERS:
             raise ValueError(
-                f"DecoupledDescent: head=True would follow {layer + head} shared parameters, each "
-                f"sample's and their {layer + head} x {layer + head} curvature; it is made for at "
+                f"DecoupledDescent: head=True would follow {count} shared parameters, each "
+                f"sample's and their {count} x {count} curvature; it is made for at "
                 f"most {_MOST_PARAMETERS}. Use fewer units, or leave the head as it is (head=False)"
             )
 

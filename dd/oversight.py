@@ -153,6 +153,7 @@ class Oversight:
             layer.out_features,
             head,
             0 if copies is None else round(copies * total),
+            corrected=0 if attachment.shared is None else attachment.shared.count,
             ignores_heavy_tails=attachment.noise is not None
             and attachment.noise.ignores_heavy_tails,
         ):

@@ -4,9 +4,12 @@ __all__ = ["StrainWarning", "of_copies", "strains"]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
-MIN_SAMPLES_PER_INPUT = 0.5
+MIN_SAMPLES_PER_INPUT = 0.75
 MAX_SQUARED_WIDTH_PER_SAMPLE = 4.0
-MAX_HEAD_PER_SAMPLE = 0.5
+MAX_HEAD_PER_SAMPLE = 0.25
+MAX_CORRECTED_PER_SAMPLE = 1.5
+# From here on the shadows are too small for their masses to matter.
+MANY_FOR_TAILS = 10
 # One copy in twenty samples took the gap to twice its floor.
 MAX_COPIES_PER_SAMPLE = 0.01
 
@@ -16,7 +19,14 @@ class StrainWarning(UserWarning):
 
 
 def strains(
-    n: int, d: int, k: int, head: int, copies: int, *, ignores_heavy_tails: bool = False
+    n: int,
+    d: int,
+    k: int,
+    head: int,
+    copies: int,
+    *,
+    corrected: int = 0,
+    ignores_heavy_tails: bool = False,
 ) -> list[str]:
     """Say what to expect where samples are few for the network.
 
@@ -24,8 +34,9 @@ def strains(
         n: training samples.
         d: inputs of the decoupled layer.
         k: its width.
-        head: trainable parameters that are not corrected.
+        head: trained numbers that all samples share and that are not corrected.
         copies: samples that equal another, or nearly.
+        corrected: trained numbers that all samples share and that are.
         ignores_heavy_tails: whether the noise model does.
 
     Returns:
@@ -46,14 +57,22 @@ def strains(
         )
     if head > MAX_HEAD_PER_SAMPLE * n:
         sentences.append(
-            f"{head} parameters beside the decoupled weight on {n} samples ({head / n:.2g} a "
-            "sample): those are not corrected and over-fit; expect a training error that is too "
-            "low, less so with a smaller head or with head=True."
+            f"{head} parameters that all samples share on {n} samples ({head / n:.2g} a sample), "
+            "those beside the decoupled weight and its own along the class means, are not "
+            "corrected and over-fit; expect a training error that is too low, less so with a "
+            "smaller head, or with head=True and NoiseModel.fit(inputs, labels)."
+        )
+    if corrected > MAX_CORRECTED_PER_SAMPLE * n:
+        sentences.append(
+            f"{corrected} parameters that all samples share on {n} samples ({corrected / n:.2g} a "
+            "sample) are corrected, but by the response to small changes, and one sample of so few "
+            "makes a large one; expect the training error to be off by several points, less so "
+            "with fewer units."
         )
     repeated = of_copies(copies, n)
     if repeated is not None:
         sentences.append(repeated)
-    if ignores_heavy_tails:
+    if ignores_heavy_tails and n < MANY_FOR_TAILS * d:
         sentences.append(
             "the samples' noise norms vary far more than this noise model says: the noise is "
             "heavy-tailed, or of few directions; expect the training error to be off, to either "

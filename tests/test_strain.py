@@ -15,17 +15,29 @@ from dd.strain import strains
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((100, 200, 20, 50, 1), None),
-        ((99, 200, 9, 49, 0), "n/d = 0.49"),
-        ((99, 100, 20, 49, 0), "k²/n = 4.04"),
-        ((100, 100, 10, 51, 0), "0.51 a sample"),
-        ((100, 100, 10, 50, 2), "2 of 100 samples are copies"),
+        ((150, 200, 20, 37, 1), None),
+        ((149, 200, 9, 37, 0), "n/d = 0.74"),
+        ((99, 100, 20, 24, 0), "k²/n = 4.04"),
+        ((100, 100, 10, 26, 0), "0.26 a sample"),
+        ((100, 100, 10, 25, 2), "2 of 100 samples are copies"),
     ],
 )
 def test_each_ratio_has_its_sentence(sizes, message):
     found = strains(*sizes)
     assert len(found) == (message is not None)
     assert message is None or message in found[0]
+
+
+def test_what_is_corrected_may_be_more_but_not_any_number():
+    assert strains(100, 50, 4, 0, 0, corrected=150) == []
+    (found,) = strains(100, 50, 4, 0, 0, corrected=151)
+    assert "1.5 a sample) are corrected" in found
+
+
+def test_tails_matter_where_shadows_do():
+    assert strains(500, 50, 4, 0, 0, ignores_heavy_tails=True) == []
+    (found,) = strains(499, 50, 4, 0, 0, ignores_heavy_tails=True)
+    assert "to either side" in found
 
 
 def problem(n: int):
