@@ -45,7 +45,7 @@ _PAUSE = os.path.join("torch", "_compile.py")
 
 # As matrices. True components, and classes where Stein's lemma did well (noisy MNIST, CIFAR-10
 # features), stayed below 1.1 times the curvature; of ten public tables, whose training error it
-# makes worthless, each went above 1.5 and 12 standard errors by the second forward.
+# makes worthless, each went above 1.6 and 13 standard errors by the second forward.
 MISMATCH = 1.25
 MISMATCH_ERRORS = 10.0
 # With fewer rows a unit the inverses of K and VᵀV are too uncertain for errors to first order.

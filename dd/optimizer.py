@@ -69,9 +69,9 @@ class DecoupledDescent(torch.optim.SGD):
         noise: covariance of the inputs within mixture components, and the components where they
             are known; by default fitted on the first training batch, without components, and
             isotropic where that batch is too large for its spectrum (min(n, d) beyond 20 000).
-        curvature: estimator of the loss's curvature in the pre-activations: ``"auto"`` (Stein where
-            ``noise`` knows the components and ``lr`` is a number, else the probe), ``"stein"``,
-            ``"probe"``, ``"probe_create_graph"`` or ``"exact"``; the last two need
+        curvature: estimator of the loss's curvature in the pre-activations: ``"auto"``, which is
+            ``"probe"``; ``"stein"``, for inputs that are Gaussian within the components of
+            ``noise``; ``"probe_create_graph"`` or ``"exact"``, which need
             ``loss.backward(create_graph=True)``.
         damping: ρ in [0, 1]; 1 updates W as gradient descent does, less removes a share of the
             drift (isotropic noise only).
@@ -243,13 +243,10 @@ class DecoupledDescent(torch.optim.SGD):
                 "detach() before attaching again"
             )
         bins = None if self._damping == 1.0 else 1
-        curvature = self._curvature
-        if self._policy is not None and curvature == "auto":
-            # Steps made of gradients alone leave pre-activations that do not vary in all k
-            # directions, and then Stein's lemma does not tell the curvature.
-            curvature = "probe"
         head = False if self._head == AUTO and self._policy is not None else self._head
-        attachment = Attachment(module, layer, noise, curvature, head, bins, self._process_group)
+        attachment = Attachment(
+            module, layer, noise, self._curvature, head, bins, self._process_group
+        )
         for parameter, _ in attachment.shadowed:
             self._store().require_own(attachment, parameter)
         if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:

@@ -64,7 +64,7 @@ class Store:
         It may where to look would stall the device, and where torch's fused update, which can be
         told there to change nothing, is as good as another: one process, single or double
         precision, dense gradients, momentum that has begun, no wish for another implementation, and
-        no head to correct.
+        no head to correct. Stein's solution looks by itself, and waits there in any case.
         """
         if not attachment.stalls or attachment.ranks.size > 1 or attachment.shared is not None:
             return False

@@ -241,15 +241,42 @@ def test_a_suspicion_has_the_next_forward_audited(measured):
     assert not watch.is_suspicious
 
 
-def test_too_few_rows_are_not_compared_as_matrices(monkeypatch):
-    monkeypatch.setattr(audit, "stein_mismatch", lambda *_: 1 / 0)
-    monkeypatch.setattr(audit, "MISMATCH", -1.0)
+@pytest.fixture
+def compared(monkeypatch):
+    """Arguments of comparisons as matrices."""
+    found, inner = [], audit.stein_mismatch
+
+    def spy(*arguments):
+        found.append(arguments)
+        return inner(*arguments)
+
+    monkeypatch.setattr(audit, "stein_mismatch", spy)
+    return found
+
+
+def audited_once(activation, rows):
     inputs, targets = make_problem()
     noise = dd.NoiseModel.isotropic(inputs, targets)
-    optimizer = dd.DecoupledDescent(model := make_model(), lr=0.1, noise=noise, curvature="stein")
-    few = slice(0, audit.ROWS_A_UNIT * K - 1)
-    train(model, optimizer, inputs[few], targets[few], steps=1)
-    assert optimizer._attachment.oversight._forwards == 1
+    model = make_model(activation=activation)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise, curvature="stein")
+    train(model, optimizer, inputs[:rows], targets[:rows], steps=1)
+
+
+def test_too_few_rows_are_not_compared_as_matrices(compared, measured):
+    audited_once(nn.Tanh, audit.ROWS_A_UNIT * K - 1)
+    assert (len(measured), len(compared)) == (1, 0)
+    audited_once(nn.Tanh, audit.ROWS_A_UNIT * K)
+    assert (len(measured), len(compared)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("activation", "has_kinks"), [(nn.Tanh, False), (nn.ReLU, True), (nn.LeakyReLU, True)]
+)
+def test_the_probe_that_stein_is_held_against_has_kinks(activation, has_kinks, compared):
+    audited_once(activation, 120)
+    (_, _, _, _, kinks, ridge), *_ = compared
+    assert bool(kinks.any()) == has_kinks
+    assert ridge == 1e-4
 
 
 # --- Training does not notice ------------------------------------------------------------------
