@@ -49,7 +49,7 @@ _PAUSE = os.path.join("torch", "_compile.py")
 MISMATCH = 1.25
 MISMATCH_ERRORS = 10.0
 # With fewer rows a unit the inverses of K and VᵀV are too uncertain for errors to first order.
-ROWS_A_UNIT = 4
+ROWS_A_UNIT = 8
 
 
 class CurvatureWarning(UserWarning):
