@@ -345,7 +345,7 @@ def test_a_training_step_is_not_one_graph(make, problem):
 @pytest.mark.parametrize("make", [whole_step, whole_closure])
 def test_what_runs_inside_compiled_code_is_not_audited(make, problem, monkeypatch):
     audits = []
-    monkeypatch.setattr(oversight, "Audit", lambda *arguments: audits.append(arguments))
+    monkeypatch.setattr(oversight, "Audit", lambda *arguments, **_: audits.append(arguments))
     inputs, targets, _, _ = problem
     for compile_ in (lambda f: torch.compile(f, backend="eager"), lambda f: f):
         model = make_model()

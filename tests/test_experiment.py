@@ -388,10 +388,11 @@ def test_a_step_past_the_stability_edge_is_reported(tmp_path):
 
 def test_labels_in_place_of_clusters_are_noted_and_found_ones_are_not(tmp_path):
     sizes = ["data.num_train=1000", "data.dimension=250", "steps=50", "optimizers=[dd]"]
+    sizes += ["optimizer.curvature=stein"]
     labels = run(tmp_path / "labels", *sizes, "components=labels")
     assert len(labels.notes) == 1
     assert labels.notes[0].startswith("dd: at training forward")
-    assert "not the mixture components" in labels.notes[0]
+    assert 'Remedy: curvature="probe"' in labels.notes[0]
     summary = json.loads((tmp_path / "labels" / "summary.json").read_text())
     assert summary["notes"] == labels.notes
     assert summary["noise"]["dd"].endswith("2 components")

@@ -374,11 +374,10 @@ def error_of(model, inputs, labels):
     return error
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_xor_is_learnt_from_weights_that_know_nothing(seed):
-    """In 40 steps further than gradient descent in as many at any of four rates.
+def searched_and_descended(seed):
+    """Test error after 40 searched steps, that tracked, and gradient descent's least at any rate.
 
-    The Bayes error is 0.033, its estimate on 800 samples at 0.05 has standard error 0.008.
+    All steps of gradient descent at each of four rates are looked at, on the test samples.
     """
     split = xor(dimension=100, num_train=800, num_test=4000, separation=3.0, seed=seed)
     inputs, labels = split.train_inputs, split.train_targets
@@ -408,9 +407,20 @@ def test_xor_is_learnt_from_weights_that_know_nothing(seed):
     optimizer = dd.DecoupledDescent(model, lr="auto")
     *_, error = trained(model, optimizer)
     tracked = optimizer.evaluate([(inputs, labels)], lambda _: errors_of(model, inputs, labels))
-    assert error < 0.075
-    assert error < 0.85 * min(reached)
-    assert float(tracked) == pytest.approx(error, abs=0.03)
+    return error, float(tracked), min(reached)
+
+
+def test_xor_is_learnt_from_weights_that_know_nothing():
+    """In 40 steps further than gradient descent in as many at any of four rates.
+
+    The Bayes error is 0.033, its estimate on 800 samples at 0.05 has standard error 0.008. Errors
+    of different starts scatter by 0.01, so that only several tell 0.07 from 0.08.
+    """
+    found = [searched_and_descended(seed) for seed in range(3)]
+    for error, tracked, least in found:
+        assert error < min(0.075, least)
+        assert tracked == pytest.approx(error, abs=0.03)
+    assert sum(error for error, *_ in found) < 0.85 * sum(least for *_, least in found)
 
 
 def errors_of(model, inputs, labels):
