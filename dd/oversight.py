@@ -14,7 +14,7 @@ from dd.copies import CopyWatch, count_copies
 from dd.curvature import Stein, has_leaky_kinks
 from dd.head_choice import uncorrected_count
 from dd.samples import Placement
-from dd.shadow_size import ShadowSizeWatch, ShadowWarning, largest_share, of_share
+from dd.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
 from dd.strain import StrainWarning, of_copies, strains
 from dd.user_warning import warn_user
 
@@ -43,6 +43,7 @@ class Oversight:
         self._copies: CopyWatch | None = None
         self._size = ShadowSizeWatch()
         self._limit: float | None = None
+        self._has_grown = False
         self._closely = False
         # What is found elsewhere, such as a correction that diverges.
         self._told: list[str] = []
@@ -106,7 +107,11 @@ class Oversight:
         count *= attachment.ranks.size
         if self._limit is None:
             self._limit = largest_share(attachment.noise, count)
-        if self._size.look(shadow, preactivation, self._limit, count):
+        found = self._size.look(shadow, preactivation, self._limit, count)
+        if not self._has_grown and self._size.latest > self._limit / MARGIN:
+            # What may still be chance deserves another look at Stein's curvature.
+            self._has_grown = self.is_suspicious = True
+        if found:
             warn_user(
                 f"DecoupledDescent: at training forward {self._forwards + 1} the shadows are "
                 f"{self._size.found:.2g} of the pre-activations in size, where the theory explains "

@@ -64,12 +64,18 @@ def shares(shadow: Tensor, preactivation: Tensor) -> Tensor:
 
 
 class ShadowSizeWatch:
-    """Compares shadows and pre-activations, a few thousand rows at a time."""
+    """Compares shadows and pre-activations, a few thousand rows at a time.
+
+    Attributes:
+        found: the first |Q|/|R| above the limit, or None.
+        latest: |Q|/|R| of the latest look.
+    """
 
     def __init__(self) -> None:
         self._squares = [0.0, 0.0]
         self._rows = 0
         self.found: float | None = None
+        self.latest = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found."""
@@ -103,6 +109,7 @@ class ShadowSizeWatch:
         share = math.inf if spread == 0 and size > 0 else 0.0
         if spread > 0:
             share = math.sqrt(size / spread)
+        self.latest = share
         if not share > limit:
             return False
         self.found = share

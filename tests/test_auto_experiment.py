@@ -185,7 +185,7 @@ def test_a_learning_rate_that_reaches_no_optimizer_is_refused():
 
 
 def test_updates_of_gradient_descent_are_those_of_a_plain_loop(tmp_path):
-    experiment = run(tmp_path, "optimizers=[gd]", "steps=9", "available.gd.momentum=0.5")
+    experiment = run(tmp_path, "lr=0.5", "optimizers=[gd]", "steps=9", "available.gd.momentum=0.5")
     split = make_split(experiment.config)
     model = make_model(experiment.config, split)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)

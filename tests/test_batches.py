@@ -92,7 +92,7 @@ def test_steps_are_updates_and_records_are_over_all_samples(tmp_path):
 
 def test_both_optimizers_see_the_same_batches(tmp_path):
     # Before the first correction the two make one and the same step.
-    overrides = ["data.batch_size=20", "steps=1", "tracking.record_every=1"]
+    overrides = ["data.batch_size=20", "steps=1", "tracking.record_every=1", "lr=0.5"]
     history = run(tmp_path / "mini", *overrides).history
     gd, dd = (history.select(name, 0)[-1].test_loss for name in ("gd", "dd"))
     full = run(tmp_path / "full", *overrides[1:], "optimizers=[gd]").history.select("gd", 0)[-1]

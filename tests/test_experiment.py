@@ -109,7 +109,7 @@ def test_every_group_member_composes(group):
 def test_defaults_are_those_of_the_published_figures():
     xor = configure()
     assert (xor.data.dimension, xor.data.num_train, xor.data.separation) == (1000, 4000, 2.5)
-    assert (xor.lr, xor.steps, xor.model.width, xor.model.activation) == (0.5, 200, 8, "gelu")
+    assert (xor.lr, xor.steps, xor.model.width, xor.model.activation) == (0.2, 150, 8, "gelu")
     assert xor.optimizer.curvature == "auto"
     assert xor.components == "none"
     mnist = configure(experiment="noisy_mnist")
@@ -261,7 +261,7 @@ def test_summary_maps_optimizers_to_figures_and_says_where_they_come_from(finish
 def test_picture_and_resolved_configuration_are_there(finished):
     assert finished.figure.read_bytes().startswith(b"\x89PNG")
     config = OmegaConf.load(finished.folder / "config.yaml")
-    assert config.optimizer.lr == 0.5
+    assert config.optimizer.lr == 0.2
     assert config.data.dimension == 50
 
 
@@ -404,9 +404,12 @@ def test_labels_in_place_of_clusters_are_noted_and_found_ones_are_not(tmp_path):
 def test_strained_sizes_are_noted_once_over_all_trials(tmp_path):
     settings = ["data.num_train=20", "optimizers=[dd]", "trials=2", "model.width=4"]
     strained = run(tmp_path, *settings, "together=false")
-    assert len(strained.notes) == 2
-    assert "20 samples of dimension 50" in strained.notes[0]
-    assert "parameters beside the decoupled weight" in strained.notes[1]
+    few, large, *others = strained.notes
+    assert "20 samples of dimension 50" in few
+    assert "parameters that all samples share" in large
+    # Of so few samples the shadows are as large as the pre-activations, too.
+    assert [note for note in others if "shadows are" not in note] == []
+    assert len(set(strained.notes)) == len(strained.notes)
 
 
 def test_other_warnings_keep_their_way():

@@ -48,6 +48,8 @@ def test_the_first_probe_of_a_process_is_silent():
     subprocess.run([sys.executable, "-c", QUIET], check=True)  # noqa: S603 - our own words
 
 
+# What diverges has large shadows first.
+@pytest.mark.filterwarnings("ignore::dd.ShadowWarning")
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
 @pytest.mark.parametrize("known", [False, True])

@@ -126,6 +126,8 @@ def test_lazy_decay_is_the_eager_rule(rule):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+# One batch again and again is training on few samples.
+@pytest.mark.filterwarnings("ignore::dd.ShadowWarning")
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_way_of_drawing_batches(plan, momentum):

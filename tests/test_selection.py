@@ -21,6 +21,7 @@ from dd.selection import Candidate, Selection, stratified_folds
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
     "experiment=xor",
+    "lr=0.5",
     "data.num_train=100",
     "data.num_test=80",
     "data.dimension=20",
