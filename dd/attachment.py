@@ -167,7 +167,7 @@ class Attachment:
         if head == AUTO:
             head = bins is None and is_worth_correcting(module, self.layer, noise)
         self.noise_of_all = noise
-        if noise is not None and head is not False and noise.separated is not None:
+        if noise is not None and head is not False and noise.is_in_both_forms:
             noise = noise.with_means_apart()
         self.has_left_head = False
         self._curvature = curvature
@@ -284,26 +284,31 @@ class Attachment:
     def leave_head(self, reason: Exception | str, *, begun: bool) -> None:
         """Correct the head no more, which nobody asked for.
 
-        Before the first step nothing is lost by that; later on it is said.
+        Before the first step all is as if it had not been chosen, and what over-fits is said; later
+        on displacements are given up, and the estimate is in doubt.
 
         Args:
             reason: why it cannot be followed.
-            begun: whether there are displacements, which are given up.
+            begun: whether there are displacements.
 
         Warns:
-            StrainWarning: if there are.
+            StrainWarning: if there are, or the head is large for the samples.
         """
         self._handles.pop().remove()
         self.shared, self.head_is_optional, self.has_left_head = None, False, True
         assert self.given_noise is not None
         if not begun:
             self.given_noise = self.noise_of_all
-            self._fit_noise_of_all()
-            return
+        assert self.given_noise is not None
         if self.given_noise.mean_directions is not None:
             # As many bins as the shadows have, now for all directions.
             self.given_noise = self.given_noise.spread_over_means()
-            self._fit_noise_of_all()
+        self._fit_noise_of_all()
+        if not begun:
+            self.oversight.look_at_head(self)
+            return
+        # First, as a warning may be an error.
+        self.oversight.doubt("The head, which over-fits, is corrected no more.")
         warn_user(
             "DecoupledDescent: the correction of the head, which was chosen by the sizes of model "
             "and data, ends here: from now on the training error is too low by what the head "
@@ -315,7 +320,11 @@ class Attachment:
         assert self.given_noise is not None
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
         self.noise = self.given_noise.to(self.layer.weight.device, dtype)
+        components = self.estimator.num_components
         self.estimator = build(self._curvature, self.given_noise, self.module)
+        # Settled over all processes.
+        self.estimator.num_components = max(components, self.estimator.num_components)
+        self.oversight.forget_limit()
 
     def remove(self) -> None:
         """Take the hooks and everything pending away."""
@@ -474,8 +483,6 @@ class Attachment:
         same = same_weight(self.layer.weight.detach(), self.samples.directions[0], expected)
         message = weight_changed("the decoupled layer's weight")
         self.verdicts.require(same, lambda _: RuntimeError(message))
-        if self.shared is not None:
-            self.shared.check_weight()
 
     def capture(
         self,

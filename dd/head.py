@@ -79,6 +79,58 @@ class Scores:
         assert self.gradient is not None
         return softmax_curvature(self.values, _sample_weights(self.values, self.gradient))
 
+    def require_weights_of_labels(self) -> None:
+        """Check that samples of one label have one weight.
+
+        With two classes the gradient of any loss of their difference is that of a weighted
+        cross-entropy, whose curvature it need not have.
+
+        Raises:
+            RuntimeError: if they have not.
+        """
+        assert self.gradient is not None
+        gradient = at_least_single(self.gradient)
+        if gradient.shape[1] != 2:
+            return
+        p = torch.softmax(at_least_single(self.values), 1).to(gradient)
+        first = gradient[:, 0] < 0
+        wrong = torch.where(first, p[:, 1], p[:, 0])
+        size = gradient.abs().amax(1)
+        expected = torch.zeros_like(size)
+        for label in (first, ~first):
+            some = torch.where(label, wrong, 0.0)
+            weight = (some * size).sum() / some.square().sum().clamp_min(1e-30)
+            expected = expected + weight * some
+        if bool((expected - size).norm() > _tolerance(self.gradient) * size.norm()):
+            raise RuntimeError(
+                "DecoupledDescent: of two classes the head is followed where the loss is "
+                "cross-entropy with one weight a class; this one is another, or weighs samples one "
+                "by one. Weighted cross-entropy: head=True; else head=False."
+            )
+
+    def require_only_way(self, gradient: Tensor, name: str) -> None:
+        """Check that the loss depends on each sample's pre-activation through its own scores alone.
+
+        Args:
+            gradient: G, shape (n, k).
+            name: of the head.
+
+        Raises:
+            RuntimeError: if it does not.
+        """
+        assert self.gradient is not None
+        scores, own = at_least_single(self.gradient), at_least_single(gradient)
+        jacobian = at_least_single(self.jacobian).to(scores)
+        through = torch.einsum("nck,nc->nk", jacobian, scores)
+        share = max(_tolerance(self.gradient), _tolerance(gradient), _tolerance(self.jacobian))
+        if bool((through - own).norm() > share * own.norm()):
+            raise RuntimeError(
+                "DecoupledDescent: the loss depends on the decoupled layer in other ways than "
+                f"through head {name!r}, or samples depend on each other (batch normalisation, "
+                "several heads, a penalty on activations), which the head's correction does not "
+                "follow. Use head=False."
+            )
+
 
 class SharedParameters:
     """The shared parameters ψ of one attached model and where their shadows are kept.
@@ -216,6 +268,7 @@ class SharedParameters:
             RuntimeError: if one is another.
         """
         assert scores.gradient is not None
+        scores.require_only_way(gradient, self.name)
         features = scores.features[:, : self.head.in_features]
         direction = self._direction.to(features)
         ones = features.new_ones(len(features))
@@ -387,20 +440,23 @@ def row_products(shadow: Tensor, rows: Tensor) -> Tensor:
     return torch.einsum("noi,ni->no", shadow, rows[:, : shadow.shape[2]])
 
 
+def _tolerance(values: Tensor) -> float:
+    return _HALF_TOLERANCE if torch.finfo(values.dtype).eps > 1e-4 else _SINGLE_TOLERANCE
+
+
 def _sample_weights(scores: Tensor, gradient: Tensor) -> Tensor:
     """Weights w of the samples in a softmax cross-entropy with gradient w_i (p_i − y_i).
 
     Raises:
         RuntimeError: if the gradient is another.
     """
-    half = torch.finfo(gradient.dtype).eps > 1e-4
+    share = _tolerance(gradient)
     gradient = at_least_single(gradient)
     p = torch.softmax(at_least_single(scores), 1).to(gradient)
     label = torch.nn.functional.one_hot(gradient.argmin(1), gradient.shape[1]).to(gradient)
     wrong = (p * (1 - label)).sum(1)
     weights = (gradient * (1 - label)).sum(1) / wrong.clamp_min(torch.finfo(wrong.dtype).tiny)
     expected = weights.unsqueeze(1) * (p - label)
-    share = _HALF_TOLERANCE if half else _SINGLE_TOLERANCE
     rounding = 1e-5 * weights.norm()
     matches = (expected - gradient).norm() <= share * gradient.norm() + rounding
     if bool(matches & (weights >= 0).all()):

@@ -32,7 +32,7 @@ def is_worth_correcting(module: nn.Module, layer: nn.Linear, noise: NoiseModel |
     if noise.mean_directions is not None:
         # Only the head's correction follows what this model leaves out.
         return True
-    if noise.separated is None:
+    if noise.separated is None or not noise.is_in_both_forms:
         return False
     try:
         head = find_head(module, layer, choice=True)[1]
@@ -52,8 +52,12 @@ def shared_count(layer: nn.Linear, head: nn.Linear, means: int) -> int:
         head: the last layer.
         means: dimensions that the component means span.
     """
-    along = layer.out_features * (means + (layer.bias is not None))
-    return along + head.out_features * (head.in_features + (head.bias is not None))
+    along = layer.out_features * (means + _has_trained_bias(layer))
+    return along + head.out_features * (head.in_features + _has_trained_bias(head))
+
+
+def _has_trained_bias(linear: nn.Linear) -> bool:
+    return linear.bias is not None and linear.bias.requires_grad
 
 
 def uncorrected_count(

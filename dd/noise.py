@@ -52,6 +52,8 @@ class NoiseModel:
             so; None where not looked for.
         separated: the same noise with the directions of the component means kept out of the bins,
             for an optimizer that follows these exactly (``head=``); or None.
+        separated_from: what ``separated`` goes with: a model whose noise was replaced afterwards
+            has no other form.
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
@@ -67,6 +69,7 @@ class NoiseModel:
     fingerprints: Tensor | None = None
     copies: int | None = None
     separated: "NoiseModel | None" = None
+    separated_from: tuple[Tensor | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
@@ -168,7 +171,7 @@ class NoiseModel:
             return model
         centred.separate(_span(centred.means, centred.dimension - 1))
         apart = cls._fitted(centred, centred.squared_norms(), bins, per_sample)
-        return replace(model, separated=apart)
+        return model._with(apart)
 
     @classmethod
     def _fitted(
@@ -211,13 +214,21 @@ class NoiseModel:
             copies=count_copies(centred.fingerprints, centred.rows),
         )
 
+    @property
+    def is_in_both_forms(self) -> bool:
+        """Whether the component means are known apart from this very noise."""
+        if self.separated is None or self.separated_from is None:
+            return False
+        pairs = zip(self._measured, self.separated_from, strict=True)
+        return all(mine is its for mine, its in pairs)
+
     def with_means_apart(self) -> "NoiseModel":
         """The same noise and samples, with the directions of the component means kept out.
 
         Raises:
             ValueError: if this model was not fitted in both forms.
         """
-        if self.separated is None:
+        if self.separated is None or not self.is_in_both_forms:
             raise ValueError(
                 "NoiseModel: the component means are not known apart from the noise; fit with "
                 "NoiseModel.fit(inputs, components) and separate_means as it is"
@@ -261,13 +272,13 @@ class NoiseModel:
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows.to(values.device)]
 
-        return replace(
+        some_of_all = replace(
             self,
-            separated=None if self.separated is None else self.separated.of(rows),
             components=some(self.components),
             relative_mass=some(self.relative_mass),
             fingerprints=some(self.fingerprints),
         )
+        return some_of_all._with(None if self.separated is None else self.separated.of(rows))
 
     def __str__(self) -> str:
         """One line: bins, effective rank (tr Σ)²/tr Σ², n/d, and how the norms vary."""
@@ -320,7 +331,8 @@ class NoiseModel:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "NoiseModel":
         """Return a copy with eigenvalues in ``dtype`` and every tensor on ``device``."""
-        return NoiseModel(
+        moved = replace(
+            self,
             eigenvalues=self.eigenvalues.to(device, dtype),
             multiplicities=self.multiplicities.to(device, dtype),
             components=None if self.components is None else self.components.to(device),
@@ -330,11 +342,18 @@ class NoiseModel:
             mean_directions=(
                 None if self.mean_directions is None else self.mean_directions.to(device, dtype)
             ),
-            fitted_on=self.fitted_on,
-            norm_variation=self.norm_variation,
             fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
-            copies=self.copies,
         )
+        return moved._with(None if self.separated is None else self.separated.to(device, dtype))
+
+    def _with(self, separated: "NoiseModel | None") -> "NoiseModel":
+        """The same model with its other form."""
+        known = None if separated is None else self._measured
+        return replace(self, separated=separated, separated_from=known)
+
+    @property
+    def _measured(self) -> tuple[Tensor | None, ...]:
+        return self.eigenvalues, self.multiplicities, self.relative_mass, self.components
 
 
 def _one_bin(centred: CentredInputs, norms: Tensor) -> tuple[Tensor, Tensor]:

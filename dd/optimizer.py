@@ -31,7 +31,7 @@ from dd.loaders import tracked
 from dd.noise import NoiseModel
 from dd.shadow_step import ShadowStep
 from dd.shadows import ShadowUpdate
-from dd.store import Store
+from dd.store import HEAD_LEFT, Store
 from dd.training_forward import TrainingForward, full_precision, refuse_capture
 from dd.watches import Watches
 
@@ -243,7 +243,9 @@ class DecoupledDescent(torch.optim.SGD):
                 "detach() before attaching again"
             )
         bins = None if self._damping == 1.0 else 1
-        head = False if self._head == AUTO and self._policy is not None else self._head
+        head = self._head
+        if head == AUTO and (self._policy is not None or not self._owns_all(module)):
+            head = False
         attachment = Attachment(
             module, layer, noise, self._curvature, head, bins, self._process_group
         )
@@ -261,8 +263,14 @@ class DecoupledDescent(torch.optim.SGD):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
         attachment.register(self)
         self._attachment = attachment
+        self._leave_head_that_state_lacks(attachment)
         # A gradient scaler must not leave the skipping of a step to the fused update.
         self._step_supports_amp_scaling = False
+
+    def _owns_all(self, module: nn.Module) -> bool:
+        """Whether all trained parameters of a module are this optimizer's."""
+        trained = (p for p in module.parameters() if p.requires_grad)
+        return all(self._store().group_of(p) is not None for p in trained)
 
     def detach(self) -> None:
         """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
@@ -439,9 +447,10 @@ class DecoupledDescent(torch.optim.SGD):
         shared = attachment.shared
         if shared is None or not attachment.head_is_optional:
             return
-        state = self.state[attachment.weight]
+        state = self._store().state.get(attachment.weight, {})
         if state.get("shadow") is not None and state.get("signal_shadow") is None:
-            attachment.leave_head("", begun=False)
+            reason = "the state is of a run that gave it up."
+            attachment.leave_head(reason, begun=HEAD_LEFT in state)
 
     def _restore_values(self, state_dict: dict[str, Any]) -> None:
         # The base class casts every tensor of a state to the parameter's precision, or shares it
@@ -463,7 +472,10 @@ class DecoupledDescent(torch.optim.SGD):
         bond = None
         if self._attachment is not None:
             attachment = self._attachment
-            bond = (attachment.module, attachment.name, attachment.given_noise)
+            left = attachment.has_left_head
+            noise = attachment.given_noise if left else attachment.noise_of_all
+            said = attachment.oversight.state_dict()
+            bond = (attachment.module, attachment.name, noise, said)
         settings = {name: getattr(self, name) for name in _SETTINGS}
         if self._attachment is not None and self._attachment.has_left_head:
             settings["_head"] = False
@@ -487,8 +499,10 @@ class DecoupledDescent(torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("decoupled_weight_decay", False)
         if bond is not None:
-            module, layer, noise = bond
+            module, layer, noise, *said = bond
             self.attach(module, layer=layer, noise=noise)
+            if said and self._attachment is not None:
+                self._attachment.oversight.load_state_dict(said[0])
 
     # A compiled step would keep some of the first one's shadows for good.
     @_disable_dynamo

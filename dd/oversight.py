@@ -15,7 +15,7 @@ from dd.curvature import Stein, has_leaky_kinks
 from dd.head_choice import uncorrected_count
 from dd.samples import Placement
 from dd.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
-from dd.strain import StrainWarning, of_copies, strains
+from dd.strain import StrainWarning, of_copies, of_head, strains
 from dd.user_warning import warn_user
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Oversight:
         self._copies: CopyWatch | None = None
         self._size = ShadowSizeWatch()
         self._limit: float | None = None
+        self._limit_for = 0
         self._has_grown = False
         self._closely = False
         # What is found elsewhere, such as a correction that diverges.
@@ -57,6 +58,10 @@ class Oversight:
         if self._size.found is not None:
             found.append(of_share(self._size.found))
         return tuple(found)
+
+    def forget_limit(self) -> None:
+        """Look at the noise model anew for the size of shadows."""
+        self._limit = None
 
     def doubt(self, sentence: str) -> None:
         """Add to the doubts, once."""
@@ -105,8 +110,8 @@ class Oversight:
         if attachment.noise is None or count is None:
             return
         count *= attachment.ranks.size
-        if self._limit is None:
-            self._limit = largest_share(attachment.noise, count)
+        if self._limit is None or self._limit_for != count:
+            self._limit, self._limit_for = largest_share(attachment.noise, count), count
         found = self._size.look(shadow, preactivation, self._limit, count)
         if not self._has_grown and self._size.latest > self._limit / MARGIN:
             # What may still be chance deserves another look at Stein's curvature.
@@ -162,6 +167,18 @@ class Oversight:
             ignores_heavy_tails=attachment.noise is not None
             and attachment.noise.ignores_heavy_tails,
         ):
+            warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
+
+    def look_at_head(self, attachment: "Attachment") -> None:
+        """Warn of a large head whose correction has ended after :meth:`look`."""
+        count = attachment.samples.count
+        if not self._has_looked or count is None:
+            return
+        corrected = {id(parameter) for parameter, _ in attachment.shadowed}
+        module, layer, noise = attachment.module, attachment.layer, attachment.noise
+        head = uncorrected_count(module, layer, noise, corrected)
+        sentence = of_head(head, count * attachment.ranks.size)
+        if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def _copies_at_once(

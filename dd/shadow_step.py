@@ -103,6 +103,8 @@ class ShadowStep:
             )
             return None
         try:
+            if pushes.scores is not None and pushes.scores.gradient is not None:
+                pushes.scores.require_weights_of_labels()
             return self._shared_curvature(pushes, edit, scale)
         except RuntimeError as error:
             attachment.leave_head(error, begun=self._store.leave(attachment))

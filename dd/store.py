@@ -8,7 +8,10 @@ from torch import Tensor
 
 from dd.attachment import Attachment
 
-__all__ = ["Store"]
+__all__ = ["HEAD_LEFT", "Store"]
+
+# Where the state of the decoupled weight says that the head is corrected no more.
+HEAD_LEFT = "shadow_head_left"
 
 # In half precision the factor of the weight decay would be rounded.
 _FUSED = (torch.float32, torch.float64)
@@ -47,6 +50,8 @@ class Store:
             state = self.state.get(parameter, {})
             begun |= state.pop(key, None) is not None
             state.pop(f"{key}_momentum_buffer", None)
+        if begun:
+            self.state[attachment.weight][HEAD_LEFT] = torch.ones(())
         return begun
 
     def group_of(self, parameter: Tensor) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["StrainWarning", "of_copies", "strains"]
+__all__ = ["StrainWarning", "of_copies", "of_head", "strains"]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
@@ -55,13 +55,9 @@ def strains(
             "curvature is estimated with much noise; expect the training loss to drift from the "
             "test loss, less so with fewer units."
         )
-    if head > MAX_HEAD_PER_SAMPLE * n:
-        sentences.append(
-            f"{head} parameters that all samples share on {n} samples ({head / n:.2g} a sample), "
-            "those beside the decoupled weight and its own along the class means, are not "
-            "corrected and over-fit; expect a training error that is too low, less so with a "
-            "smaller head, or with head=True and NoiseModel.fit(inputs, labels)."
-        )
+    uncorrected = of_head(head, n)
+    if uncorrected is not None:
+        sentences.append(uncorrected)
     if corrected > MAX_CORRECTED_PER_SAMPLE * n:
         sentences.append(
             f"{corrected} parameters that all samples share on {n} samples ({corrected / n:.2g} a "
@@ -80,6 +76,26 @@ def strains(
             "components), or clip the inputs at a few deviations."
         )
     return sentences
+
+
+def of_head(head: int, n: int) -> str | None:
+    """Say what to expect where what all samples share is not corrected.
+
+    Args:
+        head: trained numbers that all samples share and that are not corrected.
+        n: training samples.
+
+    Returns:
+        A sentence, or None where they are few enough.
+    """
+    if head <= MAX_HEAD_PER_SAMPLE * n:
+        return None
+    return (
+        f"{head} parameters that all samples share on {n} samples ({head / n:.2g} a sample), "
+        "those beside the decoupled weight and its own along the class means, are not "
+        "corrected and over-fit; expect a training error that is too low, less so with a "
+        "smaller head, or with head=True and NoiseModel.fit(inputs, labels)."
+    )
 
 
 def of_copies(copies: int, n: int) -> str | None:

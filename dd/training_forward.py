@@ -84,6 +84,8 @@ class TrainingForward:
         placement = attachment.place(inputs, state, binds=leads_to_step)
         attachment.now = placement
         attachment.rows_seen += len(inputs)
+        if placement is not None and state.get("shadow") is not None:
+            self._require_same_head()
         product = product_node(output, attachment.weight) if attachment.is_plain else None
         corrected, signal = attachment.preactivation(placement, output, state), None
         if attachment.shared is not None:
@@ -99,6 +101,17 @@ class TrainingForward:
         attachment.pending[-1].signal = signal
         self._watches.observe(attachment, placement, corrected)
         return outgoing
+
+    def _require_same_head(self) -> None:
+        attachment = self._attachment
+        if attachment.shared is None:
+            return
+        try:
+            attachment.shared.check_weight()
+        except RuntimeError as error:
+            if not attachment.head_is_optional:
+                raise
+            attachment.leave_head(error, begun=self._store.leave(attachment))
 
     def _captured(
         self, placement: Placement, inputs: Tensor, corrected: Tensor, product: Any
@@ -165,33 +178,34 @@ class TrainingForward:
             return None
         if head is not shared.head or not head.training:
             return None
-        # A marked tensor must not see the hook, nor an operation in place the tensor under it.
-        with full_precision(output), torch._C.DisableTorchFunctionSubclass():
-            if not attachment.head_is_optional:
-                return self._corrected_scores(shared, inputs, output)
-            try:
-                return self._corrected_scores(shared, inputs, output)
-            except (RuntimeError, ValueError) as error:
-                attachment.leave_head(error, begun=self._store.leave(attachment))
-                return None
+        if not attachment.head_is_optional:
+            return self._corrected_scores(shared, inputs, output)
+        try:
+            return self._corrected_scores(shared, inputs, output)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            # Whatever a head of the user's own does, nobody asked to follow it.
+            attachment.leave_head(error, begun=self._store.leave(attachment))
+            return None
 
     def _corrected_scores(self, shared: SharedParameters, inputs: Tensor, output: Tensor) -> Tensor:
         attachment = self._attachment
-        features = shared.features(inputs)
-        index = None if attachment.now is None else attachment.now.index
-        corrected = shared.correct_scores(output, features, self._store.read, index)
-        # Without a pending forward the head runs by itself, and no step will come of it.
-        if not torch.is_grad_enabled() or not attachment.pending:
-            return corrected
-        if attachment.pending[-1].scores is not None:
-            raise RuntimeError(
-                f"DecoupledDescent: head {shared.name!r} must run once in every training "
-                f"forward, after layer {attachment.name!r}; run other forwards under "
-                "model.eval() or torch.no_grad()"
-            )
-        if corrected is output:
-            corrected = output.clone()
-        attachment.pending[-1].follow(output, corrected, features)
+        # A marked tensor must not see the hook, nor an operation in place the tensor under it.
+        with full_precision(output), torch._C.DisableTorchFunctionSubclass():
+            features = shared.features(inputs)
+            index = None if attachment.now is None else attachment.now.index
+            corrected = shared.correct_scores(output, features, self._store.read, index)
+            # Without a pending forward the head runs by itself, and no step will come of it.
+            if not torch.is_grad_enabled() or not attachment.pending:
+                return corrected
+            if attachment.pending[-1].scores is not None:
+                raise RuntimeError(
+                    f"DecoupledDescent: head {shared.name!r} must run once in every training "
+                    f"forward, after layer {attachment.name!r}; run other forwards under "
+                    "model.eval() or torch.no_grad()"
+                )
+            if corrected is output:
+                corrected = output.clone()
+            attachment.pending[-1].follow(output, corrected, features)
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
 
 

@@ -53,6 +53,8 @@ SETTINGS = [
     "data.num_test=200",
     "data.dimension=60",
     "components=known",
+    # Probes are drawn anew in every process.
+    "optimizer.curvature=stein",
     "optimizer.momentum=0.5",
     "tracking.wandb.mode=disabled",
     "tracking.progress=false",

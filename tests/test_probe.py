@@ -30,6 +30,7 @@ SMALL = [
     "tracking.wandb.mode=disabled",
 ]
 
+
 def samples(n=60, d=5, seed=0):
     """Two classes whose means differ, on scales of their own, far from zero."""
     generator = np.random.default_rng(seed)

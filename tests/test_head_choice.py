@@ -1,0 +1,202 @@
+"""``head="auto"``: when the head is corrected without being asked for, and when that ends."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dd
+from dd.head_choice import is_worth_correcting, shared_count
+
+N, D, K = 200, 40, 20
+
+
+def problem(classes: int = 2, n: int = N):
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, D, generator=g)
+    labels = (
+        (inputs[:, 0] + 0.5 * torch.randn(n, generator=g) > 0).long()
+        if classes == 2
+        else torch.arange(n) % classes
+    )
+    return inputs, labels
+
+
+def network(classes: int = 2, *between: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, K), *between, nn.GELU(), nn.Linear(K, classes))
+
+
+def smoothed(scores, labels):
+    return F.cross_entropy(scores, labels, label_smoothing=0.2)
+
+
+def focal(scores, labels):
+    sure = scores.softmax(1)[torch.arange(len(labels)), labels]
+    return ((1 - sure) ** 2 * F.cross_entropy(scores, labels, reduction="none")).mean()
+
+
+def squares(scores, labels):
+    return (scores - F.one_hot(labels, scores.shape[1])).abs().pow(1.5).mean()
+
+
+def train(model, optimizer, inputs, labels, loss=F.cross_entropy, steps=6):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss(model(inputs), labels)
+        value.backward()
+        optimizer.step()
+    return float(value.detach())
+
+
+def made(classes=2, *between, head="auto", **settings):
+    inputs, labels = problem(classes)
+    model = network(classes, *between)
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, momentum=0.9, noise=noise, head=head, **settings)
+    return model, optimizer, inputs, labels
+
+
+def corrects(optimizer) -> bool:
+    return optimizer._attachment.shared is not None
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 3.0])])
+def test_cross_entropy_on_few_samples_is_corrected_as_if_asked_for(weight):
+    def loss(scores, labels):
+        return F.cross_entropy(scores, labels, weight=weight)
+
+    model, optimizer, inputs, labels = made()
+    asked, other, *_ = made(head=True)
+    values = (
+        train(model, optimizer, inputs, labels, loss),
+        train(asked, other, inputs, labels, loss),
+    )
+    assert corrects(optimizer)
+    assert values[0] == values[1]
+    assert torch.equal(optimizer.shadow, other.shadow)
+
+
+def test_sizes_decide():
+    inputs, labels = problem()
+    model, noise = network(), dd.NoiseModel.fit(inputs, labels)
+    directions = noise.separated.mean_directions
+    count = shared_count(model[0], model[2], directions.shape[1])
+    assert count == K * (directions.shape[1] + 1) + 2 * (K + 1)
+    many = dataclasses.replace(noise, fitted_on=20 * count + 1)
+    assert is_worth_correcting(model, model[0], noise)
+    assert not is_worth_correcting(model, model[0], many)
+    assert is_worth_correcting(model, model[0], dataclasses.replace(many, fitted_on=20 * count - 1))
+    wide = nn.Sequential(nn.Linear(D, 600), nn.GELU(), nn.Linear(600, 2))
+    assert not is_worth_correcting(wide, wide[0], noise)
+    assert not is_worth_correcting(model, model[0], dd.NoiseModel.fit(inputs))
+    alone = nn.Sequential(nn.Linear(D, 2))
+    assert not is_worth_correcting(alone, alone[0], noise)
+
+
+@pytest.mark.filterwarnings("ignore:DecoupledDescent. [0-9]+ parameters that:UserWarning")
+@pytest.mark.parametrize(
+    ("classes", "loss", "between"),
+    [
+        (4, smoothed, ()),
+        (2, smoothed, ()),
+        (2, focal, ()),
+        (3, squares, ()),
+        (2, F.cross_entropy, (nn.BatchNorm1d(K),)),
+    ],
+)
+def test_what_cannot_be_followed_is_left_as_if_never_chosen(classes, loss, between):
+    runs = {}
+    for head in ("auto", False):
+        model, optimizer, inputs, labels = made(classes, *copy.deepcopy(between), head=head)
+        runs[head] = train(model, optimizer, inputs, labels, loss), optimizer
+    (value, optimizer), (expected, other) = runs["auto"], runs[False]
+    assert not corrects(optimizer)
+    assert value == expected
+    assert torch.equal(optimizer.shadow, other.shadow)
+    assert torch.equal(optimizer.noise.eigenvalues, other.noise.eigenvalues)
+
+
+def test_a_head_that_was_left_is_spoken_of():
+    model, optimizer, inputs, labels = made(4)
+    with pytest.warns(dd.StrainWarning, match="164 parameters that all samples share on 200"):
+        train(model, optimizer, inputs, labels, smoothed)
+
+
+def test_a_head_left_on_the_way_is_said_and_leaves_a_doubt_in_copies_and_states():
+    model, optimizer, inputs, labels = made(4)
+    train(model, optimizer, inputs, labels)
+    assert corrects(optimizer)
+    with pytest.warns(dd.StrainWarning, match="the correction of the head.*ends here"):
+        train(model, optimizer, inputs, labels, smoothed)
+
+    def doubts(some):
+        return some._attachment.oversight.doubts
+
+    assert doubts(optimizer) == ("The head, which over-fits, is corrected no more.",)
+    twin, again = copy.deepcopy((model, optimizer))
+    assert doubts(again) == doubts(optimizer)
+    fresh, loaded, *_ = made(4)
+    fresh.load_state_dict(model.state_dict())
+    with pytest.warns(dd.StrainWarning, match="the state is of a run that gave it up"):
+        loaded.load_state_dict(optimizer.state_dict())
+    assert doubts(loaded) == doubts(optimizer)
+    for one, its in ((model, optimizer), (twin, again), (fresh, loaded)):
+        train(one, its, inputs, labels, smoothed, steps=2)
+    assert torch.equal(optimizer.shadow, again.shadow)
+    assert torch.equal(optimizer.shadow, loaded.shadow)
+
+
+def test_a_state_without_the_head_is_taken_up_in_either_order():
+    model, optimizer, inputs, labels = made(4, head=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dd.StrainWarning)
+        train(model, optimizer, inputs, labels)
+        fresh = network(4)
+        fresh.load_state_dict(model.state_dict())
+        later = dd.DecoupledDescent(fresh.parameters(), lr=0.1, momentum=0.9)
+        later.load_state_dict(optimizer.state_dict())
+        later.attach(fresh, noise=dd.NoiseModel.fit(inputs, labels))
+        assert not corrects(later)
+        train(model, optimizer, inputs, labels)
+        train(fresh, later, inputs, labels)
+    torch.testing.assert_close(later.shadow, optimizer.shadow)
+
+
+def test_a_head_of_another_optimizer_or_changed_by_hand_is_left():
+    inputs, labels = problem()
+    model = network()
+    optimizer = dd.DecoupledDescent(model[0].parameters(), lr=0.1)
+    optimizer.attach(model, noise=dd.NoiseModel.fit(inputs, labels))
+    assert not corrects(optimizer)
+    model, optimizer, inputs, labels = made()
+    train(model, optimizer, inputs, labels)
+    with torch.no_grad():
+        model[2].weight.mul_(0.5)
+    with pytest.warns(dd.StrainWarning, match="ends here"):
+        train(model, optimizer, inputs, labels)
+
+
+def test_a_noise_model_has_both_forms_until_it_is_changed():
+    inputs, labels = problem()
+    noise = dd.NoiseModel.fit(inputs, labels)
+    apart = noise.with_means_apart()
+    torch.testing.assert_close(
+        apart.eigenvalues,
+        dd.NoiseModel.fit(inputs, labels, separate_means=True).eigenvalues,
+    )
+    assert noise.to(torch.device("cpu"), torch.float64).is_in_both_forms
+    assert noise.of(torch.arange(50)).is_in_both_forms
+    assert dataclasses.replace(noise, fingerprints=None).is_in_both_forms
+    other = dataclasses.replace(noise, eigenvalues=4 * noise.eigenvalues)
+    assert not other.is_in_both_forms
+    with pytest.raises(ValueError, match="not known apart"):
+        other.with_means_apart()
+    assert dd.NoiseModel.fit(inputs, labels, separate_means=False).separated is None
+    spread = apart.spread_over_means()
+    assert spread.dimension == noise.dimension
+    assert spread.mean_directions is None
