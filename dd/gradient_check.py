@@ -252,7 +252,9 @@ def require_unedited(
     found, found_size = _of_size_one(found)
     arrived = found @ direction.to(gradient) * (found_size / size / scale)
     delivered, tolerance = _delivered(gradient, projection.unsqueeze(1), rounding, ranks)
-    tolerance = tolerance + 4 * rounding * arrived.abs().amax() * (scale != 1)
+    # Where all rows push alike their sum is many times as large as what it is compared by; it was
+    # itself rounded, brought to another size and scaled.
+    tolerance = tolerance + 4 * rounding * arrived.abs().amax()
     if bool(((arrived - delivered).abs() <= tolerance).all()):
         return
     raise RuntimeError(

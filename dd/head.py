@@ -93,13 +93,19 @@ class Scores:
         if gradient.shape[1] != 2:
             return
         p = torch.softmax(at_least_single(self.values), 1).to(gradient)
-        first = gradient[:, 0] < 0
-        wrong = torch.where(first, p[:, 1], p[:, 0])
-        size = gradient.abs().amax(1)
+        # That of the right class may be rounded to zero.
+        first = gradient[:, 0] < gradient[:, 1]
+        size = torch.where(first, gradient[:, 1], gradient[:, 0])
+        # A gradient of zero does not tell the label, nor anything else.
+        wrong = torch.where(first, p[:, 1], p[:, 0]) * (size != 0)
+        # Squares of small probabilities would leave the range of numbers.
+        smallest = torch.finfo(wrong.dtype).tiny
+        wrong = wrong / wrong.amax().clamp_min(smallest)
+        size = size / size.abs().amax().clamp_min(smallest)
         expected = torch.zeros_like(size)
         for label in (first, ~first):
             some = torch.where(label, wrong, 0.0)
-            weight = (some * size).sum() / some.square().sum().clamp_min(1e-30)
+            weight = (some * size).sum() / some.square().sum().clamp_min(smallest)
             expected = expected + weight * some
         if bool((expected - size).norm() > _tolerance(self.gradient) * size.norm()):
             raise RuntimeError(
@@ -268,6 +274,10 @@ class SharedParameters:
             RuntimeError: if one is another.
         """
         assert scores.gradient is not None
+        smallest = torch.finfo(torch.promote_types(gradient.dtype, torch.float32)).tiny ** 0.5
+        if bool(scores.gradient.abs().amax() < smallest):
+            # Squares of these leave the range of numbers, and with them every comparison.
+            return
         scores.require_only_way(gradient, self.name)
         features = scores.features[:, : self.head.in_features]
         direction = self._direction.to(features)

@@ -30,7 +30,8 @@ def train(inputs, labels, steps, rows):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(d, 4), nn.GELU(), nn.Linear(4, 2))
     noise = dd.NoiseModel.fit(inputs, labels, bins=1, per_sample=False)
-    optimizer = dd.DecoupledDescent(model, lr=0.5, momentum=0.9, noise=noise)
+    # A probe keeps as much again.
+    optimizer = dd.DecoupledDescent(model, lr=0.5, momentum=0.9, noise=noise, curvature="stein")
     chunks, losses = dd.Chunks(inputs, labels, rows=rows), []
     for _ in range(steps):
         optimizer.zero_grad()

@@ -81,6 +81,21 @@ def test_cross_entropy_on_few_samples_is_corrected_as_if_asked_for(weight):
     assert torch.equal(optimizer.shadow, other.shadow)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sure_predictions_are_those_of_cross_entropy_still(dtype):
+    """Probabilities within rounding of one leave one of two gradients, and at last both, zero."""
+    inputs, labels = problem()
+    inputs = inputs.to(dtype)
+    inputs[:, 0] += 40 * (labels - 0.5)
+    model = network().to(dtype)
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, momentum=0.9, noise=noise)
+    train(model, optimizer, inputs, labels, steps=60)
+    with torch.no_grad():
+        assert float((model(inputs).softmax(1) == 1).any(1).double().mean()) > 0.5
+    assert corrects(optimizer)
+
+
 def test_sizes_decide():
     inputs, labels = problem()
     model, noise = network(), dd.NoiseModel.fit(inputs, labels)
