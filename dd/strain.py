@@ -7,7 +7,7 @@ __all__ = ["StrainWarning", "of_copies", "of_head", "strains"]
 MIN_SAMPLES_PER_INPUT = 0.75
 MAX_SQUARED_WIDTH_PER_SAMPLE = 4.0
 MAX_HEAD_PER_SAMPLE = 0.25
-MAX_CORRECTED_PER_SAMPLE = 1.5
+MAX_CORRECTED_PER_SAMPLE = 1.0
 # From here on the shadows are too small for their masses to matter.
 MANY_FOR_TAILS = 10
 # One copy in twenty samples took the gap to twice its floor.

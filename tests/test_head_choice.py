@@ -136,6 +136,21 @@ def test_what_cannot_be_followed_is_left_as_if_never_chosen(classes, loss, betwe
     assert torch.equal(optimizer.noise.eigenvalues, other.noise.eigenvalues)
 
 
+def test_what_goes_by_the_head_is_refused_where_it_was_asked_for():
+    model, optimizer, inputs, labels = made(2, nn.BatchNorm1d(K), head=True)
+    with pytest.raises(RuntimeError, match="in other ways than through head '3'.*head=False"):
+        train(model, optimizer, inputs, labels)
+    model, optimizer, inputs, labels = made(head=True)
+    hidden = []
+    model[1].register_forward_hook(lambda *args: hidden.append(args[2]))
+
+    def penalised(scores, labels):
+        return F.cross_entropy(scores, labels) + hidden[-1].square().mean()
+
+    with pytest.raises(RuntimeError, match="in other ways than through head '2'"):
+        train(model, optimizer, inputs, labels, penalised)
+
+
 def test_a_head_that_was_left_is_spoken_of():
     model, optimizer, inputs, labels = made(4)
     with pytest.warns(dd.StrainWarning, match="164 parameters that all samples share on 200"):

@@ -576,9 +576,9 @@ def test_frozen_and_unused_parameters_stay():
 def test_an_exception_leaves_everything_as_it_was(point):
     inputs, labels = make_problem()
     model, twin = make_model([nn.BatchNorm1d(K)]), make_model([nn.BatchNorm1d(K)])
-    noise = make_noise(inputs, labels, separate=True)
+    noise = make_noise(inputs, labels)
     done = 0 if point == "first step" else 2
-    pairs = [(m, attached(m, noise, Drawn(), head=True)) for m in (model, twin)]
+    pairs = [(m, attached(m, noise, Drawn())) for m in (model, twin)]
     for m, optimizer in pairs:
         run(m, optimizer, inputs, labels, done)
     optimizer = pairs[0][1]

@@ -29,9 +29,9 @@ def test_each_ratio_has_its_sentence(sizes, message):
 
 
 def test_what_is_corrected_may_be_more_but_not_any_number():
-    assert strains(100, 50, 4, 0, 0, corrected=150) == []
-    (found,) = strains(100, 50, 4, 0, 0, corrected=151)
-    assert "1.5 a sample) are corrected" in found
+    assert strains(100, 50, 4, 0, 0, corrected=100) == []
+    (found,) = strains(100, 50, 4, 0, 0, corrected=101)
+    assert "1 a sample) are corrected" in found
 
 
 def test_tails_matter_where_shadows_do():
