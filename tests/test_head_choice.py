@@ -138,7 +138,7 @@ def test_what_cannot_be_followed_is_left_as_if_never_chosen(classes, loss, betwe
 
 def test_what_goes_by_the_head_is_refused_where_it_was_asked_for():
     model, optimizer, inputs, labels = made(2, nn.BatchNorm1d(K), head=True)
-    with pytest.raises(RuntimeError, match="in other ways than through head '3'.*head=False"):
+    with pytest.raises(RuntimeError, match=r"in other ways than through head '3'.*head=False"):
         train(model, optimizer, inputs, labels)
     model, optimizer, inputs, labels = made(head=True)
     hidden = []
