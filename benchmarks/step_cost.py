@@ -195,14 +195,15 @@ def formula(case: Case, bins: int) -> int:
     """Operations of DD's matrix products beyond those of SGD, in one step on all samples.
 
     Q_b H for every shadow; R_cᵀR_c and R_cᵀG for Stein's curvature, or VᵀV and VᵀHV for a probe's,
-    for which torch differentiates each of the head's three products along both of its factors; and
-    the weight's gradient, as it was made and as it is now, along random directions of the inputs.
+    for which torch differentiates each of the head's three products along both of its factors; into
+    the eigenbasis of R_cᵀR_c and back for Stein's; and the weight's gradient, as it was made and as
+    it is now, along random directions of the inputs.
     """
     n, d, k, classes = case.n, case.d, case.k, 10
     total = 2 * n * k * k * (bins + 2) + 2 * PROJECTIONS * k * 2 * d
     if case.curvature == "probe":
-        total += 6 * 2 * n * k * classes
-    return total
+        return total + 6 * 2 * n * k * classes
+    return total + 4 * 2 * k**3
 
 
 def memory_limit(case: Case, bins: int) -> float:

@@ -213,14 +213,14 @@ class _SecondDerivative(Curvature):
         return scaled_by_mass(product, self._mass_of(index, product.device))
 
     def kinks(self, rows: Rows) -> Tensor | None:
-        """What kinks add, a diagonal (k, k) summed over ranks; None where R is not given."""
+        """What kinks add to the diagonal, shape (k,), over all ranks; None where R is not given."""
         if rows.preactivation is None or rows.gradient is None:
             return None
         mass = self._mass_of(rows.index, rows.gradient.device)
         both = rows.preactivation, rows.gradient
         signs = rows.ranks.sum(kink_signs(*both))
         found = kink_terms(*both, signs, mass, leaky=self.leaky).sum(-2)
-        return torch.diag(rows.ranks.sum(found))
+        return rows.ranks.sum(found)
 
     def _mass_of(self, index: Tensor | None, device: torch.device) -> Tensor | None:
         mass = self.relative_mass
@@ -255,7 +255,7 @@ class Probe(_SecondDerivative):
         found, kinks = Moments.plain(rows.observed, product, rows.ranks), self.kinks(rows)
         if kinks is None:
             return found
-        return replace(found, cross=found.cross + found.gram @ kinks.to(found.gram))
+        return replace(found, cross=found.cross + found.gram * kinks.to(found.gram))
 
     def solve(self, moments: Moments) -> Tensor:
         """Average the products over samples."""
@@ -315,7 +315,7 @@ class Exact(_SecondDerivative):
         parts = self.weighted(product.flatten(1), rows.index)
         total, kinks = ranks.sum(parts.sum(0).view(product.shape[1:])), self.kinks(rows)
         if kinks is not None:
-            total = total + kinks.to(total)
+            total = total + torch.diag(kinks).to(total)
         count = ranks.sum(total.new_tensor(float(len(product))))
         none = total[:0]
         return Moments(count, none[:, 0], none, none, torch.eye(len(total)).to(total), total)
