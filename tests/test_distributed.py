@@ -220,7 +220,7 @@ def kinks(rank):
     ranks = Ranks(dist.group.WORLD)
     estimator = Exact(masses[own])
     both = rows[own], pushes[own]
-    return estimator.kinks(Rows(both[1], both[1], None, ranks, *both)).diagonal()
+    return estimator.kinks(Rows(both[1], both[1], None, ranks, *both))
 
 
 def kinked():
