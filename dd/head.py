@@ -21,6 +21,7 @@ from dd.functional import (
     softmax_curvature,
 )
 from dd.gradient_check import require_unedited, same_weight, weight_changed
+from dd.head_choice import shared_count
 from dd.layers import find_head
 from dd.ranks import Ranks
 from dd.samples import Placement
@@ -185,8 +186,7 @@ class SharedParameters:
     def count(self) -> int:
         """Number p of the shared parameters."""
         along = 0 if self._directions is None else self._directions.shape[1]
-        layer = self.layer.out_features * (along + self._has_bias(self.layer))
-        return layer + self.head.out_features * (self.head.in_features + self._has_bias(self.head))
+        return shared_count(self.layer, self.head, along)
 
     def _has_bias(self, linear: nn.Linear) -> bool:
         return any(parameter is linear.bias for parameter, _ in self.parts)

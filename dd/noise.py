@@ -278,7 +278,7 @@ class NoiseModel:
             relative_mass=some(self.relative_mass),
             fingerprints=some(self.fingerprints),
         )
-        return some_of_all._with(None if self.separated is None else self.separated.of(rows))
+        return some_of_all._with(self._apart.of(rows) if self._apart else None)
 
     def __str__(self) -> str:
         """One line: bins, effective rank (tr Σ)²/tr Σ², n/d, and how the norms vary."""
@@ -344,12 +344,17 @@ class NoiseModel:
             ),
             fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
         )
-        return moved._with(None if self.separated is None else self.separated.to(device, dtype))
+        return moved._with(self._apart.to(device, dtype) if self._apart else None)
 
     def _with(self, separated: "NoiseModel | None") -> "NoiseModel":
         """The same model with its other form."""
         known = None if separated is None else self._measured
         return replace(self, separated=separated, separated_from=known)
+
+    @property
+    def _apart(self) -> "NoiseModel | None":
+        """The other form, where it is that of this very noise."""
+        return self.separated if self.is_in_both_forms else None
 
     @property
     def _measured(self) -> tuple[Tensor | None, ...]:

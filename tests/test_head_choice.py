@@ -224,6 +224,8 @@ def test_a_noise_model_has_both_forms_until_it_is_changed():
     assert dataclasses.replace(noise, fingerprints=None).is_in_both_forms
     other = dataclasses.replace(noise, eigenvalues=4 * noise.eigenvalues)
     assert not other.is_in_both_forms
+    assert not other.to(torch.device("cpu"), torch.float64).is_in_both_forms
+    assert not other.of(torch.arange(50)).is_in_both_forms
     with pytest.raises(ValueError, match="not known apart"):
         other.with_means_apart()
     assert dd.NoiseModel.fit(inputs, labels, separate_means=False).separated is None
