@@ -1,11 +1,13 @@
 """Inputs around their component means, a few rows or columns at a time."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dd.copies import count_copies
 from dd.fingerprint import PROJECTIONS, fingerprint
 from dd.functional import at_least_single, component_sums
 
@@ -84,6 +86,11 @@ class CentredInputs:
     def dimension(self) -> int:
         """Input dimension d, less the directions taken out."""
         return self.shape[1] - (0 if self.directions is None else self.directions.shape[1])
+
+    @cached_property
+    def copies(self) -> int:
+        """How many samples are copies of others, or nearly so."""
+        return count_copies(self.fingerprints, self.rows)
 
     def rows(self, index: Tensor) -> Tensor:
         """Some x, not centred, shape (m, d), by their indices, shape (m,)."""

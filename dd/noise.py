@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dd.centred import CentredInputs
 from dd.checks import check_count
-from dd.copies import count_copies
 from dd.quadrature import nodes
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
 
@@ -211,7 +210,7 @@ class NoiseModel:
             norm_variation=float(relative.double().std(correction=0)),
             mean_directions=None if directions is None else directions.to(like),
             fingerprints=centred.fingerprints,
-            copies=count_copies(centred.fingerprints, centred.rows),
+            copies=centred.copies,
         )
 
     @property
