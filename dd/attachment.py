@@ -31,7 +31,7 @@ from dd.gradient_check import (
     weight_changed,
 )
 from dd.head import SharedParameters
-from dd.head_choice import AUTO, is_worth_correcting
+from dd.head_choice import AUTO, form_to_correct, worth_correcting
 from dd.layers import blamed_modules, find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
@@ -164,11 +164,14 @@ class Attachment:
         self.name, self.layer = find_layer(module, layer)
         # A head that nobody asked for is corrected as long as the loop allows it.
         self.head_is_optional = head == AUTO
-        if head == AUTO:
-            head = bins is None and is_worth_correcting(module, self.layer, noise)
         self.noise_of_all = noise
-        if noise is not None and head is not False and noise.is_in_both_forms:
-            noise = noise.with_means_apart()
+        if head == AUTO:
+            chosen = None
+            if bins is None:
+                chosen = worth_correcting(module, self.layer, noise, curvature)
+            noise, head = chosen or noise, chosen is not None
+        elif noise is not None and head is not False and noise.is_in_both_forms:
+            noise = form_to_correct(module, self.layer, head, noise, curvature)
         self.has_left_head = False
         self._curvature = curvature
         self.noise = self.given_noise = noise
@@ -300,8 +303,11 @@ class Attachment:
         if not begun:
             self.given_noise = self.noise_of_all
         assert self.given_noise is not None
-        if self.given_noise.mean_directions is not None:
-            # As many bins as the shadows have, now for all directions.
+        # As many bins as the shadows have, now for all directions.
+        if self.given_noise.is_followed_exactly:
+            assert self.noise_of_all is not None
+            self.given_noise = self.noise_of_all.in_one_bin()
+        elif self.given_noise.mean_directions is not None:
             self.given_noise = self.given_noise.spread_over_means()
         self._fit_noise_of_all()
         if not begun:
@@ -453,7 +459,8 @@ class Attachment:
             shadow = self.shadows.of(state, placement)
         correct = correct_preactivation_ if self._is_alone_with(output) else corrected_preactivation
         corrected = correct(output, shadow)
-        self.oversight.look_at_shadows(self, shadow, corrected)
+        if self.shared is None:
+            self.oversight.look_at_shadows(self, shadow.sum(0), corrected)
         return corrected
 
     @property

@@ -5,7 +5,7 @@ from torch import nn
 from dd.layers import find_head
 from dd.noise import NoiseModel
 
-__all__ = ["AUTO", "is_worth_correcting", "shared_count", "uncorrected_count"]
+__all__ = ["AUTO", "form_to_correct", "shared_count", "uncorrected_count", "worth_correcting"]
 
 AUTO = "auto"
 
@@ -14,34 +14,86 @@ AUTO = "auto"
 FEWEST_PER_SAMPLE = 0.05
 # n p² beyond this takes a large part of a second a step on two cores.
 MOST_WORK = 5e8
+# With fewer samples an input, or more directions of noise for all units together, the samples' own
+# part in H_ψ, which the bins' λH does not have, takes off more than bins lose where the noise is
+# not Gaussian (docs/theory.md, section 7).
+MANY_PER_INPUT = 20
+MOST_DIRECTIONS_PER_SAMPLE = 0.5
 
 
-def is_worth_correcting(module: nn.Module, layer: nn.Linear, noise: NoiseModel | None) -> bool:
-    """Whether the head is to be corrected, by the sizes of model and data.
+def worth_correcting(
+    module: nn.Module, layer: nn.Linear, noise: NoiseModel | None, curvature: str = AUTO
+) -> NoiseModel | None:
+    """The noise model to correct the head with, by the sizes of model and data, or None for not.
 
-    It is where what all samples share is much for the samples and not too much to follow, and the
-    noise model knows the component means, along which the decoupled layer over-fits as a head does.
+    The head is corrected where what all samples share is much for the samples and not too much to
+    follow, and the noise model knows the component means, along which the decoupled layer over-fits
+    as a head does.
 
     Args:
         module: the model.
         layer: the decoupled layer.
         noise: the noise model, or None where one will be fitted without components.
+        curvature: which estimate the decoupled layer is to go by; what needs none is chosen where
+            that is "auto".
     """
     if noise is None or noise.fitted_on is None:
-        return False
+        return None
     if noise.mean_directions is not None:
         # Only the head's correction follows what this model leaves out.
-        return True
-    if noise.separated is None or not noise.is_in_both_forms:
-        return False
+        return noise
+    if not noise.is_in_both_forms:
+        return None
     try:
         head = find_head(module, layer, choice=True)[1]
     except (ValueError, TypeError):
-        return False
-    directions = noise.separated.mean_directions
-    assert directions is not None
-    n, count = noise.fitted_on, shared_count(layer, head, directions.shape[1])
-    return FEWEST_PER_SAMPLE * n < count and n * count**2 <= MOST_WORK
+        return None
+    n = noise.fitted_on
+    for form in _forms(noise, layer, curvature):
+        count = _count(form, layer, head)
+        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= MOST_WORK:
+            return form
+    return None
+
+
+def form_to_correct(
+    module: nn.Module,
+    layer: nn.Linear,
+    choice: bool | nn.Module | str,
+    noise: NoiseModel,
+    curvature: str = AUTO,
+) -> NoiseModel:
+    """The noise model to correct the head with where that was asked for.
+
+    Args:
+        module: the model.
+        layer: the decoupled layer.
+        choice: as in :func:`dd.layers.find_head`.
+        noise: in both forms.
+        curvature: as of :func:`worth_correcting`.
+
+    Raises:
+        ValueError: if there is no head.
+        TypeError: if it is not an ``nn.Linear``.
+    """
+    head, n = find_head(module, layer, choice)[1], noise.fitted_on or 0
+    *exact, apart = _forms(noise, layer, curvature)
+    affordable = [f for f in exact if n * _count(f, layer, head) ** 2 <= MOST_WORK]
+    return affordable[0] if affordable else apart
+
+
+def _forms(noise: NoiseModel, layer: nn.Linear, curvature: str) -> list[NoiseModel]:
+    """Forms of a noise model that go with the head's correction, the most exact first."""
+    apart, n = noise.with_means_apart(), noise.fitted_on or 0
+    directions = layer.out_features * noise.effective_rank
+    many = n >= MANY_PER_INPUT * layer.in_features and directions <= MOST_DIRECTIONS_PER_SAMPLE * n
+    many = many and curvature == AUTO
+    return [apart.with_every_direction_apart(), apart] if many else [apart]
+
+
+def _count(form: NoiseModel, layer: nn.Linear, head: nn.Linear) -> int:
+    assert form.mean_directions is not None
+    return shared_count(layer, head, form.mean_directions.shape[1])
 
 
 def shared_count(layer: nn.Linear, head: nn.Linear, means: int) -> int:

@@ -35,14 +35,15 @@ class NoiseModel:
     Attributes:
         eigenvalues: λ, noise variance per coordinate of each bin, in squared input units,
             shape (B,).
-        multiplicities: ν, dimension of each bin, shape (B,), positive and not whole numbers in
+        multiplicities: ν, dimension of each bin, shape (B,), not negative and not whole numbers in
             general; with m they sum to the input dimension d.
         components: component of each sample in the order of the training batch, shape (n,),
             integers from 0; None when the components are unknown.
         relative_mass: ‖z_i‖² over its mean, in the order of the training batch, shape (n,); None
             where every sample carries the same.
-        mean_directions: orthonormal basis of the span of the component means, shape (d, m), where
-            the bins describe the noise in its complement alone; None where they describe all of it.
+        mean_directions: orthonormal basis, shape (d, m), of what is followed exactly: the span of
+            the component means, where the bins describe the noise in its complement alone, or all
+            of the inputs' space, where they describe nothing. None where they describe all.
         fitted_on: number of samples that the model was fitted on, or None.
         norm_variation: standard deviation of ‖z_i‖² over its mean, or None where not measured.
         fingerprints: of the samples that the model was fitted on, shape (n, 3), by which a training
@@ -81,20 +82,22 @@ class NoiseModel:
                 f"NoiseModel: eigenvalues must be finite and not negative, got {self.eigenvalues}; "
                 "clip rounding errors at 0"
             )
-        if not bool((self.multiplicities > 0).all()):
+        if not bool((self.multiplicities >= 0).all()):
             raise ValueError(
-                f"NoiseModel: multiplicities must be positive, got {self.multiplicities}"
+                f"NoiseModel: multiplicities must not be negative, got {self.multiplicities}"
             )
         if self.components is not None:
             _as_components(self.components, len(self.components))
         if self.relative_mass is not None:
             _check_relative_mass(self.relative_mass, self.components)
         directions = self.mean_directions
-        if directions is not None and (directions.dim() != 2 or len(directions) != self.dimension):
+        in_bins = float(self.multiplicities.sum())
+        if directions is not None and (
+            directions.dim() != 2 or len(directions) != directions.shape[1] + round(in_bins)
+        ):
             raise ValueError(
-                f"NoiseModel: expected mean_directions of shape (d, m), d = m + "
-                f"{float(self.multiplicities.sum()):g} dimensions in bins; got "
-                f"{tuple(directions.shape)}"
+                f"NoiseModel: expected mean_directions of shape (d, m), d = m + {in_bins:g} "
+                f"dimensions in bins; got {tuple(directions.shape)}"
             )
 
     @classmethod
@@ -239,10 +242,32 @@ class NoiseModel:
             copies=self.copies,
         )
 
+    def with_every_direction_apart(self) -> "NoiseModel":
+        """The same samples in a space whose every direction is followed exactly: no noise is left.
+
+        What follows the directions knows each sample's own place there, so that nothing is assumed
+        of the noise.
+        """
+        like = self.eigenvalues
+        return replace(
+            self,
+            eigenvalues=like.new_zeros(1),
+            multiplicities=like.new_zeros(1),
+            mean_directions=torch.eye(self.dimension, dtype=like.dtype, device=like.device),
+            relative_mass=None,
+            separated=None,
+            separated_from=None,
+        )
+
     def spread_over_means(self) -> "NoiseModel":
         """The same bins over all dimensions, those of the component means included."""
         share = self.dimension / float(self.multiplicities.sum())
         return replace(self, multiplicities=share * self.multiplicities, mean_directions=None)
+
+    def in_one_bin(self) -> "NoiseModel":
+        """The same noise as if it were isotropic."""
+        total = self.multiplicities.sum().reshape(1)
+        return replace(self, eigenvalues=self.mass.sum() / total, multiplicities=total)
 
     def of(self, rows: Tensor) -> "NoiseModel":
         """Return the same noise with what is known of some samples alone.
@@ -293,11 +318,19 @@ class NoiseModel:
             parts.append(f"norm variation {self.norm_variation:.2f} (Gaussian {gaussian:.2f})")
         if self.components is not None:
             parts.append(f"{int(self.components.max()) + 1} components")
-        if self.mean_directions is not None:
+        if self.is_followed_exactly:
+            parts = [f"{d} inputs, all followed exactly", *parts[2:]]
+        elif self.mean_directions is not None:
             parts.append(f"{self.mean_directions.shape[1]} directions of their means apart")
         if self.relative_mass is not None:
             parts.append("a mass for every sample")
         return "noise model: " + ", ".join(parts)
+
+    @property
+    def is_followed_exactly(self) -> bool:
+        """Whether no direction is left to the bins."""
+        directions = self.mean_directions
+        return directions is not None and directions.shape[0] == directions.shape[1]
 
     @property
     def effective_rank(self) -> float:
@@ -314,8 +347,9 @@ class NoiseModel:
     @property
     def dimension(self) -> int:
         """Input dimension d."""
-        separated = 0 if self.mean_directions is None else self.mean_directions.shape[1]
-        return round(float(self.multiplicities.sum())) + separated
+        if self.mean_directions is not None:
+            return len(self.mean_directions)
+        return round(float(self.multiplicities.sum()))
 
     @property
     def num_samples(self) -> int | None:

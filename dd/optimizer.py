@@ -80,7 +80,10 @@ class DecoupledDescent(torch.optim.SGD):
             weights along the component means; for softmax cross-entropy. Takes n p numbers and
             n p² operations a step, p the number of these weights. ``"auto"``: where ``lr`` is a
             number, ``noise`` was fitted with the components, p is more than a twentieth of the
-            samples and n p² at most 5·10⁸, as long as loss and loop allow it, on one process.
+            samples and n p² at most 5·10⁸, as long as loss and loop allow it, on one process. Where
+            inputs are few for the samples (n ≥ 20 d and 2 k times the noise's effective rank), both
+            follow all of the decoupled layer so, and nothing is assumed of the noise; unless
+            ``curvature`` is given.
         seed: of the curvature probes; the global generators are left alone.
         decoupled_weight_decay: shrink the parameters by lr · weight_decay themselves, outside of
             momentum (Loshchilov and Hutter 2019), instead of adding the decay to the gradient.

@@ -97,7 +97,7 @@ class Oversight:
 
         Args:
             attachment: with its noise model fitted and the samples known.
-            shadow: Q of some samples, shape (B, m, k).
+            shadow: what corrects some samples' pre-activations, shape (m, k).
             preactivation: R of these, shape (m, k).
 
         Warns:

@@ -37,8 +37,10 @@ def largest_share(noise: NoiseModel, num_samples: int) -> float:
     """
     mass = noise.relative_mass
     tails = 1.0 if mass is None else float(mass.double().square().mean().sqrt())
-    dimension = float(noise.multiplicities.sum())
-    return min(MOST, MARGIN * math.sqrt(dimension / num_samples) * tails)
+    if noise.is_followed_exactly and noise.norm_variation is not None:
+        # Every sample's own mass is in its coordinates.
+        tails = math.hypot(1.0, noise.norm_variation)
+    return min(MOST, MARGIN * math.sqrt(noise.dimension / num_samples) * tails)
 
 
 def of_share(share: float) -> str:
@@ -90,7 +92,7 @@ class ShadowSizeWatch:
         """Take some rows into account; returns whether they show, for the first time, too much.
 
         Args:
-            shadow: Q, shape (B, m, k).
+            shadow: what corrects the rows, shape (m, k).
             preactivation: R, shape (m, k).
             limit: :func:`largest_share`.
             num_samples: n.
@@ -99,7 +101,7 @@ class ShadowSizeWatch:
             return False
         some = slice(None, None, -(-len(preactivation) // ROWS))
         rows = at_least_single(preactivation.detach()[some])
-        self._squares[0] += float(shadow[:, some].sum(0).square().sum())
+        self._squares[0] += float(at_least_single(shadow[some]).square().sum())
         self._squares[1] += float((rows - rows.mean(0)).square().sum()) * _unbiased(len(rows))
         self._rows += len(rows)
         if self._rows < min(FEWEST, num_samples):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dd.curvature import has_leaky_kinks
-from dd.head_choice import AUTO, is_worth_correcting
+from dd.head_choice import AUTO, worth_correcting
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.shadow_size import largest_share, shares
@@ -135,7 +135,8 @@ class Chunk:
         layer = next(self._model.children())
         assert isinstance(layer, nn.Linear)
         if optimizer._head == AUTO and any(
-            is_worth_correcting(self._model, layer, noise) for noise in models
+            worth_correcting(self._model, layer, noise, optimizer._curvature) is not None
+            for noise in models
         ):
             raise ValueError(
                 f"run_trials: optimizers[{name!r}]: these samples are few for the head, which "

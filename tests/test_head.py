@@ -112,15 +112,16 @@ def test_shared_shadow_gradient_removes_the_samples_own_push():
 
 
 @create_graph_warns
-def test_equals_the_slow_twin():
+@pytest.mark.parametrize("apart", [2, D], ids=["the means", "every direction"])
+def test_equals_the_slow_twin(apart):
     inputs, labels = make_problem(n=15)
     model = make_model()
     g = torch.Generator().manual_seed(3)
-    directions = torch.linalg.qr(torch.randn(D, 2, generator=g, dtype=torch.float64))[0]
+    directions = torch.linalg.qr(torch.randn(D, apart, generator=g, dtype=torch.float64))[0]
     variance, rates = 0.7, [0.3, 0.2, 0.3, 0.1]
     noise = dd.NoiseModel(
         torch.tensor([variance], dtype=torch.float64),
-        torch.tensor([D - 2]),
+        torch.tensor([D - apart]),
         mean_directions=directions,
     )
     covariance = variance * (torch.eye(D).double() - directions @ directions.T)

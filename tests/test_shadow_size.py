@@ -105,8 +105,8 @@ def test_the_share_is_that_of_all_bins_against_the_spread():
     watch = ShadowSizeWatch()
     spread = float(rows.var(0).sum())
     expected = math.sqrt(float(bins.sum(0).square().sum(1).mean()) / spread)
-    assert not watch.look(bins, rows, expected * 1.001, 500)
-    assert watch.look(bins, rows, expected * 0.999, 500)
+    assert not watch.look(bins.sum(0), rows, expected * 1.001, 500)
+    assert watch.look(bins.sum(0), rows, expected * 0.999, 500)
     assert watch.found == pytest.approx(expected, rel=1e-12)
     assert float(shares(bins.sum(0)[None], rows[None])) == pytest.approx(expected, rel=1e-12)
 
@@ -114,8 +114,8 @@ def test_the_share_is_that_of_all_bins_against_the_spread():
 def test_it_is_told_once():
     rows = normal(300, 3)
     watch = ShadowSizeWatch()
-    assert watch.look(rows[None], rows, 0.5, 300)
-    assert not watch.look(5 * rows[None], rows, 0.5, 300)
+    assert watch.look(rows, rows, 0.5, 300)
+    assert not watch.look(5 * rows, rows, 0.5, 300)
     assert watch.found == pytest.approx(1.0, rel=0.01)
 
 
@@ -124,7 +124,7 @@ def test_of_many_rows_some_are_looked_at():
     rows, shadow = normal(5000, 2), torch.full((1, 5000, 2), 9.0, dtype=torch.float64)
     shadow[:, ::3] = 0.1
     watch = ShadowSizeWatch()
-    assert not watch.look(shadow, rows, 0.5, 5000)
+    assert not watch.look(shadow[0], rows, 0.5, 5000)
     assert float(shares(shadow, rows[None])) == pytest.approx(0.1, rel=0.05)
 
 
@@ -134,18 +134,18 @@ def test_mini_batches_accumulate():
     for number in range(8):
         rows = normal(32, 4, seed=number)
         size = 2.0 if number == 0 else 0.1
-        assert not watch.look(size * rows[None], rows, 0.9, 10_000)
+        assert not watch.look(size * rows, rows, 0.9, 10_000)
     assert watch.found is None
     for number in range(8):
         rows = normal(32, 4, seed=number)
-        assert watch.look(1.5 * rows[None], rows, 0.9, 10_000) == (number == 7)
+        assert watch.look(1.5 * rows, rows, 0.9, 10_000) == (number == 7)
     assert watch.found == pytest.approx(1.5, rel=0.02)
 
 
 def test_fewer_samples_than_a_look_takes_are_looked_at_together():
     watch, rows = ShadowSizeWatch(), normal(20, 4)
-    assert not watch.look(rows[None], rows, 0.5, 40)
-    assert watch.look(rows[None], rows, 0.5, 40)
+    assert not watch.look(rows, rows, 0.5, 40)
+    assert watch.look(rows, rows, 0.5, 40)
 
 
 @pytest.mark.parametrize(
@@ -155,18 +155,18 @@ def test_fewer_samples_than_a_look_takes_are_looked_at_together():
 )
 def test_what_has_no_share(shadow, preactivation, found):
     watch, rows = ShadowSizeWatch(), normal(300, 3)
-    assert watch.look(shadow * rows[None], preactivation * rows, 0.9, 300) == (found is not None)
+    assert watch.look(shadow * rows, preactivation * rows, 0.9, 300) == (found is not None)
     assert watch.found == found
     # What came before leaves nothing behind.
     if found is None:
-        assert watch.look(rows[None], rows, 0.9, 300)
+        assert watch.look(rows, rows, 0.9, 300)
     batched = float(shares(shadow * rows[None], preactivation * rows[None]))
     assert (batched > 0.9) == (found is not None)
 
 
 def test_one_sample_has_no_share():
     watch, rows = ShadowSizeWatch(), normal(1, 3)
-    assert not watch.look(rows[None], rows, 0.1, 300)
+    assert not watch.look(rows, rows, 0.1, 300)
     assert shares(rows[None], rows[None]).isnan().all()
 
 
@@ -174,10 +174,10 @@ def test_what_was_found_is_saved():
     rows = normal(300, 3)
     one, other = ShadowSizeWatch(), ShadowSizeWatch()
     other.load_state_dict(one.state_dict())
-    assert other.look(rows[None], rows, 0.5, 300)
+    assert other.look(rows, rows, 0.5, 300)
     one.load_state_dict(other.state_dict())
     assert one.found == other.found
-    assert not one.look(rows[None], rows, 0.5, 300)
+    assert not one.look(rows, rows, 0.5, 300)
 
 
 # --- End to end -------------------------------------------------------------------------------
