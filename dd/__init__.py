@@ -9,7 +9,7 @@ from dd.chunks import Chunks
 from dd.components import find_components
 from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
-from dd.line_step import NoSignalWarning
+from dd.line_step import NoSignalWarning, SearchWarning
 from dd.mixture import GaussianMixture
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
@@ -33,6 +33,7 @@ __all__ = [
     "GaussianMixture",
     "NoSignalWarning",
     "NoiseModel",
+    "SearchWarning",
     "ShadowWarning",
     "StrainWarning",
     "Trials",

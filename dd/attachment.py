@@ -158,6 +158,8 @@ class Attachment:
         head: bool | nn.Module | str = False,
         bins: int | None = None,
         process_group: Any = None,
+        *,
+        searches: bool = False,
     ) -> None:
         self.module = module
         self._bins = bins
@@ -168,10 +170,10 @@ class Attachment:
         if head == AUTO:
             chosen = None
             if bins is None:
-                chosen = worth_correcting(module, self.layer, noise, curvature)
+                chosen = worth_correcting(module, self.layer, noise, curvature, searches=searches)
             noise, head = chosen or noise, chosen is not None
         elif noise is not None and head is not False and noise.is_in_both_forms:
-            noise = form_to_correct(module, self.layer, head, noise, curvature)
+            noise = form_to_correct(module, self.layer, head, noise, curvature, searches=searches)
         self.has_left_head = False
         self._curvature = curvature
         self.noise = self.given_noise = noise

@@ -8,6 +8,8 @@ moments, which can be pooled over micro-batches, processes and steps, and from t
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -233,11 +235,32 @@ class Probe(_SecondDerivative):
     forward_mode = draws = True
     # More would lag behind, fewer leave the noise of the probe: each biases the shadows.
     pooled_rows = 16
+    _unit: int | None = None
+
+    @contextmanager
+    def along(self, unit: int) -> Iterator[None]:
+        """Draw probes along one unit for a while, whose products are a column of H."""
+        self._unit = unit
+        try:
+            yield
+        finally:
+            self._unit = None
 
     def observe(self, preactivation: Tensor, seed: int) -> Tensor:
         """Draw the probe."""
         generator = torch.Generator(preactivation.device).manual_seed(seed)
-        return rademacher(preactivation, generator)
+        if self._unit is None:
+            return rademacher(preactivation, generator)
+        # Signs of their own keep apart samples that depend on each other, as in a batch norm.
+        found = torch.zeros_like(preactivation)
+        found[:, self._unit] = rademacher(preactivation[:, 0], generator)
+        return found
+
+    def column(self, rows: Rows) -> Tensor:
+        """The column of H that a pass :meth:`along` a unit gives, shape (k,), kinks left out."""
+        product = self.weighted(rows.product, rows.index)
+        signs = rows.observed.sum(1, keepdim=True)
+        return (signs * product).sum(0)
 
     def product(self, observed: Tensor, backward: Backward) -> Tensor:
         """Return the product that came back as the gradient's tangent.

@@ -12,8 +12,9 @@ AUTO = "auto"
 # Below this share of the samples the over-fitting of what all share is within the sampling error
 # (docs/when-to-trust.md, the table of the head's choice).
 FEWEST_PER_SAMPLE = 0.05
-# n p² beyond this takes a large part of a second a step on two cores.
-MOST_WORK = 5e8
+# n p² beyond this takes a large part of a second a step on two cores. A search, whose steps are few
+# and take as long for other reasons, may take more.
+MOST_WORK, MOST_WORK_OF_SEARCH = 5e8, 2e9
 # With fewer samples an input, or more directions of noise for all units together, the samples' own
 # part in H_ψ, which the bins' λH does not have, takes off more than bins lose where the noise is
 # not Gaussian (docs/theory.md, section 7).
@@ -22,7 +23,12 @@ MOST_DIRECTIONS_PER_SAMPLE = 0.5
 
 
 def worth_correcting(
-    module: nn.Module, layer: nn.Linear, noise: NoiseModel | None, curvature: str = AUTO
+    module: nn.Module,
+    layer: nn.Linear,
+    noise: NoiseModel | None,
+    curvature: str = AUTO,
+    *,
+    searches: bool = False,
 ) -> NoiseModel | None:
     """The noise model to correct the head with, by the sizes of model and data, or None for not.
 
@@ -36,6 +42,7 @@ def worth_correcting(
         noise: the noise model, or None where one will be fitted without components.
         curvature: which estimate the decoupled layer is to go by; what needs none is chosen where
             that is "auto".
+        searches: whether steps are searched for, which are too long for what needs none.
     """
     if noise is None or noise.fitted_on is None:
         return None
@@ -48,10 +55,10 @@ def worth_correcting(
         head = find_head(module, layer, choice=True)[1]
     except (ValueError, TypeError):
         return None
-    n = noise.fitted_on
-    for form in _forms(noise, layer, curvature):
+    n, most = noise.fitted_on, MOST_WORK_OF_SEARCH if searches else MOST_WORK
+    for form in _forms(noise, layer, exact=curvature == AUTO and not searches):
         count = _count(form, layer, head)
-        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= MOST_WORK:
+        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= most:
             return form
     return None
 
@@ -62,6 +69,8 @@ def form_to_correct(
     choice: bool | nn.Module | str,
     noise: NoiseModel,
     curvature: str = AUTO,
+    *,
+    searches: bool = False,
 ) -> NoiseModel:
     """The noise model to correct the head with where that was asked for.
 
@@ -70,25 +79,25 @@ def form_to_correct(
         layer: the decoupled layer.
         choice: as in :func:`dd.layers.find_head`.
         noise: in both forms.
-        curvature: as of :func:`worth_correcting`.
+        curvature: as of :func:`worth_correcting`, as is the next.
+        searches: whether steps are searched for.
 
     Raises:
         ValueError: if there is no head.
         TypeError: if it is not an ``nn.Linear``.
     """
     head, n = find_head(module, layer, choice)[1], noise.fitted_on or 0
-    *exact, apart = _forms(noise, layer, curvature)
+    *exact, apart = _forms(noise, layer, exact=curvature == AUTO and not searches)
     affordable = [f for f in exact if n * _count(f, layer, head) ** 2 <= MOST_WORK]
     return affordable[0] if affordable else apart
 
 
-def _forms(noise: NoiseModel, layer: nn.Linear, curvature: str) -> list[NoiseModel]:
+def _forms(noise: NoiseModel, layer: nn.Linear, *, exact: bool) -> list[NoiseModel]:
     """Forms of a noise model that go with the head's correction, the most exact first."""
     apart, n = noise.with_means_apart(), noise.fitted_on or 0
     directions = layer.out_features * noise.effective_rank
     many = n >= MANY_PER_INPUT * layer.in_features and directions <= MOST_DIRECTIONS_PER_SAMPLE * n
-    many = many and curvature == AUTO
-    return [apart.with_every_direction_apart(), apart] if many else [apart]
+    return [apart.with_every_direction_apart(), apart] if exact and many else [apart]
 
 
 def _count(form: NoiseModel, layer: nn.Linear, head: nn.Linear) -> int:

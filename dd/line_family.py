@@ -20,7 +20,7 @@ from dd.attachment import Attachment
 from dd.functional import at_least_single
 from dd.head import row_products
 from dd.line_parts import Part, Responses
-from dd.line_search import Point
+from dd.line_search import STILL, Point
 from dd.product_cache import require_all_again
 from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
 from dd.training_forward import full_precision
@@ -120,7 +120,6 @@ class LineFamily:
         self.gram = (rows @ rows.mT / rows.shape[1]).double().cpu()
         self.head_sizes = (_norm(self._starts), _norm([part.descent for part in self._others]))
 
-    @torch.no_grad()
     def evaluate(self, point: Point) -> tuple[float, Tensor]:
         """Loss at a point and its derivative in (a, s, r, q, t), shape (5,), float64.
 
@@ -130,26 +129,29 @@ class LineFamily:
         Raises:
             RuntimeError: if the loss does not depend on the decoupled layer.
         """
+        return self._evaluate(self._responses, point)
+
+    @torch.no_grad()
+    def _evaluate(self, responses: Responses, point: Point) -> tuple[float, Tensor]:
         nowhere = torch.inf, torch.zeros(5, dtype=torch.float64)
         if not point.is_finite:
             return nowhere
         self._place_others(point.head)
-        variables = point.vector.to(self._responses.layer[0])
+        variables = point.vector.to(responses.layer[0])
         with self._rewind.call():
-            loss, derivative = self._call(self._responses, variables)
+            loss, derivative = self._call(responses, variables)
             derivative[-1] += self._along_others()
         if not (torch.isfinite(loss) and derivative.isfinite().all()):
             return nowhere
         return float(loss), derivative
 
-    @torch.no_grad()
     def plain_loss(self) -> float:
         """Loss of the present state without any correction."""
-        self._place_others(0.0)
-        uncorrected = Responses([self._responses.product], self._responses.product)
-        with self._rewind.call():
-            loss, _ = self._call(uncorrected, self._responses.product.new_tensor([1.0, 0.0]))
-        return float(loss)
+        return self.evaluate_plain(STILL)[0]
+
+    def evaluate_plain(self, point: Point) -> tuple[float, Tensor]:
+        """The same as :meth:`evaluate` without any correction: of the plain network's own loss."""
+        return self._evaluate(Responses(self._responses.plain, self._responses.plain), point)
 
     def _place_others(self, head: float) -> None:
         """Put every parameter but the decoupled weights where a step of the head leads."""

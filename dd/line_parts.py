@@ -84,14 +84,14 @@ class Responses:
 
     Attributes:
         layer: R, S, RP and SP⁺, each (n, k), the layer's bias and its shadow left out.
-        product: XW, shape (n, k).
+        plain: XW, XD, XWP and XDP⁺, each (n, k), the layer's bias left out.
         bias_shadow: shadow of the layer's bias, and how it descends, each (n, k); or none.
         head: shadow of the head's weight, and how it descends, each (n, C, f); or none.
         head_bias: that of its bias, each (n, C); or none.
     """
 
     layer: Sequence[Tensor]
-    product: Tensor
+    plain: Sequence[Tensor]
     bias_shadow: Sequence[Tensor] = ()
     head: Sequence[Tensor] = ()
     head_bias: Sequence[Tensor] = ()
@@ -117,15 +117,16 @@ def responses_of(
             found[id(layer), PRODUCT], found[id(layer), "shadow"], strict=True
         )
     )
+    plain = _of_layer(*found[id(layer), PRODUCT], maps)
     if shared is None:
-        return Responses(_of_layer(present, descent, maps), found[id(layer), PRODUCT][0])
+        return Responses(_of_layer(present, descent, maps), plain)
     assert signal is not None
     omega, omega_descent = found[id(layer), "signal_shadow"]
     present = present + row_products(omega, signal).to(present.dtype)
     descent = descent + row_products(omega_descent, signal).to(descent.dtype)
     return Responses(
         _of_layer(present, descent, maps),
-        found[id(layer), PRODUCT][0],
+        plain,
         found.get((id(shared.layer.bias), "shadow"), ()),
         found[id(shared.head.weight), "shadow"],
         found.get((id(shared.head.bias), "shadow"), ()),

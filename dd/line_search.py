@@ -70,6 +70,9 @@ class Family(Protocol):
         Where either is not finite the loss is infinite and the derivative zero.
         """
 
+    def evaluate_plain(self, point: Point) -> tuple[float, Tensor]:
+        """The same without any correction."""
+
     def plain_loss(self) -> float:
         """Loss of the present state without any correction."""
 
@@ -83,8 +86,10 @@ class Policy(Protocol):
         Args:
             family: where the step may lead.
             memory: what the policy keeps from step to step; saved with the optimizer's state.
-                ``"informed"`` tells that the weights know of the signal, ``"searching"`` that
-                from now on every step goes down, ``"lost"`` that no signal was found.
+                ``"informed"`` tells whether the weights know of the signal, ``"searching"`` that
+                from now on every step goes down, ``"lost"`` that no signal was found,
+                ``"excess"`` by how much the plain loss at the point exceeds the tracked one, over
+                the highest loss so far.
         """
 
 
@@ -127,11 +132,13 @@ class LineSearch:
     def choose(self, family: Family, memory: dict[str, float]) -> Point:
         """Return the best point seen, as :class:`Policy` describes."""
         rotations, renewals = memory.get("rotations", 0.0), memory.get("renewals", 0.0)
+        memory["highest"] = max(memory.get("highest", 0.0), abs(family.loss))
         if memory.get("lost"):
             return STILL
         if not memory.get("informed"):
             without, point = _without_weights(family)
             constant = memory["constant"] = min(memory.get("constant", math.inf), without)
+            memory["informed"] = 0.0
             if rotations > 0 and not _is_informed(family, constant, memory):
                 return self._turned_again(family, point, memory)
             if rotations == 0 and family.loss >= _INFORMED * constant:
@@ -141,11 +148,11 @@ class LineSearch:
         # Weights that many rotations led to were renewed on the way; informed ones are the user's.
         if rotations == 1 and renewals < _RENEWALS:
             memory["renewals"] = renewals + 1
-            loss, point = self._renewed(family)
+            loss, point = self._renewed(family, memory)
             if loss < math.inf:
                 return point
         memory["searching"] = 1.0
-        return self._lowest(family, STILL, [0, 1, 2, 3, 4])[1]
+        return self._lowest(family, STILL, [0, 1, 2, 3, 4], memory)[1]
 
     def _turned_again(self, family: Family, without: Point, memory: dict[str, float]) -> Point:
         if memory["rotations"] >= _MOST_ROTATIONS:
@@ -156,11 +163,14 @@ class LineSearch:
         loss, point = _rotation(family, _ANGLE, _SIZE)
         return point if loss < math.inf else STILL
 
-    def _renewed(self, family: Family) -> tuple[float, Point]:
+    def _renewed(self, family: Family, memory: dict[str, float]) -> tuple[float, Point]:
         away = (1 - _KEPT) * _layer_units(family)[1].item()
-        return self._lowest(family, Point(_KEPT, away, 0.0, 0.0, 0.0), [1, 3, 4])
+        start = Point(_KEPT, away, 0.0, 0.0, 0.0)
+        return self._lowest(family, start, [1, 3, 4], memory)
 
-    def _lowest(self, family: Family, start: Point, moving: list[int]) -> tuple[float, Point]:
+    def _lowest(
+        self, family: Family, start: Point, moving: list[int], memory: dict[str, float]
+    ) -> tuple[float, Point]:
         """The lowest loss found from a start, along some of the coordinates, and where."""
         head = torch.tensor([_head_unit(family)], dtype=torch.float64)
         units = torch.cat([_layer_units(family), head])
@@ -169,14 +179,27 @@ class LineSearch:
         def at(x: Tensor) -> Tensor:
             return fixed.index_copy(0, torch.tensor(moving), x * units[moving])
 
-        def scaled(x: Tensor) -> tuple[float, Tensor]:
+        def tracked(x: Tensor) -> tuple[float, Tensor]:
             loss, derivative = family.evaluate(Point.of(at(x)))
             return loss, (derivative * units)[moving]
 
+        def plain(x: Tensor) -> tuple[float, Tensor]:
+            loss, derivative = family.evaluate_plain(Point.of(at(x)))
+            return loss, (derivative * units)[moving]
+
+        def larger(x: Tensor) -> tuple[float, Tensor]:
+            return max(tracked(x), plain(x), key=lambda found: found[0])
+
         # Going up the gradient would fit the noise of the samples that the correction leaves.
-        floors = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, 0.0], dtype=torch.float64)
+        floors = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, 0.0], dtype=torch.float64)[moving]
         origin = (fixed / units).nan_to_num(0.0, 0.0, 0.0)[moving]
-        loss, found = minimise(scaled, origin, floors[moving], evaluations=self._evaluations)
+        loss, found = minimise(tracked, origin, floors, evaluations=self._evaluations)
+        memory["excess"] = 0.0
+        if plain(found)[0] > loss:
+            # Memory of the samples can only lower the plain loss: where that is higher the
+            # correction takes away more than there is, and a search would go there for it.
+            loss, found = minimise(larger, origin, floors, evaluations=self._evaluations)
+            memory["excess"] = (plain(found)[0] - tracked(found)[0]) / memory["highest"]
         return loss, Point.of(at(found))
 
 

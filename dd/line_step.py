@@ -15,7 +15,7 @@ from dd.line_family import LineFamily
 from dd.line_parts import Maps, Part, Responses, responses_of
 from dd.line_search import Point, Policy
 from dd.line_settings import require_dense, require_loss, require_plain_rule
-from dd.more_probes import probed_again
+from dd.more_probes import refined
 from dd.product_cache import PRODUCT, FirstForward, keep_product
 from dd.replay import Rewind, forward_replaced
 from dd.shadow_step import ShadowStep
@@ -25,12 +25,9 @@ from dd.training_forward import full_precision
 from dd.user_warning import warn_user
 from dd.watches import Watches
 
-__all__ = ["LineStep", "NoSignalWarning"]
+__all__ = ["LineStep", "NoSignalWarning", "SearchWarning"]
 
 MEMORY = "shadow_memory"
-
-# Probes of a step beside its own.
-MORE_PROBES = 3
 
 LOST = (
     'DecoupledDescent: lr="auto" found no signal: after 20 rotations of the weights the training '
@@ -40,6 +37,23 @@ LOST = (
     "noise=dd.NoiseModel.fit(inputs, components) may help; a numeric lr goes slower, and may find "
     "what is weak."
 )
+
+
+# A plain loss above the tracked one by this share of the first loss is no rounding, nor chance.
+MOST_EXCESS = 0.02
+
+BEYOND = "A step was tracked below the loss of the plain network on its own training samples."
+EXCEEDED = (
+    'DecoupledDescent: a step of lr="auto" leads where the loss of the plain network on its own '
+    "training samples is above the tracked one by {:.2g} of the first loss, though memory of the "
+    "samples can only lower it: the correction takes away more than there is, and the training "
+    "error is not to be believed from here on. Give lr a number, fit the noise model on these "
+    "inputs, or use fewer units."
+)
+
+
+class SearchWarning(UserWarning):
+    """A search went where the tracked loss cannot be that of new samples."""
 
 
 class NoSignalWarning(UserWarning):
@@ -82,6 +96,7 @@ class LineStep:
             RuntimeError: if the closure does not do one forward and backward of all samples.
             FloatingPointError: if the loss or a gradient is not finite.
         """
+        attachment = self._attachment
         self._require_possible()
         outputs = Outputs()
         with self._first_call(outputs):
@@ -92,7 +107,7 @@ class LineStep:
         before = {parameter: dict(state) for parameter, state in self._store.state.items()}
         try:
             self._require_unedited()
-            parts, maps = self._parts(self._probed(closure))
+            parts, maps = self._parts(self._refined(closure))
             if self._stops and self._has_stopped(float(loss.detach()), outputs, parts):
                 return loss
             responses = self._responses(parts, maps, signal)
@@ -101,11 +116,28 @@ class LineStep:
             self._store.state.clear()
             self._store.state.update(before)
             raise
+        if memory.get("excess", 0.0) > MOST_EXCESS and attachment.oversight.doubt(BEYOND):
+            warn_user(EXCEEDED.format(memory["excess"]), SearchWarning)
         if memory.get("lost") and not self._state.get(MEMORY, {}).get("lost"):
             warn_user(LOST, NoSignalWarning)
         self._state[MEMORY] = memory
         self._move(parts, maps, point)
+        if memory.get("informed") == 0.0:
+            self._forget_shared()
         return loss
+
+    @torch.no_grad()
+    def _forget_shared(self) -> None:
+        """Let what all samples share start anew.
+
+        Where weights do not know of the signal yet, it grows: the curvature along it is negative,
+        and H_ψ, which is not, would turn every displacement around in a long step.
+        """
+        shared = self._attachment.shared
+        for part in () if shared is None else shared.parts:
+            displacement = self._store.read(*part)
+            if displacement is not None:
+                displacement.zero_()
 
     @contextmanager
     def _first_call(self, outputs: Outputs) -> Iterator[None]:
@@ -133,10 +165,10 @@ class LineStep:
                 "loss.backward() leaves them"
             )
 
-    def _probed(self, closure: Callable[[], Any]) -> list[Tensor]:
+    def _refined(self, closure: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
         self._rewind.take()
         try:
-            return probed_again(self._attachment, self._first, closure, self._rewind, MORE_PROBES)
+            return refined(self._attachment, self._first, closure, self._rewind)
         finally:
             self._rewind.finish()
 
@@ -195,16 +227,16 @@ class LineStep:
         return pending[0]
 
     @torch.no_grad()
-    def _parts(self, more: list[Tensor]) -> tuple[list[Part], Maps]:
+    def _parts(self, better: Callable[[Tensor], Tensor]) -> tuple[list[Part], Maps]:
         """Everything that moves, where to, and the maps of the hidden units.
 
         Args:
-            more: further estimates of the curvature.
+            better: makes the step's own estimate of the curvature a better one.
         """
         attachment = self._attachment
         with full_precision(attachment.weight):
             # The watches judge learning rates that were given.
-            step = ShadowStep(attachment, self._store, Watches(), 1.0, more)
+            step = ShadowStep(attachment, self._store, Watches(), 1.0, better)
             updates = step.updates()
             parts = [self._part(p, None, p, _descent(p)) for p in self._moving]
             for (owner, key), update in zip(attachment.shadowed, updates, strict=True):

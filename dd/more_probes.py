@@ -1,53 +1,71 @@
 """More probes of the curvature at the state of a step, from further calls of its closure."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dd.attachment import Attachment
-from dd.curvature import Rows
+from dd.curvature import Probe, Rows
 from dd.product_cache import FirstForward
 from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
 
-__all__ = ["probed_again"]
+__all__ = ["refined"]
+
+# Up to this many units each is probed by itself, and H is exact; of more there are as many probes.
+MOST_UNITS = 32
 
 
-def probed_again(
-    attachment: Attachment,
-    first: FirstForward,
-    closure: Callable[[], Any],
-    rewind: Rewind,
-    count: int,
-) -> list[Tensor]:
-    """Estimate H again and again, each time with a probe of its own; nothing else changes.
+def refined(
+    attachment: Attachment, first: FirstForward, closure: Callable[[], Any], rewind: Rewind
+) -> Callable[[Tensor], Tensor]:
+    """Estimate H better than by one probe, from further calls of the closure.
 
-    A search lowers the training loss by what the noise of one probe leaves in the shadows, so that
-    the noise must be small beside that of the samples.
+    A search lowers the training loss by what the noise of a probe leaves in the shadows, and has
+    many steps to find it: H is exact but for what kinks add to it, where units are few.
 
     Args:
         attachment: with the first forward of the step pending.
         first: that forward's XW.
         closure: of the step.
         rewind: around every call of it.
-        count: of estimates.
 
     Returns:
-        The estimates of H, each (k, k); none where the estimator draws no probes.
+        What makes the step's own estimate of H, shape (k, k), a better one; the same where the
+        estimator draws no probes.
     """
-    if not attachment.estimator.draws:
-        return []
-    found = []
+    estimator, width = attachment.estimator, attachment.layer.out_features
+    if not isinstance(estimator, Probe):
+        return lambda own: own
+    few = width <= MOST_UNITS
+    found: list[Tensor] = []
+    kinks: Tensor | None = None
     with _aside(attachment), torch.enable_grad():
-        for number in range(1, count + 1):
-            attachment.repeats = number
-            with rewind.call(), forward_replaced(attachment.layer, first.again):
+        for number in range(width if few else MOST_UNITS):
+            attachment.repeats = number + 1
+            with ExitStack() as stack:
+                stack.enter_context(rewind.call())
+                stack.enter_context(forward_replaced(attachment.layer, first.again))
+                if few:
+                    stack.enter_context(estimator.along(number))
                 closure()
-            found.append(_estimate(attachment))
+            rows = _rows(attachment)
+            with torch.no_grad():
+                if few:
+                    found.append(estimator.column(rows))
+                    kinks = estimator.kinks(rows) if number == 0 else kinks
+                else:
+                    found.append(estimator.solve(estimator.moments(rows)))
             attachment.drop()
-    return found
+    total = torch.stack(found)
+    if not few:
+        return lambda own: torch.cat([own[None], total]).mean(0)
+    exact = (total + total.mT) / 2
+    if kinks is not None:
+        exact = exact + torch.diag(kinks).to(exact)
+    return lambda own: exact.to(own)
 
 
 @contextmanager
@@ -61,9 +79,8 @@ def _aside(attachment: Attachment) -> Iterator[None]:
         attachment.pending, attachment.repeats = pending, 0
 
 
-@torch.no_grad()
-def _estimate(attachment: Attachment) -> Tensor:
-    """The estimate of the pending forward.
+def _rows(attachment: Attachment) -> Rows:
+    """The rows of the pending forward.
 
     Raises:
         RuntimeError: if there is not one, of all samples.
@@ -72,8 +89,7 @@ def _estimate(attachment: Attachment) -> Tensor:
     if len(pending) != 1 or pending[0].gradient is None or pending[0].placement.index is not None:
         raise RuntimeError(UNLIKE_FIRST)
     (capture,) = pending
-    estimator = attachment.estimator
-    rows = Rows(
+    return Rows(
         capture.observed,
         capture.product(),
         None,
@@ -81,4 +97,3 @@ def _estimate(attachment: Attachment) -> Tensor:
         capture.preactivation,
         capture.gradient,
     )
-    return estimator.solve(estimator.moments(rows))

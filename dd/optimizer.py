@@ -247,10 +247,17 @@ class DecoupledDescent(torch.optim.SGD):
             )
         bins = None if self._damping == 1.0 else 1
         head = self._head
-        if head == AUTO and (self._policy is not None or not self._owns_all(module)):
+        if head == AUTO and not self._owns_all(module):
             head = False
         attachment = Attachment(
-            module, layer, noise, self._curvature, head, bins, self._process_group
+            module,
+            layer,
+            noise,
+            self._curvature,
+            head,
+            bins,
+            self._process_group,
+            searches=self._policy is not None,
         )
         for parameter, _ in attachment.shadowed:
             self._store().require_own(attachment, parameter)

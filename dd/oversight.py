@@ -63,10 +63,12 @@ class Oversight:
         """Look at the noise model anew for the size of shadows."""
         self._limit = None
 
-    def doubt(self, sentence: str) -> None:
-        """Add to the doubts, once."""
-        if sentence not in self._told:
-            self._told.append(sentence)
+    def doubt(self, sentence: str) -> bool:
+        """Add to the doubts, once; returns whether it is new."""
+        if sentence in self._told:
+            return False
+        self._told.append(sentence)
+        return True
 
     @contextmanager
     def closely(self) -> Iterator[None]:

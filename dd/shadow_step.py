@@ -1,6 +1,6 @@
 """How all shadows move in one step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class ShadowStep:
         store: the optimizer's state.
         watches: see the steps on all samples.
         damping: ρ.
-        more_curvatures: further estimates of H, each (k, k), to average with the step's own.
+        better: makes the step's own estimate of H, shape (k, k), a better one.
 
     Attributes:
         layer_curvature: H, shape (k, k), as found by :meth:`updates`.
@@ -37,11 +37,11 @@ class ShadowStep:
         store: Store,
         watches: Watches,
         damping: float,
-        more_curvatures: Sequence[Tensor] = (),
+        better: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._attachment, self._store = attachment, store
         self._watches, self._damping = watches, damping
-        self._more_curvatures = more_curvatures
+        self._better = better
 
     def updates(self) -> list[ShadowUpdate]:
         """What is to be stepped beside the parameters; consumes the pending forwards.
@@ -64,8 +64,8 @@ class ShadowStep:
         # First, as a head that cannot be followed leaves another noise model behind.
         shared = self._followed_head(pushes, edit, scale)
         curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
-        if self._more_curvatures:
-            curvature = torch.stack([curvature, *self._more_curvatures]).mean(0)
+        if self._better is not None:
+            curvature = self._better(curvature)
         self.layer_curvature = curvature
         pushes = attachment.pushes_of_all_ranks(pushes)
         updates = [

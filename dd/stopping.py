@@ -17,8 +17,10 @@ __all__ = ["Outputs", "StopRule"]
 SCORES, GRADIENT = "shadow_scores", "shadow_score_gradient"
 CHANGE = "shadow_loss_change"
 
-# Training stops after this many steps without an improvement of this many standard errors.
-PATIENCE, STANDARD_ERRORS = 5, 2.0
+# Training stops after this many steps without an improvement of this many standard errors, and of
+# this share of the first loss: samples that are all told apart have an error of next to nothing,
+# beside which any improvement is large.
+PATIENCE, STANDARD_ERRORS, SHARE = 5, 2.0, 1e-4
 
 
 class Outputs:
@@ -99,7 +101,8 @@ class StopRule:
     A sample's loss changes by ½(e + e')·(f' − f) from one step to the next, f its scores and e the
     loss's derivative there, up to the third order of the step. Improvements are those of the mean
     loss since a step of reference; their standard error is that of the mean of the samples'
-    changes. An improvement of more than two standard errors makes the present step the reference.
+    changes. An improvement of more than two standard errors, and not of next to nothing, makes the
+    present step the reference.
 
     Args:
         state: of the decoupled weight; keeps scores and changes.
@@ -126,7 +129,8 @@ class StopRule:
         searching = bool(memory.get("searching"))
         scores, gradient = outputs.scores, outputs.gradient
         change = self._changed(scores, gradient)
-        needed = STANDARD_ERRORS * self.standard_error(change)
+        least = SHARE * abs(memory.setdefault("first", loss))
+        needed = max(STANDARD_ERRORS * self.standard_error(change), least)
         if not searching or memory.get("reference", math.inf) - loss > needed:
             memory["reference"], memory["stalled"] = loss, 0.0
             change = torch.zeros_like(change)

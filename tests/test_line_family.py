@@ -127,11 +127,11 @@ def everything(model, optimizer):
 def discard_probes(monkeypatch):
     """Make the further probes, and do without their estimates."""
 
-    def probed_again(*args):
-        more_probes.probed_again(*args)
-        return []
+    def refined(*args):
+        more_probes.refined(*args)
+        return lambda own: own
 
-    monkeypatch.setattr(line_step, "probed_again", probed_again)
+    monkeypatch.setattr(line_step, "refined", refined)
 
 
 def require_equal(one, other):
@@ -245,23 +245,8 @@ def test_family_and_accepted_states_are_the_slow_twins(bins, head, curvature, mo
     policy = Forced(points)
     optimizer = attached(model, noise, policy, curvature=curvature, head=head)
     twin = Twin(model, noise, inputs, labels, head=head)
-    seen, estimate = [], optimizer._attachment.curvature
-    monkeypatch.setattr(
-        optimizer._attachment, "curvature", lambda *args: seen.append(estimate(*args)) or seen[-1]
-    )
-    further = []
-
-    def probed_again(*args):
-        further[:] = more_probes.probed_again(*args)
-        return list(further)
-
-    monkeypatch.setattr(line_step, "probed_again", probed_again)
-    # Random by construction, the probes' estimates are taken as they are.
-    own = {
-        "stein": twin.stein,
-        "probe": lambda: torch.stack([seen[-1], *further]).mean(0),
-        "exact": lambda: None,
-    }[curvature]
+    # A search probes every unit, so that nothing of the probe's chance is left.
+    own = twin.stein if curvature == "stein" else lambda: None
 
     def look(family):
         twin.look(own())
@@ -373,23 +358,21 @@ def test_noise_that_the_first_step_fits():
     assert losses[-1] < losses[0]
 
 
-def test_further_probes_scatter_around_the_exact_curvature(monkeypatch):
+def test_probes_of_every_unit_give_the_exact_curvature(monkeypatch):
     inputs, labels = make_problem()
     model, found = make_model(), []
 
-    def probed_again(*args):
-        # Standard error of 400 estimates; without a search nothing depends on their number.
-        found.extend(more_probes.probed_again(*args[:-1], 400))
-        return found[:1]
+    def refined(*args):
+        better = more_probes.refined(*args)
+        found.append(better(torch.zeros(K, K, dtype=torch.float64)))
+        return better
 
-    monkeypatch.setattr(line_step, "probed_again", probed_again)
+    monkeypatch.setattr(line_step, "refined", refined)
     optimizer = attached(model, make_noise(inputs, labels), Forced([STILL]), curvature="probe")
     torch.manual_seed(5)
     closure = closure_of(model, optimizer, inputs, labels)
     optimizer.step(closure)
     after, gradients = torch.rand(1), [p.grad.clone() for p in model.parameters()]
-    estimates = torch.stack(found)
-    assert float(estimates.std(0).min()) > 0
     twin = make_model()
     rows = (inputs @ twin[0].weight.T).detach().requires_grad_()
 
@@ -400,15 +383,37 @@ def test_further_probes_scatter_around_the_exact_curvature(monkeypatch):
     exact = torch.stack(
         [torch.autograd.grad(gradient[:, j].sum(), rows, retain_graph=True)[0] for j in range(K)]
     ).sum(1)
-    # Four standard errors, and the bias of 1/n that n (VᵀV)⁻¹ has.
-    error = 4 * estimates.std(0) / 400**0.5 + exact.abs().max() / N
-    assert bool(((estimates.mean(0) - exact).abs() < error).all())
+    torch.testing.assert_close(found[0], exact)
     # Random numbers and gradients are those of one call.
     torch.manual_seed(5)
     closure()
     assert torch.equal(after, torch.rand(1))
     for one, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad)
+
+
+def test_of_many_units_the_probes_are_averaged(monkeypatch):
+    inputs, labels = make_problem()
+    model, own = make_model(), 7 * torch.eye(K, dtype=torch.float64)
+    monkeypatch.setattr(more_probes, "MOST_UNITS", K - 1)
+    solved, found = [], []
+
+    def refined(attachment, *args):
+        solve = attachment.estimator.solve
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                attachment.estimator, "solve", lambda m: solved.append(solve(m)) or solved[-1]
+            )
+            better = more_probes.refined(attachment, *args)
+        found.append(better(own))
+        return better
+
+    monkeypatch.setattr(line_step, "refined", refined)
+    optimizer = attached(model, make_noise(inputs, labels), Forced([STILL]), curvature="probe")
+    optimizer.step(closure_of(model, optimizer, inputs, labels))
+    assert len(solved) == K - 1
+    assert float(torch.stack(solved).std(0).min()) > 0
+    torch.testing.assert_close(found[0], torch.stack([own, *solved]).mean(0))
 
 
 # --- Cost ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,13 @@ class Toy:
 
     def plain_loss(self):
         return self.plain
+
+    def evaluate_plain(self, point):
+        if callable(self.plain):
+            x = point.vector.requires_grad_()
+            loss = self.plain(x)
+            return float(loss.detach()), torch.autograd.grad(loss, x)[0]
+        return self.plain, torch.zeros(5).double()
 
     def evaluate(self, point):
         self.points.append(point)
@@ -133,7 +141,7 @@ def test_turns_end_when_they_inform():
     memory = {}
     for turns in range(1, 5):
         LineSearch().choose(Toy(blind), memory)
-        assert (memory["rotations"], "informed" in memory) == (turns, False)
+        assert (memory["rotations"], memory["informed"]) == (turns, 0.0)
     LineSearch().choose(Toy(blind, start=0.89), memory)
     assert (memory["rotations"], memory["informed"]) == (4, 1.0)
 
@@ -153,7 +161,7 @@ def test_turns_end_when_they_lead_no_lower():
     memory = {}
     for _ in range(7):
         LineSearch().choose(Toy(blind, start=0.94 if memory else 1.2), memory)
-    assert (memory["rotations"], "informed" in memory) == (7, False)
+    assert (memory["rotations"], memory["informed"]) == (7, 0.0)
     LineSearch().choose(Toy(blind, start=1.0), memory)
     assert (memory["rotations"], memory["informed"]) == (7, 1.0)
 
@@ -179,7 +187,8 @@ def test_what_turns_leave_uncorrected_is_no_signal(loss, shape):
         toy.shape = shape
         points.append(LineSearch().choose(toy, memory))
     assert memory["rotations"] == 20
-    assert not {"informed", "searching"} & memory.keys()
+    assert not memory["informed"]
+    assert "searching" not in memory
     assert all(point.keep > 0 for point in points[:20])
     assert (points[20].keep, points[20].step, points[20].drift, points[20].newton) == (0,) * 4
     assert points[21:] == [STILL] * 2
@@ -427,6 +436,50 @@ def errors_of(model, inputs, labels):
     return (model(inputs).argmax(1) != labels).float().mean()
 
 
+def test_a_search_ends_where_the_plain_loss_is_no_lower_than_the_tracked_one():
+    """Tracked 1 − t/2, plain 1/2 + 2t²: they meet at t = 0.39, beyond which memory raises a loss."""
+    toy, memory = Toy(lambda rows, t: 1.0 - t / 2 + 0 * rows.sum()), {"informed": 1.0}
+    free = LineSearch().choose(toy, dict(memory))
+    toy.plain = lambda x: 0.5 + 2 * x[4] ** 2
+    point = LineSearch().choose(toy, memory)
+    meet = (-0.5 + (0.25 + 4) ** 0.5) / 4
+    assert free.head > 2 * meet
+    assert 0 < point.head < 1.01 * meet
+    assert memory["excess"] < 0.01
+
+
+class Excessive:
+    """A policy that stays, and says that the plain loss is higher there."""
+
+    def choose(self, family, memory):
+        memory["excess"] = 0.1
+        return STILL
+
+
+def test_a_step_below_the_plain_loss_is_told_once_and_leaves_a_doubt():
+    inputs, labels = torch.randn(60, 20, dtype=torch.float64), torch.arange(60) % 3
+    model = two_layer(20, 4, 3, activation="gelu").double()
+    optimizer = dd.DecoupledDescent(model, lr="auto")
+    optimizer._policy = Excessive()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", dd.SearchWarning)
+        for _ in range(3):
+            optimizer.step(closure)
+    assert [w.category for w in caught].count(dd.SearchWarning) == 1
+    found = optimizer.estimate([0], lambda _: errors_of(model, inputs, labels)[None])
+    assert found.doubts
+    assert "plain network" in found.doubts[0]
+
+
+# Rotations without an end leave little but shadows.
+@pytest.mark.filterwarnings("ignore::dd.ShadowWarning")
 @pytest.mark.parametrize("kind", ["labels without signal", "an odd activation"])
 def test_no_signal_is_said_and_no_error_invented(kind):
     """XOR is even: no first-order method starts there with tanh."""
