@@ -11,6 +11,7 @@ P is the curvature H, which makes r the share of the layer's own drift that is t
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from dd.head import row_products
 from dd.line_parts import Part, Responses
 from dd.line_search import STILL, Point
 from dd.product_cache import require_all_again
-from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
+from dd.replay import UNLIKE_FIRST, Rewind, batch_norms, forward_replaced, own_statistics
 from dd.training_forward import full_precision
 
 __all__ = ["LineFamily", "Trial"]
+
+# A step that changes the loss by this share, and by which share that may differ from its slope's.
+_SHORT, _UNLIKE = 0.01, 0.2
 
 
 class Trial:
@@ -175,6 +179,39 @@ class LineFamily:
             if part.tensor.grad is not None:
                 total += float((part.tensor.grad.detach() * part.descent).sum())
         return total
+
+    @torch.no_grad()
+    def require_its_loss(self) -> None:
+        """Check that the closure returns the loss that it differentiates.
+
+        Raises:
+            RuntimeError: if along the layer's gradient that changes otherwise than its slope says.
+        """
+        here, slope = self.evaluate(STILL)
+        if not (math.isfinite(here) and float(slope[1]) < 0):
+            return
+        step = _SHORT * abs(here) / -float(slope[1])
+        there, slope_there = self.evaluate(replace(STILL, step=step))
+        expected = step * float(slope[1] + slope_there[1]) / 2
+        rounding = 16 * torch.finfo(self._dtype).eps * abs(here)
+        if not math.isfinite(there) or abs(expected) < 10 * rounding:
+            return
+        if abs(there - here - expected) > _UNLIKE * abs(expected) + rounding:
+            raise RuntimeError(
+                'DecoupledDescent: with lr="auto" the closure must return the loss that it '
+                f"differentiates: a short step changes what it returns by {there - here:.3g}, but "
+                f"by its gradients {expected:.3g}. Differentiate it as it is, without a factor (a "
+                "gradient scaler, a mean over other counts) and without further terms."
+            )
+
+    @torch.no_grad()
+    def settle_statistics(self, point: Point) -> None:
+        """Leave batch normalisations with the statistics of a point."""
+        if not batch_norms(self._attachment.module):
+            return
+        self._place_others(point.head)
+        with own_statistics(self._attachment.module), self._rewind.call(keeps_statistics=True):
+            self._call(self._responses, point.vector.to(self._responses.layer[0]))
 
     def restore(self) -> None:
         """Put everything back where it was before the search."""

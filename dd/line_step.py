@@ -17,7 +17,7 @@ from dd.line_search import Point, Policy
 from dd.line_settings import require_dense, require_loss, require_plain_rule
 from dd.more_probes import refined
 from dd.product_cache import PRODUCT, FirstForward, keep_product
-from dd.replay import Rewind, forward_replaced
+from dd.replay import Rewind, forward_replaced, own_statistics
 from dd.shadow_step import ShadowStep
 from dd.stopping import Outputs, StopRule
 from dd.store import Store
@@ -144,6 +144,7 @@ class LineStep:
         attachment = self._attachment
         with ExitStack() as stack:
             stack.enter_context(forward_replaced(attachment.layer, self._first.forward))
+            stack.enter_context(own_statistics(attachment.module))
             if self._stops:
                 stack.enter_context(outputs.watched(attachment.module))
             yield stack.enter_context(torch.enable_grad())
@@ -271,14 +272,17 @@ class LineStep:
         family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype)
         memory = dict(self._state.get(MEMORY, {}))
         try:
+            if MEMORY not in self._state or not memory:
+                family.require_its_loss()
             point = self._policy.choose(family, memory)
+            if not point.is_finite:
+                raise ValueError(
+                    f"DecoupledDescent: the policy {type(self._policy).__name__} must return a "
+                    f"finite point, got {point}"
+                )
+            family.settle_statistics(point)
         finally:
             family.restore()
-        if not point.is_finite:
-            raise ValueError(
-                f"DecoupledDescent: the policy {type(self._policy).__name__} must return a finite "
-                f"point, got {point}"
-            )
         return point, memory
 
     @torch.no_grad()

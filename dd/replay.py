@@ -10,7 +10,7 @@ from torch._compile import _disable_dynamo
 
 from dd.attachment import UNTRACEABLE
 
-__all__ = ["UNLIKE_FIRST", "Rewind", "forward_replaced"]
+__all__ = ["UNLIKE_FIRST", "Rewind", "batch_norms", "forward_replaced", "own_statistics"]
 
 UNLIKE_FIRST = (
     "DecoupledDescent: a later call of the closure did not do as the first: run the model in train "
@@ -45,6 +45,29 @@ def _untraced(forward: Callable[..., Any], input: Tensor) -> Any:
     return forward(input)
 
 
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Batch normalisations that average their statistics over steps."""
+    found = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in found if norm.training and norm.track_running_stats]
+
+
+@contextmanager
+def own_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch normalisations hold the statistics of their latest forward alone for a while.
+
+    An average over steps lags behind where these are few and large.
+    """
+    norms = batch_norms(module)
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+
+
 class Rewind:
     """What every call of a closure finds alike: random numbers, buffers, empty gradients.
 
@@ -74,12 +97,21 @@ class Rewind:
         self._gradients = [p.grad for p in self._parameters]
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around each further call."""
+    def call(self, *, keeps_statistics: bool = False) -> Iterator[None]:
+        """Around each further call.
+
+        Args:
+            keeps_statistics: whether what the call leaves in buffers of real numbers is kept, and
+                found by further calls.
+        """
         self._put_gradients([None] * len(self._parameters))
         _set_random_state(self._random_before, self._device)
         try:
             yield
+            if keeps_statistics:
+                for number, buffer in enumerate(self._buffers):
+                    if buffer.is_floating_point():
+                        self._kept[number] = buffer.clone()
         finally:
             for buffer, kept in zip(self._buffers, self._kept, strict=True):
                 buffer.copy_(kept)

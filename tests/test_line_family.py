@@ -512,17 +512,41 @@ def test_dropout_masks_are_one_for_all_calls_of_a_step(monkeypatch):
     torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-10, atol=1e-12)
 
 
-def test_batch_norm_counts_the_first_call_alone(monkeypatch):
+def test_batch_norm_counts_the_first_call_and_holds_the_statistics_of_the_weights(monkeypatch):
     discard_probes(monkeypatch)
     inputs, labels = make_problem()
-    model, twin = make_model([nn.BatchNorm1d(K)]), make_model([nn.BatchNorm1d(K)])
+    model, twin = make_model([nn.BatchNorm1d(K)]), make_model([nn.BatchNorm1d(K, momentum=1.0)])
     points = [gradient_step(0.1)] * 3
     policy = Forced(points, look=lambda family: family.evaluate(drawn(1)))
     run(model, attached(model, make_noise(inputs, labels), policy), inputs, labels, 3)
-    run(twin, numeric(twin, 0.1, make_noise(inputs, labels)), inputs, labels, 3)
+    optimizer = numeric(twin, 0.1, make_noise(inputs, labels))
+    run(twin, optimizer, inputs, labels, 3)
+    # Statistics are of the forward before a step; one more is of the weights that it left.
+    twin(inputs)
     assert int(model[1].num_batches_tracked) == 3
+    assert model[1].momentum == 0.1
     for one, other in zip(model.buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_closure_that_differentiates_another_loss_than_it_returns_is_refused():
+    inputs, labels = make_problem()
+    for factor, penalty in ((3.0, 0.0), (1.0, 2.0)):
+        model, hidden = make_model(), []
+        model[1].register_forward_hook(lambda *args, hidden=hidden: hidden.append(args[2]))
+        optimizer = attached(model, make_noise(inputs, labels))
+        before = [p.detach().clone() for p in model.parameters()]
+
+        def closure(model=model, optimizer=optimizer, hidden=hidden, f=factor, p=penalty):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            (f * loss + p * hidden[-1].square().mean()).backward()
+            return loss
+
+        with pytest.raises(RuntimeError, match="must return the loss that it differentiates"):
+            optimizer.step(closure)
+        assert all(map(torch.equal, before, model.parameters()))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
