@@ -209,7 +209,9 @@ class TrainingForward:
                 )
             if corrected is output:
                 corrected = output.clone()
-            attachment.pending[-1].follow(output, corrected, features)
+            # A forward made again for more probes is of known scores.
+            if attachment.repeats == 0:
+                attachment.pending[-1].follow(output, corrected, features)
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
 
 
