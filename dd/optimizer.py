@@ -78,11 +78,12 @@ class DecoupledDescent(torch.optim.SGD):
         head: whether the network's last linear layer (True), or the one given or named, is
             corrected for its own over-fitting too, and with it the decoupled layer's bias and its
             weights along the component means; for softmax cross-entropy. Takes n p numbers and
-            n p² operations a step, p the number of these weights. ``"auto"``: where ``lr`` is a
-            number, ``noise`` was fitted with the components, p is more than a twentieth of the
-            samples and n p² at most 5·10⁸, as long as loss and loop allow it, on one process. Where
-            inputs are few for the samples (n ≥ 20 d and 2 k times the noise's effective rank), both
-            follow all of the decoupled layer so, and nothing is assumed of the noise; unless
+            n p² operations a step, p the number of these weights. ``"auto"``: where ``noise`` was
+            fitted with the components, p is more than a twentieth of the samples and n p² at most
+            5·10⁸ (2·10⁹ with ``lr="auto"``), as long as loss and loop allow it, on one process.
+            Where ``lr`` is a number and inputs are few for the samples (n ≥ 20 d and 2 k times the
+            noise's effective rank), both follow all of the decoupled layer so, and nothing is
+            assumed of the noise; unless
             ``curvature`` is given.
         seed: of the curvature probes; the global generators are left alone.
         decoupled_weight_decay: shrink the parameters by lr · weight_decay themselves, outside of

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
+from dd.data import xor
 from dd.head_choice import shared_count, worth_correcting
 
 N, D, K = 200, 40, 20
@@ -253,7 +254,8 @@ def on_table(width: int = 8, head="auto", n: int = 200, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, width), nn.GELU(), nn.Linear(width, 2))
     noise = dd.NoiseModel.fit(inputs, labels)
-    optimizer = dd.DecoupledDescent(model, lr=0.1, momentum=0.9, noise=noise, head=head, **settings)
+    settings = {"lr": 0.1, "momentum": 0.9} | settings
+    optimizer = dd.DecoupledDescent(model, noise=noise, head=head, **settings)
     return model, optimizer, inputs, labels
 
 
@@ -328,3 +330,36 @@ def test_displacements_that_the_theory_cannot_explain_are_seen():
     optimizer.state[model[0].weight]["signal_shadow"].mul_(30)
     with pytest.warns(dd.ShadowWarning, match="the shadows are"):
         train(model, optimizer, inputs, labels, steps=1)
+
+
+# --- A search ---------------------------------------------------------------------------------
+
+
+def test_a_search_corrects_the_head_once_it_knows_of_the_signal():
+    """XOR with few samples for its means: rotations come first."""
+    split = xor(dimension=60, num_train=240, num_test=10, separation=4.0, seed=0)
+    noise = dd.NoiseModel.fit(split.train_inputs, split.train_components)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 6), nn.GELU(), nn.Linear(6, 2))
+    optimizer = dd.DecoupledDescent(model, lr="auto", noise=noise)
+    assert corrects(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(split.train_inputs), split.train_targets)
+        loss.backward()
+        return loss
+
+    seen = set()
+    for _ in range(12):
+        optimizer.step(closure)
+        state = optimizer.state[model[0].weight]
+        knows = bool(state["shadow_memory"]["informed"])
+        seen.add((knows, bool(state["signal_shadow"].any())))
+    assert seen == {(False, False), (True, True)}
+
+
+def test_a_search_never_follows_all_of_a_layer():
+    optimizer = on_table(lr="auto", momentum=0.0)[1]
+    assert corrects(optimizer)
+    assert not optimizer._attachment.given_noise.is_followed_exactly
