@@ -166,6 +166,9 @@ class Attachment:
         self.name, self.layer = find_layer(module, layer)
         # A head that nobody asked for is corrected as long as the loop allows it.
         self.head_is_optional = head == AUTO
+        if noise is not None and noise.is_followed_exactly:
+            # Nothing else would be left of such a noise model.
+            self.head_is_optional = False
         self.noise_of_all = noise
         if head == AUTO:
             chosen = None
@@ -322,6 +325,37 @@ class Attachment:
             "and data, ends here: from now on the training error is too low by what the head "
             f"over-fits. Train with head=False from the start, or mend this: {reason}",
             StrainWarning,
+        )
+
+    def follow_directions(self, count: int) -> None:
+        """Follow as many directions of the decoupled layer as a state does.
+
+        Args:
+            count: of directions.
+
+        Raises:
+            RuntimeError: if the noise model has no form with as many.
+        """
+        assert self.shared is not None
+        present = None if self.given_noise is None else self.given_noise.mean_directions
+        if count == (0 if present is None else present.shape[1]):
+            return
+        whole, forms = self.noise_of_all, []
+        if whole is not None and whole.is_in_both_forms:
+            forms = [whole.with_means_apart(), whole.with_every_direction_apart()]
+        for form in forms:
+            directions = form.mean_directions
+            if directions is not None and directions.shape[1] == count:
+                self.given_noise = form
+                self.shared = SharedParameters(
+                    self.module, self.layer, self.shared.head, directions
+                )
+                self._fit_noise_of_all()
+                return
+        raise RuntimeError(
+            f"DecoupledDescent: the state follows {count} directions of layer {self.name!r}, and "
+            "this noise model has no such form. Load a state into an optimizer of the noise model "
+            "that it was trained with."
         )
 
     def _fit_noise_of_all(self) -> None:

@@ -258,8 +258,8 @@ class Probe(_SecondDerivative):
 
     def column(self, rows: Rows) -> Tensor:
         """The column of H that a pass :meth:`along` a unit gives, shape (k,), kinks left out."""
-        product = self.weighted(rows.product, rows.index)
-        signs = rows.observed.sum(1, keepdim=True)
+        product = at_least_single(self.weighted(rows.product, rows.index))
+        signs = at_least_single(rows.observed).sum(1, keepdim=True)
         return (signs * product).sum(0)
 
     def product(self, observed: Tensor, backward: Backward) -> Tensor:

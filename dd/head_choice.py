@@ -88,8 +88,11 @@ def form_to_correct(
     """
     head, n = find_head(module, layer, choice)[1], noise.fitted_on or 0
     *exact, apart = _forms(noise, layer, exact=curvature == AUTO and not searches)
-    affordable = [f for f in exact if n * _count(f, layer, head) ** 2 <= MOST_WORK]
-    return affordable[0] if affordable else apart
+    for form in exact:
+        count = _count(form, layer, head)
+        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= MOST_WORK:
+            return form
+    return apart
 
 
 def _forms(noise: NoiseModel, layer: nn.Linear, *, exact: bool) -> list[NoiseModel]:
@@ -97,7 +100,7 @@ def _forms(noise: NoiseModel, layer: nn.Linear, *, exact: bool) -> list[NoiseMod
     apart, n = noise.with_means_apart(), noise.fitted_on or 0
     directions = layer.out_features * noise.effective_rank
     many = n >= MANY_PER_INPUT * layer.in_features and directions <= MOST_DIRECTIONS_PER_SAMPLE * n
-    return [apart.with_every_direction_apart(), apart] if exact and many else [apart]
+    return [noise.with_every_direction_apart(), apart] if exact and many else [apart]
 
 
 def _count(form: NoiseModel, layer: nn.Linear, head: nn.Linear) -> int:

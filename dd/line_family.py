@@ -118,6 +118,7 @@ class LineFamily:
         self._others = [part for part in parts if part.key is None and part.units is None]
         self._starts = [part.tensor.clone() for part in self._others]
         self.loss = loss
+        self._loss_dtype = dtype
         samples, width = responses.layer[0].shape
         self.shape = (samples, width)
         rows = torch.stack([response.flatten() for response in responses.layer])
@@ -170,6 +171,7 @@ class LineFamily:
                 loss = self._closure()
         if variables.grad is None or not isinstance(loss, Tensor):
             raise RuntimeError(UNLIKE_FIRST)
+        self._loss_dtype = loss.dtype
         return loss.detach().reshape(()), variables.grad.double().cpu()
 
     def _along_others(self) -> float:
@@ -188,13 +190,18 @@ class LineFamily:
             RuntimeError: if along the layer's gradient that changes otherwise than its slope says.
         """
         here, slope = self.evaluate(STILL)
-        if not (math.isfinite(here) and float(slope[1]) < 0):
+        down = -float(slope[1])
+        if not (math.isfinite(here) and down > 0):
             return
-        step = _SHORT * abs(here) / -float(slope[1])
-        there, slope_there = self.evaluate(replace(STILL, step=step))
-        expected = step * float(slope[1] + slope_there[1]) / 2
-        rounding = 16 * torch.finfo(self._dtype).eps * abs(here)
-        if not math.isfinite(there) or abs(expected) < 10 * rounding:
+        # So short that pre-activations hardly move, where they can tell.
+        sizes = self.gram.diagonal().sqrt()
+        length = _SHORT * min(abs(here) / down, float(sizes[0] / sizes[1]))
+        there, slope_there = self.evaluate(replace(STILL, step=length))
+        expected = length * float(slope[1] + slope_there[1]) / 2
+        eps = max(torch.finfo(kind).eps for kind in (self._dtype, self._loss_dtype))
+        rounding = 16 * eps * abs(here)
+        bends = abs(float(slope_there[1]) + down) > _UNLIKE * down
+        if not math.isfinite(there) or bends or abs(expected) < 10 * rounding:
             return
         if abs(there - here - expected) > _UNLIKE * abs(expected) + rounding:
             raise RuntimeError(

@@ -89,7 +89,7 @@ class Policy(Protocol):
                 ``"informed"`` tells whether the weights know of the signal, ``"searching"`` that
                 from now on every step goes down, ``"lost"`` that no signal was found,
                 ``"excess"`` by how much the plain loss at the point exceeds the tracked one, over
-                the highest loss so far.
+                the loss of a constant prediction or, where that is not known, the highest so far.
         """
 
 
@@ -114,6 +114,9 @@ _LEFT = 0.55
 # Steps that keep a fixed share of the weights, so that what was learnt from poor predictions is
 # forgotten.
 _RENEWALS, _KEPT = 12, 0.7
+
+# Losses of a ratio below this are the same but for rounding.
+_SAME = 1.001
 
 # Shares of the head's unit among which a rotation chooses.
 _HEAD_STEPS = (0.0, 0.03, 0.1, 0.3, 1.0)
@@ -195,11 +198,14 @@ class LineSearch:
         origin = (fixed / units).nan_to_num(0.0, 0.0, 0.0)[moving]
         loss, found = minimise(tracked, origin, floors, evaluations=self._evaluations)
         memory["excess"] = 0.0
-        if plain(found)[0] > loss:
+        if plain(found)[0] > _SAME * loss:
             # Memory of the samples can only lower the plain loss: where that is higher the
             # correction takes away more than there is, and a search would go there for it.
             loss, found = minimise(larger, origin, floors, evaluations=self._evaluations)
-            memory["excess"] = (plain(found)[0] - tracked(found)[0]) / memory["highest"]
+            scale = memory.get("constant") or memory["highest"]
+            excess = (plain(found)[0] - tracked(found)[0]) / scale if scale > 0 else 0.0
+            # A plain loss that is not finite is no estimate of anything.
+            memory["excess"] = excess if math.isfinite(excess) else math.inf
         return loss, Point.of(at(found))
 
 
@@ -207,7 +213,8 @@ def _is_informed(family: Family, constant: float, memory: dict[str, float]) -> b
     loss, rotations = family.loss, memory["rotations"]
     if loss < memory.get("lowest", math.inf):
         memory["lowest"], memory["lowest_at"] = loss, rotations
-    stalls = rotations - memory["lowest_at"] >= _PATIENCE
+    # At the end of all rotations what falls ever more slowly has stalled as well.
+    stalls = rotations - memory["lowest_at"] >= _PATIENCE or rotations >= _MOST_ROTATIONS
     samples, width = family.shape
     # One turn leaves next to nothing.
     left = 1 - _LEFT * math.sqrt(width / samples) if rotations > 1 else 1.0
@@ -216,7 +223,7 @@ def _is_informed(family: Family, constant: float, memory: dict[str, float]) -> b
     # Memory of the samples can only lower the plain loss. Where that is higher, the training loss
     # is low because the correction takes more away than there is, as with a wrong noise model.
     # Before the weights have moved the two are one, but for rounding.
-    return informed and family.plain_loss() < 1.001 * loss
+    return informed and family.plain_loss() < _SAME * loss
 
 
 def _layer_units(family: Family) -> Tensor:

@@ -39,16 +39,16 @@ LOST = (
 )
 
 
-# A plain loss above the tracked one by this share of the first loss is no rounding, nor chance.
+# A plain loss above the tracked one by this share of what a constant prediction loses is no chance.
 MOST_EXCESS = 0.02
 
 BEYOND = "A step was tracked below the loss of the plain network on its own training samples."
 EXCEEDED = (
     'DecoupledDescent: a step of lr="auto" leads where the loss of the plain network on its own '
-    "training samples is above the tracked one by {:.2g} of the first loss, though memory of the "
+    "training samples is above the tracked one by more than chance explains, though memory of the "
     "samples can only lower it: the correction takes away more than there is, and the training "
-    "error is not to be believed from here on. Give lr a number, fit the noise model on these "
-    "inputs, or use fewer units."
+    "error is not to be believed from here on. Give lr a number, use fewer units, or a noise model "
+    "that fits these inputs."
 )
 
 
@@ -117,7 +117,7 @@ class LineStep:
             self._store.state.update(before)
             raise
         if memory.get("excess", 0.0) > MOST_EXCESS and attachment.oversight.doubt(BEYOND):
-            warn_user(EXCEEDED.format(memory["excess"]), SearchWarning)
+            warn_user(EXCEEDED, SearchWarning)
         if memory.get("lost") and not self._state.get(MEMORY, {}).get("lost"):
             warn_user(LOST, NoSignalWarning)
         self._state[MEMORY] = memory
@@ -272,7 +272,7 @@ class LineStep:
         family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype)
         memory = dict(self._state.get(MEMORY, {}))
         try:
-            if MEMORY not in self._state or not memory:
+            if not memory.get("checked"):
                 family.require_its_loss()
             point = self._policy.choose(family, memory)
             if not point.is_finite:
@@ -281,6 +281,7 @@ class LineStep:
                     f"finite point, got {point}"
                 )
             family.settle_statistics(point)
+            memory["checked"] = 1.0
         finally:
             family.restore()
         return point, memory

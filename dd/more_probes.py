@@ -24,13 +24,17 @@ def refined(
     """Estimate H better than by one probe, from further calls of the closure.
 
     A search lowers the training loss by what the noise of a probe leaves in the shadows, and has
-    many steps to find it: H is exact but for what kinks add to it, where units are few.
+    many steps to find it: where units are few H is exact, but for what kinks add to it and for
+    samples that depend on each other, as in a batch normalisation.
 
     Args:
         attachment: with the first forward of the step pending.
         first: that forward's XW.
         closure: of the step.
         rewind: around every call of it.
+
+    Raises:
+        FloatingPointError: if the second derivative is not finite.
 
     Returns:
         What makes the step's own estimate of H, shape (k, k), a better one; the same where the
@@ -60,6 +64,11 @@ def refined(
                     found.append(estimator.solve(estimator.moments(rows)))
             attachment.drop()
     total = torch.stack(found)
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError(
+            "DecoupledDescent: the second derivative of the loss is not finite; nothing was "
+            "updated. Likely causes: half precision, or a loss that is not smooth at its argument."
+        )
     if not few:
         return lambda own: torch.cat([own[None], total]).mean(0)
     exact = (total + total.mT) / 2

@@ -82,9 +82,11 @@ class NoiseModel:
                 f"NoiseModel: eigenvalues must be finite and not negative, got {self.eigenvalues}; "
                 "clip rounding errors at 0"
             )
-        if not bool((self.multiplicities >= 0).all()):
+        # Nothing is left for the bins where every direction is followed by itself.
+        none = (self.multiplicities == 0) & (not self.is_followed_exactly)
+        if bool((none | ~(self.multiplicities >= 0)).any()):
             raise ValueError(
-                f"NoiseModel: multiplicities must not be negative, got {self.multiplicities}"
+                f"NoiseModel: multiplicities must be positive, got {self.multiplicities}"
             )
         if self.components is not None:
             _as_components(self.components, len(self.components))
@@ -260,7 +262,16 @@ class NoiseModel:
         )
 
     def spread_over_means(self) -> "NoiseModel":
-        """The same bins over all dimensions, those of the component means included."""
+        """The same bins over all dimensions, those of the component means included.
+
+        Raises:
+            ValueError: if there is nothing in the bins.
+        """
+        if self.is_followed_exactly:
+            raise ValueError(
+                "NoiseModel: every direction is followed by itself, and nothing is known of the "
+                "noise; fit another with NoiseModel.fit(inputs, components)"
+            )
         share = self.dimension / float(self.multiplicities.sum())
         return replace(self, multiplicities=share * self.multiplicities, mean_directions=None)
 
@@ -314,8 +325,8 @@ class NoiseModel:
             parts.append(f"n/d {self.fitted_on / d:.3g}")
         if self.norm_variation is not None:
             # The relative deviation of ‖z‖² = Σ λ_j ξ_j² under Gaussian noise.
-            gaussian = math.sqrt(2 / rank) if rank > 0 else math.nan
-            parts.append(f"norm variation {self.norm_variation:.2f} (Gaussian {gaussian:.2f})")
+            gaussian = f" (Gaussian {math.sqrt(2 / rank):.2f})" if rank > 0 else ""
+            parts.append(f"norm variation {self.norm_variation:.2f}{gaussian}")
         if self.components is not None:
             parts.append(f"{int(self.components.max()) + 1} components")
         if self.is_followed_exactly:

@@ -83,8 +83,7 @@ class DecoupledDescent(torch.optim.SGD):
             5·10⁸ (2·10⁹ with ``lr="auto"``), as long as loss and loop allow it, on one process.
             Where ``lr`` is a number and inputs are few for the samples (n ≥ 20 d and 2 k times the
             noise's effective rank), both follow all of the decoupled layer so, and nothing is
-            assumed of the noise; unless
-            ``curvature`` is given.
+            assumed of the noise, unless ``curvature`` is given.
         seed: of the curvature probes; the global generators are left alone.
         decoupled_weight_decay: shrink the parameters by lr · weight_decay themselves, outside of
             momentum (Loshchilov and Hutter 2019), instead of adding the decay to the gradient.
@@ -274,7 +273,7 @@ class DecoupledDescent(torch.optim.SGD):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
         attachment.register(self)
         self._attachment = attachment
-        self._leave_head_that_state_lacks(attachment)
+        self._follow_head_as_state(attachment)
         # A gradient scaler must not leave the skipping of a step to the fused update.
         self._step_supports_amp_scaling = False
 
@@ -452,14 +451,18 @@ class DecoupledDescent(torch.optim.SGD):
         if self._attachment is not None:
             self._attachment.forget()
             self._watches = Watches()
-            self._leave_head_that_state_lacks(self._attachment)
+            self._follow_head_as_state(self._attachment)
 
-    def _leave_head_that_state_lacks(self, attachment: Attachment) -> None:
+    def _follow_head_as_state(self, attachment: Attachment) -> None:
+        """Follow the head, and as much of the decoupled layer, as the state does."""
         shared = attachment.shared
-        if shared is None or not attachment.head_is_optional:
-            return
         state = self._store().state.get(attachment.weight, {})
-        if state.get("shadow") is not None and state.get("signal_shadow") is None:
+        if shared is None or state.get("shadow") is None:
+            return
+        found = state.get("signal_shadow")
+        if found is not None:
+            attachment.follow_directions(found.shape[2])
+        elif attachment.head_is_optional:
             reason = "the state is of a run that gave it up."
             attachment.leave_head(reason, begun=HEAD_LEFT in state)
 

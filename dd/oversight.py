@@ -92,6 +92,11 @@ class Oversight:
         self._size.load_state_dict(state["size"])
         self._told = list(state["told"])
 
+    def looks_at_shadows(self, attachment: "Attachment") -> bool:
+        """Whether the size of shadows is looked at in the next training forward."""
+        # To look at a number waits for an accelerator.
+        return not attachment.stalls or self._closely or is_due(self._forwards + 1)
+
     def look_at_shadows(
         self, attachment: "Attachment", shadow: Tensor, preactivation: Tensor
     ) -> None:
@@ -105,8 +110,7 @@ class Oversight:
         Warns:
             ShadowWarning: if there are.
         """
-        # To look at a number waits for an accelerator.
-        if attachment.stalls and not (self._closely or is_due(self._forwards + 1)):
+        if not self.looks_at_shadows(attachment):
             return
         count = attachment.samples.count
         if attachment.noise is None or count is None:

@@ -83,6 +83,8 @@ class Rewind:
         self, module: nn.Module, parameters: Sequence[Tensor], device: torch.device
     ) -> None:
         self._device, self._buffers = device, list(module.buffers())
+        pairs = ((norm.running_mean, norm.running_var) for norm in batch_norms(module))
+        self._statistics = {id(buffer) for pair in pairs for buffer in pair}
         seen = {id(p): p for p in [*module.parameters(), *parameters]}
         self._parameters = list(seen.values())
         self._random_before = _random_state(device)
@@ -101,8 +103,8 @@ class Rewind:
         """Around each further call.
 
         Args:
-            keeps_statistics: whether what the call leaves in buffers of real numbers is kept, and
-                found by further calls.
+            keeps_statistics: whether the statistics that the call leaves in batch normalisations
+                are kept, and found by further calls.
         """
         self._put_gradients([None] * len(self._parameters))
         _set_random_state(self._random_before, self._device)
@@ -110,7 +112,7 @@ class Rewind:
             yield
             if keeps_statistics:
                 for number, buffer in enumerate(self._buffers):
-                    if buffer.is_floating_point():
+                    if id(buffer) in self._statistics:
                         self._kept[number] = buffer.clone()
         finally:
             for buffer, kept in zip(self._buffers, self._kept, strict=True):

@@ -87,8 +87,12 @@ class TrainingForward:
         if placement is not None and state.get("shadow") is not None:
             self._require_same_head()
         product = product_node(output, attachment.weight) if attachment.is_plain else None
+        looks = attachment.shared is not None and attachment.repeats == 0
+        looks = looks and state.get("shadow") is not None
         # What the shadows are added to in place.
-        plain = None if attachment.shared is None else output.detach().clone()
+        plain = None
+        if looks and attachment.oversight.looks_at_shadows(attachment):
+            plain = output.detach().clone()
         corrected, signal = attachment.preactivation(placement, output, state), None
         if attachment.shared is not None:
             signal = self._signal(inputs, placement)
@@ -96,7 +100,7 @@ class TrainingForward:
             corrected = attachment.shared.correct_preactivation(
                 corrected, signal, self._store.read, index
             )
-        if plain is not None and placement is not None and state.get("shadow") is not None:
+        if plain is not None and placement is not None:
             attachment.oversight.look_at_shadows(attachment, corrected.detach() - plain, corrected)
         if not leads_to_step:
             return corrected

@@ -806,7 +806,7 @@ def test_isotropic_refuses_a_constant_that_rounds():
         ([1.0, math.nan], [3, 2], "must be finite"),
         ([1.0, 0.5], [3], r"one shape \(bins,\)"),
         ([[1.0]], [[3]], r"one shape \(bins,\)"),
-        ([1.0, 0.5], [3, -1], "must not be negative"),
+        ([1.0, 0.5], [3, 0], "must be positive"),
     ],
 )
 def test_noise_model_refuses_what_is_no_covariance(eigenvalues, multiplicities, message):

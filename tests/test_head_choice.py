@@ -332,6 +332,70 @@ def test_displacements_that_the_theory_cannot_explain_are_seen():
         train(model, optimizer, inputs, labels, steps=1)
 
 
+def test_a_state_is_gone_on_with_in_its_own_form():
+    """That of a search follows the means alone; a numeric rate would follow every direction."""
+    settings = {"momentum": 0.0}
+    model, optimizer, inputs, labels = on_table(lr="auto", **settings)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    for _ in range(15):
+        optimizer.step(closure)
+    assert optimizer.state[model[0].weight]["signal_shadow"].any()
+    state, weights = optimizer.state_dict(), model.state_dict()
+    fresh, numeric, *_ = on_table(lr=0.1, **settings)
+    assert numeric._attachment.given_noise.is_followed_exactly
+    fresh.load_state_dict(weights)
+    numeric.load_state_dict(state)
+    assert not numeric._attachment.given_noise.is_followed_exactly
+
+    def tracked(net, its):
+        return its.estimate([0], lambda _: F.cross_entropy(net(inputs), labels, reduction="none"))
+
+    found, expected = tracked(fresh, numeric).value, tracked(model, optimizer).value
+    assert float(found) == pytest.approx(float(expected), 1e-5)
+    train(fresh, numeric, inputs, labels, steps=2)
+    # And the other way round.
+    exact, other, *_ = on_table(**settings)
+    train(exact, other, inputs, labels, steps=3)
+    searched, search, *_ = on_table(lr="auto", **settings)
+    searched.load_state_dict(exact.state_dict())
+    search.load_state_dict(other.state_dict())
+    assert search._attachment.given_noise.is_followed_exactly
+    found, expected = tracked(searched, search).value, tracked(exact, other).value
+    assert float(found) == pytest.approx(float(expected), 1e-5)
+
+
+def test_a_state_of_other_directions_is_refused():
+    model, optimizer, inputs, labels = on_table()
+    train(model, optimizer, inputs, labels, steps=2)
+    state = optimizer.state_dict()
+    fresh = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 2))
+    noise = dd.NoiseModel.fit(inputs, labels, separate_means=True)
+    other = dd.DecoupledDescent(fresh, lr=0.1, momentum=0.9, noise=noise)
+    with pytest.raises(RuntimeError, match="follows 5 directions of layer '0'"):
+        other.load_state_dict(state)
+
+
+def test_a_noise_model_of_nothing_but_directions_is_asked_for():
+    inputs, labels = table()
+    whole = dd.NoiseModel.fit(inputs, labels).with_every_direction_apart()
+    assert "5 inputs, all followed exactly" in str(whole)
+    assert "nan" not in str(whole)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3))
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=whole)
+    train(model, optimizer, inputs, labels, steps=2)
+    with pytest.raises(RuntimeError, match="label smoothing"):
+        train(model, optimizer, inputs, labels, smoothed, steps=1)
+    with pytest.raises(ValueError, match="nothing is known of the noise"):
+        whole.spread_over_means()
+
+
 # --- A search ---------------------------------------------------------------------------------
 
 

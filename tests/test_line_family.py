@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
@@ -530,12 +531,14 @@ def test_batch_norm_counts_the_first_call_and_holds_the_statistics_of_the_weight
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_a_closure_that_differentiates_another_loss_than_it_returns_is_refused():
+@pytest.mark.parametrize("stop", [None, "auto"])
+def test_a_closure_that_differentiates_another_loss_than_it_returns_is_refused(stop):
     inputs, labels = make_problem()
     for factor, penalty in ((3.0, 0.0), (1.0, 2.0)):
         model, hidden = make_model(), []
         model[1].register_forward_hook(lambda *args, hidden=hidden: hidden.append(args[2]))
-        optimizer = attached(model, make_noise(inputs, labels))
+        noise = make_noise(inputs, labels)
+        optimizer = dd.DecoupledDescent(model, lr="auto", stop=stop, noise=noise, head=False)
         before = [p.detach().clone() for p in model.parameters()]
 
         def closure(model=model, optimizer=optimizer, hidden=hidden, f=factor, p=penalty):
@@ -547,6 +550,36 @@ def test_a_closure_that_differentiates_another_loss_than_it_returns_is_refused()
         with pytest.raises(RuntimeError, match="must return the loss that it differentiates"):
             optimizer.step(closure)
         assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.NoSignalWarning")
+@pytest.mark.parametrize("kind", ["a tiny head", "no signal", "far targets", "half precision"])
+def test_closures_of_small_slopes_are_believed(kind):
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 10, generator=g)
+    labels = (inputs[:, 0] > 0).long() if kind != "no signal" else torch.arange(2000) % 2
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 2))
+        if kind == "a tiny head":
+            with torch.no_grad():
+                model[2].weight.mul_(1e-3)
+                model[2].bias.zero_()
+        noise = dd.NoiseModel.fit(inputs, labels)
+        optimizer = dd.DecoupledDescent(model, lr="auto", noise=noise, head=False)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            scores = model(inputs)
+            loss = F.cross_entropy(scores, labels)
+            if kind == "far targets":
+                loss = (scores[:, 0] - labels - 1000).square().mean()
+            elif kind == "half precision":
+                loss = F.cross_entropy(scores.bfloat16(), labels)
+            loss.backward()
+            return loss
+
+        assert math.isfinite(float(optimizer.step(closure).detach()))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
