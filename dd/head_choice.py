@@ -55,12 +55,7 @@ def worth_correcting(
         head = find_head(module, layer, choice=True)[1]
     except (ValueError, TypeError):
         return None
-    n, most = noise.fitted_on, MOST_WORK_OF_SEARCH if searches else MOST_WORK
-    for form in _forms(noise, layer, exact=curvature == AUTO and not searches):
-        count = _count(form, layer, head)
-        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= most:
-            return form
-    return None
+    return _most_exact(noise, layer, head, curvature, searches=searches)
 
 
 def form_to_correct(
@@ -86,26 +81,27 @@ def form_to_correct(
         ValueError: if there is no head.
         TypeError: if it is not an ``nn.Linear``.
     """
-    head, n = find_head(module, layer, choice)[1], noise.fitted_on or 0
-    *exact, apart = _forms(noise, layer, exact=curvature == AUTO and not searches)
-    for form in exact:
-        count = _count(form, layer, head)
-        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= MOST_WORK:
-            return form
-    return apart
+    head = find_head(module, layer, choice)[1]
+    found = _most_exact(noise, layer, head, curvature, searches=searches)
+    return noise.with_means_apart() if found is None else found
 
 
-def _forms(noise: NoiseModel, layer: nn.Linear, *, exact: bool) -> list[NoiseModel]:
-    """Forms of a noise model that go with the head's correction, the most exact first."""
-    apart, n = noise.with_means_apart(), noise.fitted_on or 0
+def _most_exact(
+    noise: NoiseModel, layer: nn.Linear, head: nn.Linear, curvature: str, *, searches: bool
+) -> NoiseModel | None:
+    """The most exact form of a noise model that gains enough and costs little enough, or None."""
+    n, most = noise.fitted_on or 0, MOST_WORK_OF_SEARCH if searches else MOST_WORK
+    forms = [noise.with_means_apart()]
     directions = layer.out_features * noise.effective_rank
     many = n >= MANY_PER_INPUT * layer.in_features and directions <= MOST_DIRECTIONS_PER_SAMPLE * n
-    return [noise.with_every_direction_apart(), apart] if exact and many else [apart]
-
-
-def _count(form: NoiseModel, layer: nn.Linear, head: nn.Linear) -> int:
-    assert form.mean_directions is not None
-    return shared_count(layer, head, form.mean_directions.shape[1])
+    if many and curvature == AUTO and not searches:
+        forms.insert(0, noise.with_every_direction_apart())
+    for form in forms:
+        assert form.mean_directions is not None
+        count = shared_count(layer, head, form.mean_directions.shape[1])
+        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= most:
+            return form
+    return None
 
 
 def shared_count(layer: nn.Linear, head: nn.Linear, means: int) -> int:

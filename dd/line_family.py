@@ -150,13 +150,9 @@ class LineFamily:
             return nowhere
         return float(loss), derivative
 
-    def plain_loss(self) -> float:
-        """Loss of the present state without any correction."""
-        return self.evaluate_plain(STILL)[0]
-
     def evaluate_plain(self, point: Point) -> tuple[float, Tensor]:
         """The same as :meth:`evaluate` without any correction: of the plain network's own loss."""
-        return self._evaluate(Responses(self._responses.plain, self._responses.plain), point)
+        return self._evaluate(Responses(self._responses.plain), point)
 
     def _place_others(self, head: float) -> None:
         """Put every parameter but the decoupled weights where a step of the head leads."""

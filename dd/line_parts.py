@@ -84,14 +84,14 @@ class Responses:
 
     Attributes:
         layer: R, S, RP and SP⁺, each (n, k), the layer's bias and its shadow left out.
-        plain: XW, XD, XWP and XDP⁺, each (n, k), the layer's bias left out.
+        plain: XW, XD, XWP and XDP⁺, each (n, k), the layer's bias left out; or none.
         bias_shadow: shadow of the layer's bias, and how it descends, each (n, k); or none.
         head: shadow of the head's weight, and how it descends, each (n, C, f); or none.
         head_bias: that of its bias, each (n, C); or none.
     """
 
     layer: Sequence[Tensor]
-    plain: Sequence[Tensor]
+    plain: Sequence[Tensor] = ()
     bias_shadow: Sequence[Tensor] = ()
     head: Sequence[Tensor] = ()
     head_bias: Sequence[Tensor] = ()

@@ -1,7 +1,9 @@
 """Which point of a linear family a step moves to: the policy behind ``lr="auto"``."""
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -73,9 +75,6 @@ class Family(Protocol):
     def evaluate_plain(self, point: Point) -> tuple[float, Tensor]:
         """The same without any correction."""
 
-    def plain_loss(self) -> float:
-        """Loss of the present state without any correction."""
-
 
 class Policy(Protocol):
     """Chooses where a step leads."""
@@ -120,6 +119,9 @@ _SAME = 1.001
 
 # Shares of the head's unit among which a rotation chooses.
 _HEAD_STEPS = (0.0, 0.03, 0.1, 0.3, 1.0)
+
+
+_Evaluate = Callable[[Point], tuple[float, Tensor]]
 
 
 class LineSearch:
@@ -182,13 +184,11 @@ class LineSearch:
         def at(x: Tensor) -> Tensor:
             return fixed.index_copy(0, torch.tensor(moving), x * units[moving])
 
-        def tracked(x: Tensor) -> tuple[float, Tensor]:
-            loss, derivative = family.evaluate(Point.of(at(x)))
+        def scaled(evaluate: _Evaluate, x: Tensor) -> tuple[float, Tensor]:
+            loss, derivative = evaluate(Point.of(at(x)))
             return loss, (derivative * units)[moving]
 
-        def plain(x: Tensor) -> tuple[float, Tensor]:
-            loss, derivative = family.evaluate_plain(Point.of(at(x)))
-            return loss, (derivative * units)[moving]
+        tracked, plain = partial(scaled, family.evaluate), partial(scaled, family.evaluate_plain)
 
         def larger(x: Tensor) -> tuple[float, Tensor]:
             return max(tracked(x), plain(x), key=lambda found: found[0])
@@ -203,7 +203,7 @@ class LineSearch:
             # correction takes away more than there is, and a search would go there for it.
             loss, found = minimise(larger, origin, floors, evaluations=self._evaluations)
             scale = memory.get("constant") or memory["highest"]
-            excess = (plain(found)[0] - tracked(found)[0]) / scale if scale > 0 else 0.0
+            excess = (loss - tracked(found)[0]) / scale if scale > 0 else 0.0
             # A plain loss that is not finite is no estimate of anything.
             memory["excess"] = excess if math.isfinite(excess) else math.inf
         return loss, Point.of(at(found))
@@ -223,7 +223,7 @@ def _is_informed(family: Family, constant: float, memory: dict[str, float]) -> b
     # Memory of the samples can only lower the plain loss. Where that is higher, the training loss
     # is low because the correction takes more away than there is, as with a wrong noise model.
     # Before the weights have moved the two are one, but for rounding.
-    return informed and family.plain_loss() < _SAME * loss
+    return informed and family.evaluate_plain(STILL)[0] < _SAME * loss
 
 
 def _layer_units(family: Family) -> Tensor:

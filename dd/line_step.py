@@ -96,7 +96,6 @@ class LineStep:
             RuntimeError: if the closure does not do one forward and backward of all samples.
             FloatingPointError: if the loss or a gradient is not finite.
         """
-        attachment = self._attachment
         self._require_possible()
         outputs = Outputs()
         with self._first_call(outputs):
@@ -116,7 +115,8 @@ class LineStep:
             self._store.state.clear()
             self._store.state.update(before)
             raise
-        if memory.get("excess", 0.0) > MOST_EXCESS and attachment.oversight.doubt(BEYOND):
+        exceeds = memory.get("excess", 0.0) > MOST_EXCESS
+        if exceeds and self._attachment.oversight.doubt(BEYOND):
             warn_user(EXCEEDED, SearchWarning)
         if memory.get("lost") and not self._state.get(MEMORY, {}).get("lost"):
             warn_user(LOST, NoSignalWarning)

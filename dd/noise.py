@@ -35,8 +35,8 @@ class NoiseModel:
     Attributes:
         eigenvalues: λ, noise variance per coordinate of each bin, in squared input units,
             shape (B,).
-        multiplicities: ν, dimension of each bin, shape (B,), not negative and not whole numbers in
-            general; with m they sum to the input dimension d.
+        multiplicities: ν, dimension of each bin, shape (B,), not whole numbers in general; with m
+            they sum to the input dimension d. Positive, or 0 where nothing is left for the bins.
         components: component of each sample in the order of the training batch, shape (n,),
             integers from 0; None when the components are unknown.
         relative_mass: ‖z_i‖² over its mean, in the order of the training batch, shape (n,); None

@@ -153,9 +153,7 @@ class Oversight:
             return
         self._has_looked = True
         logger.info("%s", attachment.noise)
-        layer = attachment.layer
-        corrected = {id(parameter) for parameter, _ in attachment.shadowed}
-        head = uncorrected_count(attachment.module, layer, attachment.noise, corrected)
+        layer, head = attachment.layer, _uncorrected(attachment)
         count = attachment.samples.count
         assert count is not None
         total = count * attachment.ranks.size
@@ -180,10 +178,7 @@ class Oversight:
         count = attachment.samples.count
         if not self._has_looked or count is None:
             return
-        corrected = {id(parameter) for parameter, _ in attachment.shadowed}
-        module, layer, noise = attachment.module, attachment.layer, attachment.noise
-        head = uncorrected_count(module, layer, noise, corrected)
-        sentence = of_head(head, count * attachment.ranks.size)
+        sentence = of_head(_uncorrected(attachment), count * attachment.ranks.size)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
@@ -246,3 +241,9 @@ class Oversight:
 
     def _found(self) -> None:
         self._has_found = True
+
+
+def _uncorrected(attachment: "Attachment") -> int:
+    """Trained numbers that all samples share and that are not corrected."""
+    corrected = {id(parameter) for parameter, _ in attachment.shadowed}
+    return uncorrected_count(attachment.module, attachment.layer, attachment.noise, corrected)

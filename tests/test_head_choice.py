@@ -12,6 +12,7 @@ from torch import nn
 import dd
 from dd.data import xor
 from dd.head_choice import shared_count, worth_correcting
+from tests.closures import closure_of
 
 N, D, K = 200, 40, 20
 
@@ -337,11 +338,7 @@ def test_a_state_is_gone_on_with_in_its_own_form():
     settings = {"momentum": 0.0}
     model, optimizer, inputs, labels = on_table(lr="auto", **settings)
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        return loss
+    closure = closure_of(model, optimizer, inputs, labels)
 
     for _ in range(15):
         optimizer.step(closure)
@@ -408,11 +405,7 @@ def test_a_search_corrects_the_head_once_it_knows_of_the_signal():
     optimizer = dd.DecoupledDescent(model, lr="auto", noise=noise)
     assert corrects(optimizer)
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(split.train_inputs), split.train_targets)
-        loss.backward()
-        return loss
+    closure = closure_of(model, optimizer, split.train_inputs, split.train_targets)
 
     seen = set()
     for _ in range(12):

@@ -18,6 +18,7 @@ from dd.curvature import Probe, Stein
 from dd.line_parts import Maps
 from dd.line_search import STILL, LineSearch, Point
 from dd.product_cache import mark_of
+from tests.closures import closure_of
 from tests.reference import (
     Head,
     LinePoint,
@@ -99,16 +100,6 @@ def attached(model, noise, policy=None, **settings):
 
 def numeric(model, rate, noise, *, curvature="probe", **settings):
     return dd.DecoupledDescent(model, lr=rate, noise=noise, curvature=curvature, **settings)
-
-
-def closure_of(model, optimizer, inputs, labels):
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward(create_graph=optimizer.needs_graph)
-        return loss
-
-    return closure
 
 
 def run(model, optimizer, inputs, labels, steps):

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +14,7 @@ import dd
 from dd.data import xor
 from dd.line_search import STILL, LineSearch, Point
 from dd.models import two_layer
+from tests.closures import closure_of
 
 N, K = 30, 2
 
@@ -42,9 +42,6 @@ class Toy:
 
     def moved(self, point):
         return sum(x * rows for x, rows in zip(point.vector[:4], self.rows, strict=True))
-
-    def plain_loss(self):
-        return self.plain
 
     def evaluate_plain(self, point):
         if callable(self.plain):
@@ -397,12 +394,7 @@ def searched_and_descended(seed):
         return nn.Sequential(nn.Linear(100, 4), nn.ReLU(), nn.Linear(4, 2))
 
     def trained(model, optimizer):
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs), labels)
-            loss.backward()
-            return loss
-
+        closure = closure_of(model, optimizer, inputs, labels)
         for _ in range(40):
             optimizer.step(closure)
             yield error_of(model, *test)
@@ -462,11 +454,7 @@ def test_a_step_below_the_plain_loss_is_told_once_and_leaves_a_doubt():
     optimizer = dd.DecoupledDescent(model, lr="auto")
     optimizer._policy = Excessive()
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        return loss
+    closure = closure_of(model, optimizer, inputs, labels)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", dd.SearchWarning)
@@ -493,11 +481,7 @@ def test_no_signal_is_said_and_no_error_invented(kind):
     model = two_layer(60, 4, 2, activation=activation)
     optimizer = dd.DecoupledDescent(model, lr="auto", stop="auto")
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        return loss
+    closure = closure_of(model, optimizer, inputs, labels)
 
     def train():
         for _ in range(60):
@@ -529,11 +513,7 @@ def test_weights_of_zero_are_left(zero):
     model = small(zero)
     optimizer = dd.DecoupledDescent(model, lr="auto")
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        return loss
+    closure = closure_of(model, optimizer, inputs, labels)
 
     losses = [float(optimizer.step(closure).detach()) for _ in range(12)]
     assert losses[-1] < 0.3 * losses[0]

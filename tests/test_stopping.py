@@ -12,6 +12,7 @@ from torch import nn
 import dd
 from dd.line_search import STILL, Point
 from dd.stopping import PATIENCE, STANDARD_ERRORS, Outputs, StopRule
+from tests.closures import closure_of
 
 N, D, K, C = 60, 30, 4, 3
 
@@ -35,11 +36,7 @@ def attached(model, inputs, labels, policy=None, **settings):
     if policy is not None:
         optimizer._policy = policy
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        return loss
+    closure = closure_of(model, optimizer, inputs, labels)
 
     return optimizer, closure
 
