@@ -9,9 +9,9 @@ from spectrum_nodes import by_rank
 from torch import Tensor, nn
 
 import dd
-from dd.fingerprint import fingerprint
 from dd.noise import NoiseModel
 from dd.quadrature import nodes
+from dd.support.fingerprint import fingerprint
 
 CLASSES = 10
 RATE = 0.05

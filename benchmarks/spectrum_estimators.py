@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dd.nonnegative import nonnegative_least_squares
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.support.nonnegative import nonnegative_least_squares
 
 Estimator = Callable[[Tensor, int], Tensor]
 

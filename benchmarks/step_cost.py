@@ -36,7 +36,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from dd.fingerprint import PROJECTIONS
+from dd.support.fingerprint import PROJECTIONS
 from dd.tracking import write_json
 
 BASE = {"n": 20_000, "d": 1024, "k": 64}

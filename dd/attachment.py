@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dd.capture import Capture, Pushes, joined
 from dd.contribution import Contribution
 from dd.curvature import Rows, build
-from dd.fingerprint import Fingerprints
 from dd.functional import (
     all_finite,
     at_least_single,
@@ -36,11 +35,12 @@ from dd.layers import blamed_modules, find_layer
 from dd.moments import Moments
 from dd.noise import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
-from dd.ranks import Ranks
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows
 from dd.strain import StrainWarning
-from dd.user_warning import warn_user
+from dd.support.fingerprint import Fingerprints
+from dd.support.ranks import Ranks
+from dd.support.user_warning import warn_user
 from dd.verdicts import Verdicts
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from dd.functional import (
     stein_mismatch,
 )
 from dd.marked import MarkedTensor
-from dd.user_warning import warn_user
+from dd.support.user_warning import warn_user
 
 if TYPE_CHECKING:
     from dd.capture import Capture

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from dd.checks import check_count
 from dd.data import generator
+from dd.support.checks import check_count
 
 __all__ = ["Batches", "check_batch_size"]
 

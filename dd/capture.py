@@ -18,8 +18,8 @@ from dd.dual import DualLevel, carry_tangent, no_derivative, split_tangent
 from dd.functional import at_least_single
 from dd.head import Scores
 from dd.marked import UncompiledTensor
-from dd.ranks import Ranks
 from dd.samples import Placement
+from dd.support.ranks import Ranks
 
 __all__ = ["Capture", "Pushes", "joined"]
 

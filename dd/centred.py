@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dd.copies import count_copies
-from dd.fingerprint import PROJECTIONS, fingerprint
 from dd.functional import at_least_single, component_sums
+from dd.support.fingerprint import PROJECTIONS, fingerprint
 
 __all__ = ["CentredInputs"]
 

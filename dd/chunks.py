@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dd.checks import check_count
+from dd.support.checks import check_count
 
 __all__ = ["Chunks"]
 

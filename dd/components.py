@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dd.checks import check_count
 from dd.functional import at_least_single
 from dd.noise import _as_components, _as_matrix
+from dd.support.checks import check_count
 
 __all__ = ["find_components"]
 

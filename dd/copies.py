@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dd.fingerprint import Fingerprints
+from dd.support.fingerprint import Fingerprints
 
 __all__ = ["CopyWatch", "count_copies"]
 

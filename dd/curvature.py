@@ -29,7 +29,7 @@ from dd.functional import (
 )
 from dd.moments import Moments
 from dd.noise import NoiseModel
-from dd.ranks import Ranks
+from dd.support.ranks import Ranks
 
 __all__ = [
     "ESTIMATORS",

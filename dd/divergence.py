@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dd.functional import at_least_single
-from dd.user_warning import warn_user
+from dd.support.user_warning import warn_user
 
 __all__ = ["DivergenceWarning", "DivergenceWatch", "SharpnessWatch", "feedback_growth"]
 

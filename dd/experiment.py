@@ -23,10 +23,8 @@ from dd.assembly import (
     with_seed,
 )
 from dd.checkpoint import Checkpoint
-from dd.checks import check_count
 from dd.chosen import Chooser, rates
 from dd.console import ProgressDisplay
-from dd.device import choose_device
 from dd.fit import Fit
 from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
@@ -40,6 +38,8 @@ from dd.recorder import Recorder
 from dd.results import Results
 from dd.stability import EdgeWatch
 from dd.state_evolution import StateEvolution
+from dd.support.checks import check_count
+from dd.support.device import choose_device
 from dd.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.training import Schedule, TrainingStopped, train

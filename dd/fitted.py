@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dd.fingerprint import Fingerprints
 from dd.noise import NoiseModel
+from dd.support.fingerprint import Fingerprints
 
 __all__ = ["fitted_samples", "refuse_others", "require_spread", "require_told"]
 

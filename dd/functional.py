@@ -29,7 +29,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dd.blocks import row_blocks
+from dd.support.blocks import row_blocks
 
 __all__ = [
     "all_finite",

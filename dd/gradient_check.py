@@ -7,11 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dd.blocks import row_blocks, tall_product
 from dd.contribution import Contribution, along
 from dd.functional import all_finite, at_least_single
-from dd.ranks import Ranks
-from dd.rounding import product_rounding
+from dd.support.blocks import row_blocks, tall_product
+from dd.support.ranks import Ranks
+from dd.support.rounding import product_rounding
 
 __all__ = [
     "Comparison",

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dd.newton import minimise
+from dd.support.newton import minimise
 
 __all__ = ["STILL", "Family", "LineSearch", "Point", "Policy"]
 

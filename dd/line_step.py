@@ -21,8 +21,8 @@ from dd.replay import Rewind, forward_replaced, own_statistics
 from dd.shadow_step import ShadowStep
 from dd.stopping import Outputs, StopRule
 from dd.store import Store
+from dd.support.user_warning import warn_user
 from dd.training_forward import full_precision
-from dd.user_warning import warn_user
 from dd.watches import Watches
 
 __all__ = ["LineStep", "NoSignalWarning", "SearchWarning"]

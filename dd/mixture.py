@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dd.checks import check_count, check_number
 from dd.noise import NoiseModel
+from dd.support.checks import check_count, check_number
 
 __all__ = ["GaussianMixture"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dd.blocks import row_blocks, tall_product
 from dd.functional import all_finite, at_least_single, component_counts, component_sums
-from dd.ranks import Ranks
+from dd.support.blocks import row_blocks, tall_product
+from dd.support.ranks import Ranks
 
 __all__ = ["Moments"]
 

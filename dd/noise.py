@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dd.centred import CentredInputs
-from dd.checks import check_count
 from dd.quadrature import nodes
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.support.checks import check_count
 
 __all__ = ["NoiseModel"]
 

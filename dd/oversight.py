@@ -16,7 +16,7 @@ from dd.head_choice import uncorrected_count
 from dd.samples import Placement
 from dd.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
 from dd.strain import StrainWarning, of_copies, of_head, strains
-from dd.user_warning import warn_user
+from dd.support.user_warning import warn_user
 
 if TYPE_CHECKING:
     from dd.attachment import Attachment

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.checks import check_number
+from dd.support.checks import check_number
 
 __all__ = ["LBFGS"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.fingerprint import Fingerprints, directions, fingerprint
 from dd.fitted import fitted_samples, refuse_others, require_spread, require_told
 from dd.noise import NoiseModel
-from dd.user_warning import warn_user
+from dd.support.fingerprint import Fingerprints, directions, fingerprint
+from dd.support.user_warning import warn_user
 
 __all__ = ["AugmentationWarning", "Placement", "Samples"]
 

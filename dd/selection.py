@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.checks import check_count, check_number
 from dd.data.seeding import generator
+from dd.support.checks import check_count, check_number
 
 __all__ = ["KINDS", "Candidate", "Part", "Selection", "everything", "stratified_folds"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.blocks import bin_groups, row_blocks
 from dd.decay import DecayLog
 from dd.functional import driven, scaled_by_mass, shadow_decay
 from dd.noise import NoiseModel
 from dd.samples import Placement
+from dd.support.blocks import bin_groups, row_blocks
 
 __all__ = ["Piece", "Push", "ShadowUpdate", "Shadows", "keeping"]
 

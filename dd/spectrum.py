@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dd.centred import CentredInputs
-from dd.nonnegative import nonnegative_least_squares
+from dd.support.nonnegative import nonnegative_least_squares
 
 __all__ = ["population_eigenvalues", "sample_eigenvalues"]
 

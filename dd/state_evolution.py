@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd.checks import check_count
 from dd.mean_field import MeanField, Snapshot, Training
 from dd.mixture import GaussianMixture
-from dd.progress import progress_bar
+from dd.support.checks import check_count
+from dd.support.progress import progress_bar
 
 __all__ = ["MonteCarlo", "StateEvolution", "state_evolution"]
 

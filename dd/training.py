@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd.batches import Batches
-from dd.checks import check_count
 from dd.data.split import Split
 from dd.doubts import closely
 from dd.launch import Processes
 from dd.line_settings import chooses_rate
+from dd.support.checks import check_count
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "loss_and_error", "measure", "train"]
 

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dd.fingerprint import fingerprint
 from dd.fitted import fitted_samples, refuse_others
 from dd.head_choice import AUTO
 from dd.line_settings import chooses_rate
 from dd.noise import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.support.fingerprint import fingerprint
 
 __all__ = [
     "MakeOptimizer",

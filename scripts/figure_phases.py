@@ -18,7 +18,7 @@ from _drawing import Rows, canvas, count, explained, options, positive, save, sh
 from _xor import Xor
 from torch import Tensor
 
-from dd.progress import progress_bar
+from dd.support.progress import progress_bar
 
 STEPS = {"selected": "at the lowest training error", "final": "after the last step"}
 PANELS = {"gd": "Gradient descent", "dd": "Decoupled descent", "theory": "State evolution of DD"}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import Split
-from dd.progress import progress_bar
+from dd.support.progress import progress_bar
 from dd.tracking import write_json
 
 PREDICTED, OWN = "state evolution", "fresh sample, given W"

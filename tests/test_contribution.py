@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.blocks import bin_groups, row_blocks, tall_product
 from dd.contribution import Contribution, product_node
 from dd.functional import all_finite
 from dd.gradient_check import scale_of_terms
+from dd.support.blocks import bin_groups, row_blocks, tall_product
 
 N, D, K, C = 60, 30, 4, 3
 ROUNDING = torch.finfo(torch.float64).eps

@@ -7,7 +7,7 @@ from torch import nn
 import dd
 from dd import copies
 from dd.copies import CopyWatch, count_copies
-from dd.fingerprint import Fingerprints, fingerprint
+from dd.support.fingerprint import Fingerprints, fingerprint
 
 
 def normal(seed, *shape):

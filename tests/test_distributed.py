@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dd
 from dd.curvature import Exact, Rows
-from dd.ranks import Ranks
+from dd.support.ranks import Ranks
 from tests.reference import kinks_of
 
 N, D, K, C, WORLD = 40, 12, 3, 4, 2

@@ -24,7 +24,7 @@ from dd.functional import (
     symmetric_curvature,
 )
 from dd.noise import NoiseModel
-from dd.ranks import Ranks
+from dd.support.ranks import Ranks
 from tests.reference import Head, Step, decoupled_descent, kinks_of, stein_of
 
 FIXED = (0.4,) * 8

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
 from dd.noise import NoiseModel
-from dd.nonnegative import nonnegative_least_squares
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.support.nonnegative import nonnegative_least_squares
 
 D = 300
 

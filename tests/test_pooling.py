@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dd.decay import DecayLog
-from dd.fingerprint import Fingerprints, directions, fingerprint
 from dd.functional import centre_within_components, symmetric_curvature
 from dd.moments import Moments
-from dd.ranks import Ranks
+from dd.support.fingerprint import Fingerprints, directions, fingerprint
+from dd.support.ranks import Ranks
 
 
 def normal(seed, *shape, dtype=torch.float64):

@@ -12,11 +12,11 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from dd.checks import check_count
 from dd.data.download import FAILURES, one_line, socket_timeout
 from dd.data.feature_cache import cached_features, digest
 from dd.data.places import cache_root
 from dd.data.seeding import generator
+from dd.support.checks import check_count
 
 __all__ = ["backbone_features"]
 

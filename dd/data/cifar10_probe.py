@@ -14,7 +14,7 @@ from dd.data.places import data_root
 from dd.data.seeding import generator
 from dd.data.split import Split
 from dd.data.standardise import check_scaling, standardise
-from dd.device import choose_device
+from dd.support.device import choose_device
 
 __all__ = ["cifar10_probe"]
 

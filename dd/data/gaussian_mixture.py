@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dd.checks import check_count, check_number
 from dd.data.seeding import generator
 from dd.data.split import Split
 from dd.mixture import GaussianMixture
+from dd.support.checks import check_count, check_number
 
 __all__ = ["xor"]
 

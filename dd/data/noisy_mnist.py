@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dd.checks import check_number
 from dd.data.counts import sample_count
 from dd.data.download import FAILURES, one_line, socket_timeout
 from dd.data.places import data_root
 from dd.data.seeding import generator
 from dd.data.split import Split
+from dd.support.checks import check_number
 
 __all__ = ["noisy_mnist"]
 

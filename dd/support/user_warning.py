@@ -8,7 +8,8 @@ import torch
 
 __all__ = ["warn_user"]
 
-_INTERNAL = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_INTERNAL = tuple(path + os.sep for path in (_PACKAGE, os.path.dirname(torch.__file__)))
 
 
 def warn_user(message: str, category: type[Warning]) -> None:

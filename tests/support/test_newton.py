@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dd.newton import minimise
+from dd.support.newton import minimise
 
 NONE = -math.inf
 
