@@ -9,8 +9,8 @@ from spectrum_nodes import by_rank
 from torch import Tensor, nn
 
 import dd
-from dd.noise import NoiseModel
-from dd.quadrature import nodes
+from dd.noise.model import NoiseModel
+from dd.noise.quadrature import nodes
 from dd.support.fingerprint import fingerprint
 
 CLASSES = 10

@@ -1,4 +1,4 @@
-"""Copies that ``dd.copies`` finds on public tables, as they are and with planted ones.
+"""Copies that ``dd.noise.copies`` finds on public tables, as they are and with planted ones.
 
 Of every table of KEEL and of three of scikit-learn some samples are drawn without replacement,
 a column for each category, standardised; a share of them is then replaced by copies of others,
@@ -17,7 +17,7 @@ import numpy as np
 import sklearn.datasets
 import torch
 
-from dd.copies import count_copies
+from dd.noise.copies import count_copies
 from dd.strain import MAX_COPIES_PER_SAMPLE
 from dd.support.fingerprint import fingerprint
 

@@ -3,7 +3,7 @@
 Decoupled descent uses a spectrum only through tr Σ f(Σ) with decaying f. Printed is the error of
 tr Σ exp(−tΣ), relative, averaged over t from 0.01 to 10 times 1/mean λ as far as the trace has not
 fallen below a hundredth: on simulated Gaussian samples of known covariance. Exits with 1 where the
-estimator of ``dd.spectrum`` is beaten, beyond the repetitions' spread, in one of the cells.
+estimator of ``dd.noise.spectrum`` is beaten, beyond the repetitions' spread, in one of the cells.
 
     python benchmarks/spectrum_estimators.py [--features shared/data/cifar10_efficientnet_lite0.npz]
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.noise.spectrum import population_eigenvalues, sample_eigenvalues
 from dd.support.nonnegative import nonnegative_least_squares
 
 Estimator = Callable[[Tensor, int], Tensor]

@@ -1,4 +1,4 @@
-"""How few eigenvalues stand for a spectrum: ``dd.quadrature`` beside bins by geometric rank.
+"""How few eigenvalues stand for a spectrum: ``dd.noise.quadrature`` beside bins by geometric rank.
 
 Printed is the mean relative error of tr Σ exp(−tΣ), t from 0.01 to 10 times 1/mean λ as far as the
 trace has not fallen below a hundredth. Features, found through DD_DATA, are those of a thousand
@@ -17,8 +17,8 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from dd.quadrature import _error, _poles, _rational_gauss
-from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.noise.quadrature import _error, _poles, _rational_gauss
+from dd.noise.spectrum import population_eigenvalues, sample_eigenvalues
 
 BINS, NODES = 12, (2, 3, 4, 5, 6)
 

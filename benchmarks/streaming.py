@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dd
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 
 CLASSES, WIDTH = 10, 64
 

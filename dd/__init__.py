@@ -6,12 +6,12 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 
 from dd.audit import ComponentWarning, CurvatureWarning
 from dd.chunks import Chunks
-from dd.components import find_components
 from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
 from dd.line_step import NoSignalWarning, SearchWarning
 from dd.mixture import GaussianMixture
-from dd.noise import NoiseModel
+from dd.noise.components import find_components
+from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples import AugmentationWarning
 from dd.shadow_size import ShadowWarning

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from dd.batches import Batches, check_batch_size
-from dd.components import find_components
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
 from dd.lineup import AUTO, OURS, asked_for, is_decoupled, known_optimizers
-from dd.noise import NoiseModel
+from dd.noise.components import find_components
+from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.selection import Candidate, Selection
 from dd.support.checks import check_count, check_number

@@ -33,7 +33,7 @@ from dd.head import SharedParameters
 from dd.head_choice import AUTO, form_to_correct, worth_correcting
 from dd.layers import blamed_modules, find_layer
 from dd.moments import Moments
-from dd.noise import LARGEST_GRAM, NoiseModel
+from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
 from dd.samples import Placement, Samples
 from dd.shadows import Shadows

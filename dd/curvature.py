@@ -28,7 +28,7 @@ from dd.functional import (
     symmetric_curvature,
 )
 from dd.moments import Moments
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.support.ranks import Ranks
 
 __all__ = [

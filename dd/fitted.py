@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.support.fingerprint import Fingerprints
 
 __all__ = ["fitted_samples", "refuse_others", "require_spread", "require_told"]

@@ -3,7 +3,7 @@
 from torch import nn
 
 from dd.layers import find_head
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 
 __all__ = ["AUTO", "form_to_correct", "shared_count", "uncorrected_count", "worth_correcting"]
 

@@ -24,7 +24,7 @@ from dd.checkpoint import Checkpoint
 from dd.chosen import Chooser
 from dd.data import Split
 from dd.lineup import is_decoupled
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.selection import Candidate
 from dd.training import Schedule

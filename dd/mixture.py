@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.support.checks import check_count, check_number
 
 __all__ = ["GaussianMixture"]

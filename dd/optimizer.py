@@ -28,7 +28,7 @@ from dd.line_settings import (
 )
 from dd.line_step import MEMORY, LineStep
 from dd.loaders import tracked
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.shadow_step import ShadowStep
 from dd.shadows import ShadowUpdate
 from dd.store import HEAD_LEFT, Store

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dd.functional import at_least_single
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 
 __all__ = ["ShadowSizeWatch", "ShadowWarning", "largest_share", "of_share", "shares"]
 

@@ -19,7 +19,7 @@ from dd.functional import (
     shadow_gradient,
     stein_curvature,
 )
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.training_forward import probe_seed
 

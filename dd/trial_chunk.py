@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dd.curvature import has_leaky_kinks
 from dd.head_choice import AUTO, worth_correcting
-from dd.noise import LARGEST_GRAM, NoiseModel
+from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.shadow_size import largest_share, shares
 from dd.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dd.fitted import fitted_samples, refuse_others
 from dd.head_choice import AUTO
 from dd.line_settings import chooses_rate
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.support.fingerprint import fingerprint
 

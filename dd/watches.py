@@ -8,7 +8,7 @@ from torch import Tensor
 from dd.attachment import Attachment
 from dd.divergence import DivergenceWatch, SharpnessWatch
 from dd.functional import at_least_single
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.oversight import Oversight
 from dd.samples import Placement
 

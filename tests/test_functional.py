@@ -23,7 +23,7 @@ from dd.functional import (
     stein_curvature,
     symmetric_curvature,
 )
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.support.ranks import Ranks
 from tests.reference import Head, Step, decoupled_descent, kinks_of, stein_of
 

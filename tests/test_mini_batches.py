@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from tests import reference
 
 N, D, K, C = 30, 9, 3, 3

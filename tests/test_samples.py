@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dd
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 from dd.strain import StrainWarning
 
 N, D, K, C = 60, 30, 4, 3

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd
-from dd.noise import NoiseModel
+from dd.noise.model import NoiseModel
 
 N, D, K, C = 48, 20, 3, 3
 # Batches of 7: the break lies in the middle of the first epoch.

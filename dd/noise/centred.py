@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dd.copies import count_copies
 from dd.functional import at_least_single, component_sums
+from dd.noise.copies import count_copies
 from dd.support.fingerprint import PROJECTIONS, fingerprint
 
 __all__ = ["CentredInputs"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dd.centred import CentredInputs
+from dd.noise.centred import CentredInputs
 from dd.support.nonnegative import nonnegative_least_squares
 
 __all__ = ["population_eigenvalues", "sample_eigenvalues"]

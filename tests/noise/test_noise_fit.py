@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
-from dd.noise import NoiseModel
-from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.noise.model import NoiseModel
+from dd.noise.spectrum import population_eigenvalues, sample_eigenvalues
 from dd.support.nonnegative import nonnegative_least_squares
 
 D = 300
@@ -307,7 +307,7 @@ def test_a_model_describes_itself_in_one_line():
 
 
 def test_spectra_beyond_memory_are_refused(monkeypatch):
-    monkeypatch.setattr("dd.noise.LARGEST_GRAM", 50)
+    monkeypatch.setattr("dd.noise.model.LARGEST_GRAM", 50)
     sample = normal(6, 60, 70)
     with pytest.raises(ValueError, match=r"60 × 60 matrix.*NoiseModel.isotropic.*at most 50 rows"):
         NoiseModel.fit(sample)

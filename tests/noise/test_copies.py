@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import dd
-from dd import copies
-from dd.copies import CopyWatch, count_copies
+from dd.noise import copies
+from dd.noise.copies import CopyWatch, count_copies
 from dd.support.fingerprint import Fingerprints, fingerprint
 
 

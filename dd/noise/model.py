@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dd.centred import CentredInputs
-from dd.quadrature import nodes
-from dd.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.noise.centred import CentredInputs
+from dd.noise.quadrature import nodes
+from dd.noise.spectrum import population_eigenvalues, sample_eigenvalues
 from dd.support.checks import check_count
 
 __all__ = ["NoiseModel"]
@@ -137,10 +137,10 @@ class NoiseModel:
         """Estimate the population spectrum of Σ, and stand a few eigenvalues for all.
 
         Section 4 of ``docs/theory.md``; the spectrum is that of
-        :func:`dd.spectrum.population_eigenvalues`, the few are those of
-        :func:`dd.quadrature.nodes`. Takes time n d min(n, d), and memory min(n, d)² in float64.
-        The inputs are read in blocks and not copied, so that they may be a ``numpy.memmap`` larger
-        than memory.
+        :func:`dd.noise.spectrum.population_eigenvalues`, the few are those of
+        :func:`dd.noise.quadrature.nodes`. Takes time n d min(n, d), and memory min(n, d)² in
+        float64. The inputs are read in blocks and not copied, so that they may be a
+        ``numpy.memmap`` larger than memory.
 
         Args:
             inputs: training inputs, shape (n, d), on any device or in a mapped file.

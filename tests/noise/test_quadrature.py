@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dd.quadrature import TOLERANCE, _poles, _rational_gauss, nodes
+from dd.noise.quadrature import TOLERANCE, _poles, _rational_gauss, nodes
 
 D = 300
 
