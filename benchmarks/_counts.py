@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dd import samples
 from dd.attachment import Attachment
+from dd.samples import recognition as samples
 
 
 def _product(total: Any, left: Any, right: Any, **other: Any) -> int:

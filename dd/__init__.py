@@ -5,7 +5,6 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
 from dd.audit import ComponentWarning, CurvatureWarning
-from dd.chunks import Chunks
 from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
 from dd.line_step import NoSignalWarning, SearchWarning
@@ -13,7 +12,8 @@ from dd.mixture import GaussianMixture
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.samples import AugmentationWarning
+from dd.samples.chunks import Chunks
+from dd.samples.recognition import AugmentationWarning
 from dd.shadow_size import ShadowWarning
 from dd.state_evolution import state_evolution
 from dd.strain import StrainWarning

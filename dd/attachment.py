@@ -35,7 +35,7 @@ from dd.layers import blamed_modules, find_layer
 from dd.moments import Moments
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
-from dd.samples import Placement, Samples
+from dd.samples.recognition import Placement, Samples
 from dd.shadows import Shadows
 from dd.strain import StrainWarning
 from dd.support.fingerprint import Fingerprints

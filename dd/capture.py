@@ -18,7 +18,7 @@ from dd.dual import DualLevel, carry_tangent, no_derivative, split_tangent
 from dd.functional import at_least_single
 from dd.head import Scores
 from dd.marked import UncompiledTensor
-from dd.samples import Placement
+from dd.samples.recognition import Placement
 from dd.support.ranks import Ranks
 
 __all__ = ["Capture", "Pushes", "joined"]

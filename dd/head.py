@@ -23,7 +23,7 @@ from dd.functional import (
 from dd.gradient_check import require_unedited, same_weight, weight_changed
 from dd.head_choice import shared_count
 from dd.layers import find_head
-from dd.samples import Placement
+from dd.samples.recognition import Placement
 from dd.support.ranks import Ranks
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dd.audit import CurvatureWarning
 from dd.divergence import DivergenceWarning
-from dd.samples import AugmentationWarning
+from dd.samples.recognition import AugmentationWarning
 from dd.shadow_size import ShadowWarning
 from dd.strain import StrainWarning
 

@@ -27,8 +27,8 @@ from dd.line_settings import (
     without_rates,
 )
 from dd.line_step import MEMORY, LineStep
-from dd.loaders import tracked
 from dd.noise.model import NoiseModel
+from dd.samples.loaders import tracked
 from dd.shadow_step import ShadowStep
 from dd.shadows import ShadowUpdate
 from dd.store import HEAD_LEFT, Store

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dd.attachment import Attachment
 from dd.contribution import product_node
 from dd.head import SharedParameters
-from dd.samples import Placement
+from dd.samples.recognition import Placement
 from dd.store import Store
 from dd.watches import Watches
 

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dd.fitted import fitted_samples, refuse_others
 from dd.head_choice import AUTO
 from dd.line_settings import chooses_rate
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.samples.fitted import fitted_samples, refuse_others
 from dd.support.fingerprint import fingerprint
 
 __all__ = [

@@ -10,7 +10,7 @@ from dd.divergence import DivergenceWatch, SharpnessWatch
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.oversight import Oversight
-from dd.samples import Placement
+from dd.samples.recognition import Placement
 
 __all__ = ["Watches"]
 

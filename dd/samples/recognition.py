@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.fitted import fitted_samples, refuse_others, require_spread, require_told
 from dd.noise.model import NoiseModel
+from dd.samples.fitted import fitted_samples, refuse_others, require_spread, require_told
 from dd.support.fingerprint import Fingerprints, directions, fingerprint
 from dd.support.user_warning import warn_user
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from dd.samples import Samples
+from dd.samples.recognition import Samples
 
 __all__ = ["tracked"]
 
