@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dd.capture import Capture, Pushes, joined
 from dd.contribution import Contribution
-from dd.curvature import Rows, build
+from dd.curvature.estimators import Rows, build
+from dd.curvature.moments import Moments
 from dd.functional import (
     all_finite,
     at_least_single,
@@ -32,7 +33,6 @@ from dd.gradient_check import (
 from dd.head import SharedParameters
 from dd.head_choice import AUTO, form_to_correct, worth_correcting
 from dd.layers import blamed_modules, find_layer
-from dd.moments import Moments
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.oversight import Oversight
 from dd.samples.recognition import Placement, Samples

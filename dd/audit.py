@@ -16,8 +16,9 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_map_only
 
-from dd.curvature import Stein
-from dd.dual import DualLevel
+from dd.curvature.dual import DualLevel
+from dd.curvature.estimators import Stein
+from dd.curvature.marked import MarkedTensor
 from dd.functional import (
     kink_signs,
     kink_terms,
@@ -26,7 +27,6 @@ from dd.functional import (
     stein_excess,
     stein_mismatch,
 )
-from dd.marked import MarkedTensor
 from dd.support.user_warning import warn_user
 
 if TYPE_CHECKING:

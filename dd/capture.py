@@ -13,11 +13,11 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dd.contribution import Contribution
-from dd.curvature import Backward, Curvature
-from dd.dual import DualLevel, carry_tangent, no_derivative, split_tangent
+from dd.curvature.dual import DualLevel, carry_tangent, no_derivative, split_tangent
+from dd.curvature.estimators import Backward, Curvature
+from dd.curvature.marked import UncompiledTensor
 from dd.functional import at_least_single
 from dd.head import Scores
-from dd.marked import UncompiledTensor
 from dd.samples.recognition import Placement
 from dd.support.ranks import Ranks
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dd.attachment import Attachment
-from dd.curvature import Probe, Rows
+from dd.curvature.estimators import Probe, Rows
 from dd.product_cache import FirstForward
 from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
 

@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 
 from dd.attachment import Attachment
 from dd.best_state import BestState
-from dd.curvature import check_name
+from dd.curvature.estimators import check_name
 from dd.estimate import Estimate
 from dd.evaluation import corrected_estimate, corrected_mean
 from dd.head_choice import AUTO

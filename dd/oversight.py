@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dd.audit import Audit, AuditedTensor, is_due, is_safe
-from dd.curvature import Stein, has_leaky_kinks
+from dd.curvature.estimators import Stein, has_leaky_kinks
 from dd.head_choice import uncorrected_count
 from dd.noise.copies import CopyWatch, count_copies
 from dd.samples.recognition import Placement

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dd.dual import split_tangent
+from dd.curvature.dual import split_tangent
 from dd.functional import at_least_single
 
 __all__ = ["Outputs", "StopRule"]

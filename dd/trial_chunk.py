@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dd.curvature import has_leaky_kinks
+from dd.curvature.estimators import has_leaky_kinks
 from dd.head_choice import AUTO, worth_correcting
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dd
-from dd.curvature import Exact, Rows
+from dd.curvature.estimators import Exact, Rows
 from dd.support.ranks import Ranks
 from tests.reference import kinks_of
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from dd import curvature
+from dd.curvature import estimators as curvature
 from dd.functional import (
     centre_within_components,
     corrected_preactivation,

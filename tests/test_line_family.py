@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dd
 from dd import line_step, more_probes, product_cache
 from dd.audit import Audit
-from dd.curvature import Probe, Stein
+from dd.curvature.estimators import Probe, Stein
 from dd.line_parts import Maps
 from dd.line_search import STILL, LineSearch, Point
 from dd.product_cache import mark_of

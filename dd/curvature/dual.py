@@ -11,8 +11,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from dd.curvature import LOST_TANGENT, REMEDY
-from dd.marked import UncompiledTensor
+from dd.curvature.estimators import LOST_TANGENT, REMEDY
+from dd.curvature.marked import UncompiledTensor
 
 __all__ = ["DualLevel", "carry_tangent", "no_derivative", "split_tangent"]
 

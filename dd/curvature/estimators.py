@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from dd.curvature.moments import Moments
 from dd.functional import (
     at_least_single,
     centre_within_components,
@@ -27,7 +28,6 @@ from dd.functional import (
     solved_curvature,
     symmetric_curvature,
 )
-from dd.moments import Moments
 from dd.noise.model import NoiseModel
 from dd.support.ranks import Ranks
 
