@@ -18,8 +18,8 @@ import sklearn.datasets
 import torch
 
 from dd.noise.copies import count_copies
-from dd.strain import MAX_COPIES_PER_SAMPLE
 from dd.support.fingerprint import fingerprint
+from dd.watch.strain import MAX_COPIES_PER_SAMPLE
 
 # Share of copies, and their noise.
 PLANTED = [(0.0, 0.0), (0.05, 0.0), (0.2, 0.0), (0.05, 0.01), (0.2, 0.01)]

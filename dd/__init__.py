@@ -4,8 +4,6 @@ Lovig, *Decoupled Descent: Exact Test Error Tracking Via Approximate Message Pas
 arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
-from dd.audit import ComponentWarning, CurvatureWarning
-from dd.divergence import DivergenceWarning
 from dd.estimate import Estimate
 from dd.line_step import NoSignalWarning, SearchWarning
 from dd.mixture import GaussianMixture
@@ -14,11 +12,13 @@ from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.samples.chunks import Chunks
 from dd.samples.recognition import AugmentationWarning
-from dd.shadow_size import ShadowWarning
 from dd.state_evolution import state_evolution
-from dd.strain import StrainWarning
 from dd.trial_results import Trials
 from dd.trials import run_trials
+from dd.watch.audit import ComponentWarning, CurvatureWarning
+from dd.watch.divergence import DivergenceWarning
+from dd.watch.shadow_size import ShadowWarning
+from dd.watch.strain import StrainWarning
 
 __version__ = "0.1.0"
 

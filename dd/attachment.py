@@ -34,14 +34,14 @@ from dd.head import SharedParameters
 from dd.head_choice import AUTO, form_to_correct, worth_correcting
 from dd.layers import blamed_modules, find_layer
 from dd.noise.model import LARGEST_GRAM, NoiseModel
-from dd.oversight import Oversight
 from dd.samples.recognition import Placement, Samples
 from dd.shadows import Shadows
-from dd.strain import StrainWarning
 from dd.support.fingerprint import Fingerprints
 from dd.support.ranks import Ranks
 from dd.support.user_warning import warn_user
-from dd.verdicts import Verdicts
+from dd.watch.oversight import Oversight
+from dd.watch.strain import StrainWarning
+from dd.watch.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from dd.line_family import Trial

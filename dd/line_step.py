@@ -23,7 +23,7 @@ from dd.stopping import Outputs, StopRule
 from dd.store import Store
 from dd.support.user_warning import warn_user
 from dd.training_forward import full_precision
-from dd.watches import Watches
+from dd.watch.watches import Watches
 
 __all__ = ["LineStep", "NoSignalWarning", "SearchWarning"]
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dd.audit import CurvatureWarning
-from dd.divergence import DivergenceWarning
 from dd.samples.recognition import AugmentationWarning
-from dd.shadow_size import ShadowWarning
-from dd.strain import StrainWarning
+from dd.watch.audit import CurvatureWarning
+from dd.watch.divergence import DivergenceWarning
+from dd.watch.shadow_size import ShadowWarning
+from dd.watch.strain import StrainWarning
 
 __all__ = ["noted"]
 

@@ -33,7 +33,7 @@ from dd.shadow_step import ShadowStep
 from dd.shadows import ShadowUpdate
 from dd.store import HEAD_LEFT, Store
 from dd.training_forward import TrainingForward, full_precision, refuse_capture
-from dd.watches import Watches
+from dd.watch.watches import Watches
 
 __all__ = ["DecoupledDescent"]
 

@@ -10,7 +10,7 @@ from dd.capture import Pushes
 from dd.functional import all_finite, damped_weight_gradient
 from dd.shadows import Piece, Push, ShadowUpdate, keeping
 from dd.store import Store
-from dd.watches import Watches
+from dd.watch.watches import Watches
 
 __all__ = ["ShadowStep"]
 

@@ -64,7 +64,7 @@ class Store:
         return any(g is not None and bool(g.count_nonzero()) for g in gradients)
 
     def may_defer(self, attachment: Attachment) -> bool:
-        """Whether a step may go on before its conditions are known (:mod:`dd.verdicts`).
+        """Whether a step may go on before its conditions are known (:mod:`dd.watch.verdicts`).
 
         It may where to look would stall the device, and where torch's fused update, which can be
         told there to change nothing, is as good as another: one process, single or double

@@ -11,7 +11,7 @@ from dd.contribution import product_node
 from dd.head import SharedParameters
 from dd.samples.recognition import Placement
 from dd.store import Store
-from dd.watches import Watches
+from dd.watch.watches import Watches
 
 __all__ = ["TrainingForward", "full_precision", "probe_seed", "refuse_capture"]
 

@@ -13,7 +13,6 @@ from dd.curvature.estimators import has_leaky_kinks
 from dd.head_choice import AUTO, worth_correcting
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.shadow_size import largest_share, shares
 from dd.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer
 from dd.trial_inputs import (
     MakeOptimizer,
@@ -25,6 +24,7 @@ from dd.trial_inputs import (
     made,
 )
 from dd.trial_results import METRICS, Doubt, Failure, Trials
+from dd.watch.shadow_size import largest_share, shares
 
 __all__ = ["Chunk", "FirstTrial", "MakeModel", "MakeNoise", "MakeSplit", "Plan", "first_trial"]
 

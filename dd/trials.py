@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 import torch.nn.functional as F
 
-from dd.shadow_size import ShadowWarning
 from dd.stacked import Loss
 from dd.support.checks import check_count
 from dd.support.progress import progress_bar
@@ -13,6 +12,7 @@ from dd.support.user_warning import warn_user
 from dd.trial_chunk import Chunk, FirstTrial, MakeModel, MakeNoise, MakeSplit, Plan, first_trial
 from dd.trial_inputs import MakeOptimizer, checked_optimizers
 from dd.trial_results import Trials
+from dd.watch.shadow_size import ShadowWarning
 
 __all__ = ["run_trials", "trial_chunks"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import dd
-from dd import oversight
+from dd.watch import oversight
 from tests.test_optimizer import C, D, K, N, create_graph_warns, make_problem
 from tests.test_precision import SINGLE, require_close
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import dd
-from dd import chosen, figures, shadow_size, training
+from dd import chosen, figures, training
 from dd.console import METHOD_COLUMNS, print_report
 from dd.doubts import doubts_of, mark
 from dd.experiment import Experiment
@@ -25,6 +25,7 @@ from dd.run_folder import read_run
 from dd.sweep import Sweep, gather
 from dd.sweep_job import SweepJob, described
 from dd.wandb_comparison import _table, headline
+from dd.watch import shadow_size
 from tests.run_folders import results_of, write_run
 from tests.test_report import Page
 from tests.test_resume import assert_same_run, go_on, run_with_snapshots

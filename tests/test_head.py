@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import dd
 import dd.data
 import dd.models
-from dd.divergence import SharpnessWatch
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
 from dd.head import Scores
+from dd.watch.divergence import SharpnessWatch
 from tests.reference import Head, decoupled_descent_with_head
 
 N, D, K, C = 60, 24, 4, 3

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
 from dd import line_step, more_probes, product_cache
-from dd.audit import Audit
 from dd.curvature.estimators import Probe, Stein
 from dd.line_parts import Maps
 from dd.line_search import STILL, LineSearch, Point
 from dd.product_cache import mark_of
+from dd.watch.audit import Audit
 from tests.closures import closure_of
 from tests.reference import (
     Head,

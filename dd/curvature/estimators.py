@@ -146,8 +146,8 @@ class Curvature(ABC):
 class Stein(Curvature):
     """Stein's lemma on R centred within mixture components.
 
-    It holds where R is Gaussian within each, which audits watch (:mod:`dd.audit`). Its solution
-    waits for an accelerator, whose eigenvalues are found by iteration.
+    It holds where R is Gaussian within each, which audits watch (:mod:`dd.watch.audit`). Its
+    solution waits for an accelerator, whose eigenvalues are found by iteration.
 
     Args:
         components: component of each sample, shape (n,), integers from 0.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dd
 from dd.noise.model import NoiseModel
-from dd.strain import StrainWarning
+from dd.watch.strain import StrainWarning
 
 N, D, K, C = 60, 30, 4, 3
 

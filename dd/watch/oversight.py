@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dd.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.curvature.estimators import Stein, has_leaky_kinks
 from dd.head_choice import uncorrected_count
 from dd.noise.copies import CopyWatch, count_copies
 from dd.samples.recognition import Placement
-from dd.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
-from dd.strain import StrainWarning, of_copies, of_head, strains
 from dd.support.user_warning import warn_user
+from dd.watch.audit import Audit, AuditedTensor, is_due, is_safe
+from dd.watch.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
+from dd.watch.strain import StrainWarning, of_copies, of_head, strains
 
 if TYPE_CHECKING:
     from dd.attachment import Attachment

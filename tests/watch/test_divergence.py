@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import cifar10_probe, xor
-from dd.divergence import feedback_growth
 from dd.models import two_layer
+from dd.watch.divergence import feedback_growth
 
 D = 300
-DATA = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("DD_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),

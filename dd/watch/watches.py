@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from dd.attachment import Attachment
-from dd.divergence import DivergenceWatch, SharpnessWatch
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
-from dd.oversight import Oversight
 from dd.samples.recognition import Placement
+from dd.watch.divergence import DivergenceWatch, SharpnessWatch
+from dd.watch.oversight import Oversight
 
 __all__ = ["Watches"]
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd import oversight, shadow_size
 from dd.attachment import Attachment
 from dd.data import xor
-from dd.shadow_size import ShadowSizeWatch, largest_share, shares
+from dd.watch import oversight, shadow_size
+from dd.watch.shadow_size import ShadowSizeWatch, largest_share, shares
 
 D = 300
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.strain import strains
+from dd.watch.strain import strains
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dd
-from dd import audit, oversight
 from dd.data import xor
 from dd.functional import (
     centre_within_components,
@@ -24,6 +23,7 @@ from dd.functional import (
     stein_mismatch,
 )
 from dd.models import two_layer
+from dd.watch import audit, oversight
 from tests.reference import mismatch_of
 from tests.test_optimizer import C, D, K, make_model, make_problem, train
 

@@ -15,11 +15,11 @@ from torch import nn
 
 import dd
 from dd.attachment import Attachment
-from dd.verdicts import Verdicts
+from dd.watch.verdicts import Verdicts
 from tests.test_mini_batches import RULES
 from tests.test_optimizer import make_model, make_problem, parameters_of
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
