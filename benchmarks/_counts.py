@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
 from dd.samples import recognition as samples
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd
-import dd.head
+import dd.correction.head
 from dd.data import Split, cifar10_probe, generator
 from dd.functional import shared_curvature
 from dd.models import two_layer
@@ -122,7 +122,7 @@ def main() -> None:
     print("| cross term | step | layer: slope | correlation | head: slope | correlation |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, curvature in variants.items():
-        dd.head.shared_curvature = curvature  # type: ignore[assignment]
+        dd.correction.head.shared_curvature = curvature  # type: ignore[assignment]
         found[name] = compare(split, rows[: arguments.left_out].tolist())
         for step, figures in found[name].items():
             values = " | ".join(f"{value:.3f}" for value in figures.values())

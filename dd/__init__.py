@@ -4,7 +4,7 @@ Lovig, *Decoupled Descent: Exact Test Error Tracking Via Approximate Message Pas
 arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
-from dd.estimate import Estimate
+from dd.correction.estimate import Estimate
 from dd.line_step import NoSignalWarning, SearchWarning
 from dd.mixture import GaussianMixture
 from dd.noise.components import find_components

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from dd.correction.store import Store
 from dd.line_parts import Part
 from dd.product_cache import PRODUCT
-from dd.store import Store
 
 __all__ = ["BestState"]
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
+from dd.correction.head import row_products
+from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
-from dd.head import row_products
 from dd.line_parts import Part, Responses
 from dd.line_search import STILL, Point
 from dd.product_cache import require_all_again
 from dd.replay import UNLIKE_FIRST, Rewind, batch_norms, forward_replaced, own_statistics
-from dd.training_forward import full_precision
 
 __all__ = ["LineFamily", "Trial"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dd.head import SharedParameters, row_products
+from dd.correction.head import SharedParameters, row_products
 from dd.line_search import Point
 from dd.product_cache import PRODUCT
 

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.attachment import Attachment
 from dd.best_state import BestState
-from dd.capture import Capture
+from dd.correction.attachment import Attachment
+from dd.correction.capture import Capture
+from dd.correction.shadow_step import ShadowStep
+from dd.correction.store import Store
+from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
 from dd.line_family import LineFamily
 from dd.line_parts import Maps, Part, Responses, responses_of
@@ -18,11 +21,8 @@ from dd.line_settings import require_dense, require_loss, require_plain_rule
 from dd.more_probes import refined
 from dd.product_cache import PRODUCT, FirstForward, keep_product
 from dd.replay import Rewind, forward_replaced, own_statistics
-from dd.shadow_step import ShadowStep
 from dd.stopping import Outputs, StopRule
-from dd.store import Store
 from dd.support.user_warning import warn_user
-from dd.training_forward import full_precision
 from dd.watch.watches import Watches
 
 __all__ = ["LineStep", "NoSignalWarning", "SearchWarning"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dd.correction.layers import find_layer
 from dd.fresh_paths import FreshPaths, Start
 from dd.functional import centre_within_components, symmetric_curvature
-from dd.layers import find_layer
 from dd.limit_checks import check_loss, check_network
 from dd.mixture import GaussianMixture
 from dd.replay import forward_replaced

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
 from dd.curvature.estimators import Probe, Rows
 from dd.product_cache import FirstForward
 from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced

@@ -11,12 +11,16 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
-from dd.attachment import Attachment
 from dd.best_state import BestState
+from dd.correction.attachment import Attachment
+from dd.correction.estimate import Estimate
+from dd.correction.evaluation import corrected_estimate, corrected_mean
+from dd.correction.head_choice import AUTO
+from dd.correction.shadow_step import ShadowStep
+from dd.correction.shadows import ShadowUpdate
+from dd.correction.store import HEAD_LEFT, Store
+from dd.correction.training_forward import TrainingForward, full_precision, refuse_capture
 from dd.curvature.estimators import check_name
-from dd.estimate import Estimate
-from dd.evaluation import corrected_estimate, corrected_mean
-from dd.head_choice import AUTO
 from dd.line_family import Trial
 from dd.line_search import LineSearch, Policy
 from dd.line_settings import (
@@ -29,10 +33,6 @@ from dd.line_settings import (
 from dd.line_step import MEMORY, LineStep
 from dd.noise.model import NoiseModel
 from dd.samples.loaders import tracked
-from dd.shadow_step import ShadowStep
-from dd.shadows import ShadowUpdate
-from dd.store import HEAD_LEFT, Store
-from dd.training_forward import TrainingForward, full_precision, refuse_capture
 from dd.watch.watches import Watches
 
 __all__ = ["DecoupledDescent"]
@@ -540,9 +540,10 @@ class DecoupledDescent(torch.optim.SGD):
                 graph is captured.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
 
-        On CUDA a plain step does not wait for the device (:meth:`dd.store.Store.may_defer`): what
-        is wrong with it is raised by a later forward, step, :meth:`state_dict`, :meth:`evaluate` or
-        :meth:`detach`, and it changed no weight, shadow or momentum.
+        On CUDA a plain step does not wait for the device
+        (:meth:`dd.correction.store.Store.may_defer`): what is wrong with it is raised by a later
+        forward, step, :meth:`state_dict`, :meth:`evaluate` or :meth:`detach`, and it changed no
+        weight, shadow or momentum.
 
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.

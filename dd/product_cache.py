@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
+from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
-from dd.training_forward import full_precision
 
 __all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of", "require_all_again"]
 

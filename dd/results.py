@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dd.estimate import Estimate
+from dd.correction.estimate import Estimate
 from dd.fit import Fit, SelectionRow
 from dd.tracking import History, Record, aggregate, selected_step, summarise
 

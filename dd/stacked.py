@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from dd.correction.training_forward import probe_seed
 from dd.functional import (
     centre_within_components,
     corrected_preactivation,
@@ -21,7 +22,6 @@ from dd.functional import (
 )
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.training_forward import probe_seed
 
 __all__ = ["Correction", "Loss", "StackedNetwork", "StackedNoise", "StackedOptimizer"]
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dd.correction.head_choice import AUTO, worth_correcting
 from dd.curvature.estimators import has_leaky_kinks
-from dd.head_choice import AUTO, worth_correcting
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dd.head_choice import AUTO
+from dd.correction.head_choice import AUTO
 from dd.line_settings import chooses_rate
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent

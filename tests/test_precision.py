@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.capture import Pushes
+from dd.correction.capture import Pushes
 from dd.samples.recognition import Placement
 from tests.test_optimizer import C, D, K, N, create_graph_warns, make_model, make_problem
 from tests.test_state import CASES, STEPS, require_identical, states_of

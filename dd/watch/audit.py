@@ -30,7 +30,7 @@ from dd.functional import (
 from dd.support.user_warning import warn_user
 
 if TYPE_CHECKING:
-    from dd.capture import Capture
+    from dd.correction.capture import Capture
 
 __all__ = ["Audit", "AuditedTensor", "ComponentWarning", "CurvatureWarning", "is_due", "is_safe"]
 

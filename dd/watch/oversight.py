@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dd.correction.head_choice import uncorrected_count
 from dd.curvature.estimators import Stein, has_leaky_kinks
-from dd.head_choice import uncorrected_count
 from dd.noise.copies import CopyWatch, count_copies
 from dd.samples.recognition import Placement
 from dd.support.user_warning import warn_user
@@ -19,8 +19,8 @@ from dd.watch.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest
 from dd.watch.strain import StrainWarning, of_copies, of_head, strains
 
 if TYPE_CHECKING:
-    from dd.attachment import Attachment
-    from dd.capture import Capture
+    from dd.correction.attachment import Attachment
+    from dd.correction.capture import Capture
 
 __all__ = ["Oversight"]
 

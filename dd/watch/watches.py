@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.samples.recognition import Placement

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dd.correction.decay import DecayLog
 from dd.curvature.moments import Moments
-from dd.decay import DecayLog
 from dd.functional import centre_within_components, symmetric_curvature
 from dd.support.fingerprint import Fingerprints, directions, fingerprint
 from dd.support.ranks import Ranks

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
 from dd.data import xor
 from dd.watch import oversight, shadow_size
 from dd.watch.shadow_size import ShadowSizeWatch, largest_share, shares

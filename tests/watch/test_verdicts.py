@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
 from dd.watch.verdicts import Verdicts
-from tests.test_mini_batches import RULES
+from tests.correction.test_mini_batches import RULES
 from tests.test_optimizer import make_model, make_problem, parameters_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dd.contribution import Contribution, along
+from dd.correction.contribution import Contribution, along
 from dd.functional import all_finite, at_least_single
 from dd.support.blocks import row_blocks, tall_product
 from dd.support.ranks import Ranks

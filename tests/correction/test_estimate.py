@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dd
-from dd.estimate import Estimate
+from dd.correction.estimate import Estimate
 
 N, D, K, C = 60, 12, 3, 2
 

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dd.correction.gradient_check import require_unedited, same_weight, weight_changed
+from dd.correction.head_choice import shared_count
+from dd.correction.layers import find_head
 from dd.functional import (
     at_least_single,
     shared_curvature,
@@ -20,14 +23,11 @@ from dd.functional import (
     shared_shadow_gradient,
     softmax_curvature,
 )
-from dd.gradient_check import require_unedited, same_weight, weight_changed
-from dd.head_choice import shared_count
-from dd.layers import find_head
 from dd.samples.recognition import Placement
 from dd.support.ranks import Ranks
 
 if TYPE_CHECKING:
-    from dd.capture import Pushes
+    from dd.correction.capture import Pushes
 
 __all__ = ["Scores", "SharedParameters", "row_products"]
 
@@ -145,7 +145,7 @@ class SharedParameters:
     Args:
         module: the model.
         layer: the decoupled layer.
-        choice: as in :func:`dd.layers.find_head`.
+        choice: as in :func:`dd.correction.layers.find_head`.
         directions: orthonormal basis of the span of the component means, shape (d, m), or None
             where they are unknown.
 

@@ -12,8 +12,20 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
-from dd.capture import Capture, Pushes, joined
-from dd.contribution import Contribution
+from dd.correction.capture import Capture, Pushes, joined
+from dd.correction.contribution import Contribution
+from dd.correction.gradient_check import (
+    Comparison,
+    edit_scale,
+    edited,
+    same_weight,
+    scale_of_terms,
+    weight_changed,
+)
+from dd.correction.head import SharedParameters
+from dd.correction.head_choice import AUTO, form_to_correct, worth_correcting
+from dd.correction.layers import blamed_modules, find_layer
+from dd.correction.shadows import Shadows
 from dd.curvature.estimators import Rows, build
 from dd.curvature.moments import Moments
 from dd.functional import (
@@ -22,20 +34,8 @@ from dd.functional import (
     correct_preactivation_,
     corrected_preactivation,
 )
-from dd.gradient_check import (
-    Comparison,
-    edit_scale,
-    edited,
-    same_weight,
-    scale_of_terms,
-    weight_changed,
-)
-from dd.head import SharedParameters
-from dd.head_choice import AUTO, form_to_correct, worth_correcting
-from dd.layers import blamed_modules, find_layer
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.samples.recognition import Placement, Samples
-from dd.shadows import Shadows
 from dd.support.fingerprint import Fingerprints
 from dd.support.ranks import Ranks
 from dd.support.user_warning import warn_user

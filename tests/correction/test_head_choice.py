@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
+from dd.correction.head_choice import shared_count, worth_correcting
 from dd.data import xor
-from dd.head_choice import shared_count, worth_correcting
 from tests.closures import closure_of
 
 N, D, K = 200, 40, 20

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from dd.layers import find_head
+from dd.correction.layers import find_head
 from dd.noise.model import NoiseModel
 
 __all__ = ["AUTO", "form_to_correct", "shared_count", "uncorrected_count", "worth_correcting"]
@@ -72,7 +72,7 @@ def form_to_correct(
     Args:
         module: the model.
         layer: the decoupled layer.
-        choice: as in :func:`dd.layers.find_head`.
+        choice: as in :func:`dd.correction.layers.find_head`.
         noise: in both forms.
         curvature: as of :func:`worth_correcting`, as is the next.
         searches: whether steps are searched for.

@@ -12,12 +12,12 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dd.contribution import Contribution
+from dd.correction.contribution import Contribution
+from dd.correction.head import Scores
 from dd.curvature.dual import DualLevel, carry_tangent, no_derivative, split_tangent
 from dd.curvature.estimators import Backward, Curvature
 from dd.curvature.marked import UncompiledTensor
 from dd.functional import at_least_single
-from dd.head import Scores
 from dd.samples.recognition import Placement
 from dd.support.ranks import Ranks
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import dd
 import dd.data
 import dd.models
+from dd.correction.head import Scores
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
-from dd.head import Scores
 from dd.watch.divergence import SharpnessWatch
 from tests.reference import Head, decoupled_descent_with_head
 
@@ -169,7 +169,9 @@ RULES = [
 def test_shadows_move_by_the_rule_of_their_parameter(monkeypatch, rule):
     # Without decay each shadow is all that its sample has pushed, under whatever linear rule; and
     # all samples' pushes together are what the parameter has moved.
-    monkeypatch.setattr("dd.head.shared_curvature", lambda *parts: 0 * shared_curvature(*parts))
+    monkeypatch.setattr(
+        "dd.correction.head.shared_curvature", lambda *parts: 0 * shared_curvature(*parts)
+    )
     inputs, labels = make_problem()
     model = make_model()
     before = [p.detach().clone() for p in model.parameters()]
@@ -257,7 +259,9 @@ def test_head_shadow_follows_the_leave_one_out_displacement(monkeypatch):
     slope, correlation = slope_and_correlation()
     assert correlation > 0.8
     assert 2 / 3 < slope < 2
-    monkeypatch.setattr("dd.head.shared_curvature", lambda *parts: 0 * shared_curvature(*parts))
+    monkeypatch.setattr(
+        "dd.correction.head.shared_curvature", lambda *parts: 0 * shared_curvature(*parts)
+    )
     slope, _ = slope_and_correlation()
     assert slope < 2 / 3
 
@@ -554,7 +558,7 @@ def test_a_head_beside_the_decoupled_layer_is_an_error():
 
 
 def test_a_head_of_too_many_parameters_is_an_error(monkeypatch):
-    monkeypatch.setattr("dd.head._MOST_PARAMETERS", K * 4 + C * 5 - 1)
+    monkeypatch.setattr("dd.correction.head._MOST_PARAMETERS", K * 4 + C * 5 - 1)
     inputs, labels = make_problem()
     with pytest.raises(ValueError, match=f"would follow {K * 4 + C * 5} shared parameters"):
         attached(make_model(), inputs, labels)

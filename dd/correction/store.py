@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.attachment import Attachment
+from dd.correction.attachment import Attachment
 
 __all__ = ["HEAD_LEFT", "Store"]
 

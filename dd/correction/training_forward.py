@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dd.attachment import Attachment
-from dd.contribution import product_node
-from dd.head import SharedParameters
+from dd.correction.attachment import Attachment
+from dd.correction.contribution import product_node
+from dd.correction.head import SharedParameters
+from dd.correction.store import Store
 from dd.samples.recognition import Placement
-from dd.store import Store
 from dd.watch.watches import Watches
 
 __all__ = ["TrainingForward", "full_precision", "probe_seed", "refuse_capture"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.attachment import Attachment
-from dd.estimate import Estimate, check_confidence
+from dd.correction.attachment import Attachment
+from dd.correction.estimate import Estimate, check_confidence
 
 __all__ = ["corrected_estimate", "corrected_mean"]
 

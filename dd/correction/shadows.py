@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.decay import DecayLog
+from dd.correction.decay import DecayLog
 from dd.functional import driven, scaled_by_mass, shadow_decay
 from dd.noise.model import NoiseModel
 from dd.samples.recognition import Placement
@@ -146,7 +146,7 @@ class Push:
 class Shadows:
     """Shadows Q, shape (B, n, k), in the optimizer's state of the decoupled weight.
 
-    Samples absent from a batch decay when they appear again (:mod:`dd.decay`).
+    Samples absent from a batch decay when they appear again (:mod:`dd.correction.decay`).
     """
 
     def __init__(self) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dd.attachment import Attachment
-from dd.capture import Pushes
+from dd.correction.attachment import Attachment
+from dd.correction.capture import Pushes
+from dd.correction.shadows import Piece, Push, ShadowUpdate, keeping
+from dd.correction.store import Store
 from dd.functional import all_finite, damped_weight_gradient
-from dd.shadows import Piece, Push, ShadowUpdate, keeping
-from dd.store import Store
 from dd.watch.watches import Watches
 
 __all__ = ["ShadowStep"]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.contribution import Contribution, product_node
+from dd.correction.contribution import Contribution, product_node
+from dd.correction.gradient_check import scale_of_terms
 from dd.functional import all_finite
-from dd.gradient_check import scale_of_terms
 from dd.support.blocks import bin_groups, row_blocks, tall_product
 
 N, D, K, C = 60, 30, 4, 3
@@ -85,7 +85,7 @@ def clip(weight):
 
 
 def unseen(monkeypatch):
-    monkeypatch.setattr("dd.training_forward.product_node", lambda output, weight: None)
+    monkeypatch.setattr("dd.correction.training_forward.product_node", lambda output, weight: None)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -336,7 +336,7 @@ def test_infinite_numbers_are_named_even_where_they_were_edited_away():
 def test_nothing_of_a_step_outlives_it(defers, monkeypatch):
     loop = Loop()
     if defers:
-        monkeypatch.setattr("dd.attachment.Attachment.stalls", True)
+        monkeypatch.setattr("dd.correction.attachment.Attachment.stalls", True)
     for _ in range(3):
         loop.step()
     loop.backward()
