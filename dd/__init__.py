@@ -5,11 +5,11 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
 from dd.correction.estimate import Estimate
-from dd.line_step import NoSignalWarning, SearchWarning
 from dd.mixture import GaussianMixture
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.rules.line_search.step import NoSignalWarning, SearchWarning
 from dd.samples.chunks import Chunks
 from dd.samples.recognition import AugmentationWarning
 from dd.state_evolution import state_evolution

@@ -29,13 +29,13 @@ from dd.fit import Fit
 from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
 from dd.launch import Processes, process_group
-from dd.line_settings import chooses_rate
 from dd.lineup import is_decoupled, lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
 from dd.prediction import check_theory, curves, deviations, predicted, write_theory
 from dd.recorder import Recorder
 from dd.results import Results
+from dd.rules.line_search.settings import chooses_rate
 from dd.stability import EdgeWatch
 from dd.state_evolution import StateEvolution
 from dd.support.checks import check_count

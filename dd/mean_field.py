@@ -11,7 +11,7 @@ from dd.fresh_paths import FreshPaths, Start
 from dd.functional import centre_within_components, symmetric_curvature
 from dd.limit_checks import check_loss, check_network
 from dd.mixture import GaussianMixture
-from dd.replay import forward_replaced
+from dd.rules.line_search.replay import forward_replaced
 from dd.support.checks import check_count, check_number
 
 __all__ = ["MeanField", "Snapshot", "Training"]

@@ -11,7 +11,6 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
-from dd.best_state import BestState
 from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate
 from dd.correction.evaluation import corrected_estimate, corrected_mean
@@ -21,17 +20,18 @@ from dd.correction.shadows import ShadowUpdate
 from dd.correction.store import HEAD_LEFT, Store
 from dd.correction.training_forward import TrainingForward, full_precision, refuse_capture
 from dd.curvature.estimators import check_name
-from dd.line_family import Trial
-from dd.line_search import LineSearch, Policy
-from dd.line_settings import (
+from dd.noise.model import NoiseModel
+from dd.rules.line_search.best_state import BestState
+from dd.rules.line_search.family import Trial
+from dd.rules.line_search.search import LineSearch, Policy
+from dd.rules.line_search.settings import (
     is_auto,
     require_closure,
     require_plain_rule,
     stops_itself,
     without_rates,
 )
-from dd.line_step import MEMORY, LineStep
-from dd.noise.model import NoiseModel
+from dd.rules.line_search.step import MEMORY, LineStep
 from dd.samples.loaders import tracked
 from dd.watch.watches import Watches
 

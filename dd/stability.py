@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd.line_settings import chooses_rate
+from dd.rules.line_search.settings import chooses_rate
 
 __all__ = ["EdgeWatch", "HeadSharpness"]
 

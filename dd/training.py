@@ -13,7 +13,7 @@ from dd.batches import Batches
 from dd.data.split import Split
 from dd.doubts import closely
 from dd.launch import Processes
-from dd.line_settings import chooses_rate
+from dd.rules.line_search.settings import chooses_rate
 from dd.support.checks import check_count
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "loss_and_error", "measure", "train"]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.head_choice import AUTO
-from dd.line_settings import chooses_rate
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.rules.line_search.settings import chooses_rate
 from dd.samples.fitted import fitted_samples, refuse_others
 from dd.support.fingerprint import fingerprint
 

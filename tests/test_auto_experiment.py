@@ -277,7 +277,7 @@ MADE = "steps_of_this_test"
 @pytest.fixture
 def stopping(monkeypatch):
     """Let optimizers with lr="auto" stop after some steps, one number a trial, and no sooner."""
-    monkeypatch.setattr("dd.line_step.StopRule.look", lambda *_, **__: False)
+    monkeypatch.setattr("dd.rules.line_search.step.StopRule.look", lambda *_, **__: False)
     step = dd.DecoupledDescent.step
     limits: dict[int, int] = {}
 

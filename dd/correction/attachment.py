@@ -44,8 +44,8 @@ from dd.watch.strain import StrainWarning
 from dd.watch.verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from dd.line_family import Trial
     from dd.optimizer import DecoupledDescent
+    from dd.rules.line_search.family import Trial
 
 __all__ = ["UNTRACEABLE", "Attachment", "ForwardHook"]
 

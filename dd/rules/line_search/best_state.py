@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.store import Store
-from dd.line_parts import Part
-from dd.product_cache import PRODUCT
+from dd.rules.line_search.parts import Part
+from dd.rules.line_search.product_cache import PRODUCT
 
 __all__ = ["BestState"]
 

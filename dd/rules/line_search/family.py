@@ -21,10 +21,16 @@ from dd.correction.attachment import Attachment
 from dd.correction.head import row_products
 from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
-from dd.line_parts import Part, Responses
-from dd.line_search import STILL, Point
-from dd.product_cache import require_all_again
-from dd.replay import UNLIKE_FIRST, Rewind, batch_norms, forward_replaced, own_statistics
+from dd.rules.line_search.parts import Part, Responses
+from dd.rules.line_search.product_cache import require_all_again
+from dd.rules.line_search.replay import (
+    UNLIKE_FIRST,
+    Rewind,
+    batch_norms,
+    forward_replaced,
+    own_statistics,
+)
+from dd.rules.line_search.search import STILL, Point
 
 __all__ = ["LineFamily", "Trial"]
 
@@ -85,7 +91,7 @@ class Trial:
 
 
 class LineFamily:
-    """A :class:`dd.line_search.Family` whose loss is the user's closure.
+    """A :class:`dd.rules.line_search.search.Family` whose loss is the user's closure.
 
     Args:
         attachment: of the decoupled layer.

@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
-from dd import line_step, more_probes, product_cache
 from dd.curvature.estimators import Probe, Stein
-from dd.line_parts import Maps
-from dd.line_search import STILL, LineSearch, Point
-from dd.product_cache import mark_of
+from dd.rules.line_search import more_probes, product_cache
+from dd.rules.line_search import step as line_step
+from dd.rules.line_search.parts import Maps
+from dd.rules.line_search.product_cache import mark_of
+from dd.rules.line_search.search import STILL, LineSearch, Point
 from dd.watch.audit import Audit
 from tests.closures import closure_of
 from tests.reference import (

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dd.correction.head import SharedParameters, row_products
-from dd.line_search import Point
-from dd.product_cache import PRODUCT
+from dd.rules.line_search.product_cache import PRODUCT
+from dd.rules.line_search.search import Point
 
 __all__ = ["Maps", "Part", "Responses", "responses_of"]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.line_search import STILL, Point
-from dd.stopping import PATIENCE, STANDARD_ERRORS, Outputs, StopRule
+from dd.rules.line_search.search import STILL, Point
+from dd.rules.line_search.stopping import PATIENCE, STANDARD_ERRORS, Outputs, StopRule
 from tests.closures import closure_of
 
 N, D, K, C = 60, 30, 4, 3

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.best_state import BestState
 from dd.correction.attachment import Attachment
 from dd.correction.capture import Capture
 from dd.correction.shadow_step import ShadowStep
 from dd.correction.store import Store
 from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
-from dd.line_family import LineFamily
-from dd.line_parts import Maps, Part, Responses, responses_of
-from dd.line_search import Point, Policy
-from dd.line_settings import require_dense, require_loss, require_plain_rule
-from dd.more_probes import refined
-from dd.product_cache import PRODUCT, FirstForward, keep_product
-from dd.replay import Rewind, forward_replaced, own_statistics
-from dd.stopping import Outputs, StopRule
+from dd.rules.line_search.best_state import BestState
+from dd.rules.line_search.family import LineFamily
+from dd.rules.line_search.more_probes import refined
+from dd.rules.line_search.parts import Maps, Part, Responses, responses_of
+from dd.rules.line_search.product_cache import PRODUCT, FirstForward, keep_product
+from dd.rules.line_search.replay import Rewind, forward_replaced, own_statistics
+from dd.rules.line_search.search import Point, Policy
+from dd.rules.line_search.settings import require_dense, require_loss, require_plain_rule
+from dd.rules.line_search.stopping import Outputs, StopRule
 from dd.support.user_warning import warn_user
 from dd.watch.watches import Watches
 

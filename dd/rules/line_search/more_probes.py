@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dd.correction.attachment import Attachment
 from dd.curvature.estimators import Probe, Rows
-from dd.product_cache import FirstForward
-from dd.replay import UNLIKE_FIRST, Rewind, forward_replaced
+from dd.rules.line_search.product_cache import FirstForward
+from dd.rules.line_search.replay import UNLIKE_FIRST, Rewind, forward_replaced
 
 __all__ = ["refined"]
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import dd
 from dd.data import xor
-from dd.line_search import STILL, LineSearch, Point
 from dd.models import two_layer
+from dd.rules.line_search.search import STILL, LineSearch, Point
 from tests.closures import closure_of
 
 N, K = 30, 2
