@@ -5,14 +5,14 @@ arXiv 2604.27883 (2026). This import needs torch and numpy alone.
 """
 
 from dd.correction.estimate import Estimate
-from dd.mixture import GaussianMixture
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.rules.line_search.step import NoSignalWarning, SearchWarning
 from dd.samples.chunks import Chunks
 from dd.samples.recognition import AugmentationWarning
-from dd.state_evolution import state_evolution
+from dd.theory.mixture import GaussianMixture
+from dd.theory.state_evolution import state_evolution
 from dd.trial_results import Trials
 from dd.trials import run_trials
 from dd.watch.audit import ComponentWarning, CurvatureWarning

@@ -37,9 +37,9 @@ from dd.recorder import Recorder
 from dd.results import Results
 from dd.rules.line_search.settings import chooses_rate
 from dd.stability import EdgeWatch
-from dd.state_evolution import StateEvolution
 from dd.support.checks import check_count
 from dd.support.device import choose_device
+from dd.theory.state_evolution import StateEvolution
 from dd.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.training import Schedule, TrainingStopped, train

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dd.mixture import GaussianMixture
 from dd.support.checks import check_count, check_number
+from dd.theory.mixture import GaussianMixture
 
 __all__ = ["ACTIVATIONS", "TanhSquared", "informed_two_layer", "two_layer"]
 

@@ -11,7 +11,7 @@ import dd
 from dd.data import Split, xor
 from dd.data.seeding import generator
 from dd.models import informed_two_layer
-from dd.state_evolution import StateEvolution
+from dd.theory.state_evolution import StateEvolution
 
 # ρ of every decoupled optimizer.
 DAMPING = {"dd": 1.0, "dd_half": 0.5, "dd_pure": 0.0}

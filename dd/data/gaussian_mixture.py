@@ -5,8 +5,8 @@ from torch import Tensor
 
 from dd.data.seeding import generator
 from dd.data.split import Split
-from dd.mixture import GaussianMixture
 from dd.support.checks import check_count, check_number
+from dd.theory.mixture import GaussianMixture
 
 __all__ = ["xor"]
 

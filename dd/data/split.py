@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dd.mixture import GaussianMixture
+from dd.theory.mixture import GaussianMixture
 
 __all__ = ["Split"]
 

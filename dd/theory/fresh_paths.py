@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dd.mixture import GaussianMixture
+from dd.theory.mixture import GaussianMixture
 
 __all__ = ["FreshPaths", "Start"]
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.fresh_paths import FreshPaths, Start
 from dd.models import informed_two_layer, two_layer
-from dd.state_evolution import MonteCarlo
+from dd.theory.fresh_paths import FreshPaths, Start
+from dd.theory.state_evolution import MonteCarlo
 from tests.reference import LinearCase, linear_state_evolution
 
 # Of eight simulations: a t variable of seven degrees of freedom exceeds it in 2 cases of 10,000.

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd.mean_field import MeanField, Snapshot, Training
-from dd.mixture import GaussianMixture
 from dd.support.checks import check_count
 from dd.support.progress import progress_bar
+from dd.theory.mean_field import MeanField, Snapshot, Training
+from dd.theory.mixture import GaussianMixture
 
 __all__ = ["MonteCarlo", "StateEvolution", "state_evolution"]
 

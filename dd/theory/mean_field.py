@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.layers import find_layer
-from dd.fresh_paths import FreshPaths, Start
 from dd.functional import centre_within_components, symmetric_curvature
-from dd.limit_checks import check_loss, check_network
-from dd.mixture import GaussianMixture
 from dd.rules.line_search.replay import forward_replaced
 from dd.support.checks import check_count, check_number
+from dd.theory.fresh_paths import FreshPaths, Start
+from dd.theory.limit_checks import check_loss, check_network
+from dd.theory.mixture import GaussianMixture
 
 __all__ = ["MeanField", "Snapshot", "Training"]
 
