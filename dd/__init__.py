@@ -13,8 +13,8 @@ from dd.samples.chunks import Chunks
 from dd.samples.recognition import AugmentationWarning
 from dd.theory.mixture import GaussianMixture
 from dd.theory.state_evolution import state_evolution
-from dd.trial_results import Trials
 from dd.trials import run_trials
+from dd.trials.results import Trials
 from dd.watch.audit import ComponentWarning, CurvatureWarning
 from dd.watch.divergence import DivergenceWarning
 from dd.watch.shadow_size import ShadowWarning

@@ -43,7 +43,7 @@ from dd.theory.state_evolution import StateEvolution
 from dd.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.training import Schedule, TrainingStopped, train
-from dd.trial_results import Trials
+from dd.trials.results import Trials
 from dd.wandb_comparison import compared, headline
 from dd.wandb_logging import WandbRun
 from dd.wandb_session import WandbSession, check_settings

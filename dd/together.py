@@ -19,8 +19,8 @@ from dd.assembly import (
 from dd.lineup import AUTO
 from dd.optimizer import DecoupledDescent
 from dd.tracking import Record
-from dd.trial_results import METRICS, Trials
 from dd.trials import trial_chunks
+from dd.trials.results import METRICS, Trials
 from dd.watch.shadow_size import of_share
 
 __all__ = ["Together", "doubts_in", "failure_of", "groups_of", "records_of"]

@@ -31,7 +31,7 @@ from tests.test_report import Page
 from tests.test_resume import assert_same_run, go_on, run_with_snapshots
 from tests.test_selection import TRACKED, given_to
 from tests.test_together import configure
-from tests.test_trials import (
+from tests.trials.test_trials import (
     DD,
     SGD,
     bins_by_seed,

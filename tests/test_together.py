@@ -149,7 +149,7 @@ def test_an_interrupted_batch_goes_on_with_what_is_left(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     # One trial at a time.
-    monkeypatch.setattr("dd.trials._AT_ONCE", 1)
+    monkeypatch.setattr("dd.trials.run._AT_ONCE", 1)
     monkeypatch.setattr(together.Together, "chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(folder, *settings)

@@ -13,8 +13,7 @@ from dd.correction.head_choice import AUTO, worth_correcting
 from dd.curvature.estimators import has_leaky_kinks
 from dd.noise.model import LARGEST_GRAM, NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer
-from dd.trial_inputs import (
+from dd.trials.inputs import (
     MakeOptimizer,
     TrialSplit,
     check_model,
@@ -23,7 +22,8 @@ from dd.trial_inputs import (
     check_split,
     made,
 )
-from dd.trial_results import METRICS, Doubt, Failure, Trials
+from dd.trials.results import METRICS, Doubt, Failure, Trials
+from dd.trials.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer
 from dd.watch.shadow_size import largest_share, shares
 
 __all__ = ["Chunk", "FirstTrial", "MakeModel", "MakeNoise", "MakeSplit", "Plan", "first_trial"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import dd
 from dd.training import measure
-from dd.trial_results import METRICS
 from dd.trials import trial_chunks
+from dd.trials.results import METRICS
 
 N, N_TEST, D, K, C = 200, 50, 60, 4, 2
 STEPS = 20

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 import torch.nn.functional as F
 
-from dd.stacked import Loss
 from dd.support.checks import check_count
 from dd.support.progress import progress_bar
 from dd.support.user_warning import warn_user
-from dd.trial_chunk import Chunk, FirstTrial, MakeModel, MakeNoise, MakeSplit, Plan, first_trial
-from dd.trial_inputs import MakeOptimizer, checked_optimizers
-from dd.trial_results import Trials
+from dd.trials.chunk import Chunk, FirstTrial, MakeModel, MakeNoise, MakeSplit, Plan, first_trial
+from dd.trials.inputs import MakeOptimizer, checked_optimizers
+from dd.trials.results import Trials
+from dd.trials.stacked import Loss
 from dd.watch.shadow_size import ShadowWarning
 
 __all__ = ["run_trials", "trial_chunks"]
