@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from dd.figures import DOTS_PER_INCH
-from dd.tracking import replacing
+from dd.tracking.figures import DOTS_PER_INCH
+from dd.tracking.history import replacing
 
 STYLE = {
     "font.size": 8,
@@ -34,7 +34,8 @@ TITLES = {
     "logistic": "Logistic, at the optimum",
     "network": "Two layers, XOR",
 }
-# Okabe-Ito, as in dd.figures. Solvers have open markers, what is no estimate a dashed line.
+# Okabe-Ito, as in dd.tracking.figures. Solvers have open markers, what is no estimate a dashed
+# line.
 LINES: Mapping[str, dict[str, Any]] = {
     "gd": {"color": "#D55E00", "linestyle": "--", "marker": "o"},
     "gd_kfold": {"color": "#009E73", "marker": "s"},

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dd.figures import DOTS_PER_INCH
-from dd.tracking import replacing
+from dd.tracking.figures import DOTS_PER_INCH
+from dd.tracking.history import replacing
 
 STYLE = {
     "font.size": 8,
@@ -28,7 +28,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "lines.markersize": 4,
 }
-# Okabe-Ito, as in dd.figures.
+# Okabe-Ito, as in dd.tracking.figures.
 COLOURS = {
     "gd": "#D55E00",
     "cv5": "#009E73",

@@ -25,8 +25,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dd.console import methods
 from dd.experiment import Experiment
+from dd.tracking.console import methods
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLES = {"cifar10_probe": 1000, "noisy_mnist": 2000}

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dd.support.fingerprint import PROJECTIONS
-from dd.tracking import write_json
+from dd.tracking.history import write_json
 
 BASE = {"n": 20_000, "d": 1024, "k": 64}
 CASES = [

@@ -24,7 +24,6 @@ from dd.assembly import (
 )
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chooser, rates
-from dd.console import ProgressDisplay
 from dd.fit import Fit
 from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
@@ -41,12 +40,13 @@ from dd.support.checks import check_count
 from dd.support.device import choose_device
 from dd.theory.state_evolution import StateEvolution
 from dd.together import Together, doubts_in, failure_of, groups_of, records_of
-from dd.tracking import History, Record, remove_scratch, replacing, write_json, write_rows
+from dd.tracking.console import ProgressDisplay
+from dd.tracking.history import History, Record, remove_scratch, replacing, write_json, write_rows
+from dd.tracking.wandb_comparison import compared, headline
+from dd.tracking.wandb_logging import WandbRun
+from dd.tracking.wandb_session import WandbSession, check_settings
 from dd.training import Schedule, TrainingStopped, train
 from dd.trials.results import Trials
-from dd.wandb_comparison import compared, headline
-from dd.wandb_logging import WandbRun
-from dd.wandb_session import WandbSession, check_settings
 
 __all__ = ["Experiment"]
 
@@ -447,7 +447,7 @@ class Experiment:
             (self.folder / "config.yaml").unlink()
             return
         # Imported here, because matplotlib would double the time to an error message.
-        from dd.figures import train_vs_test
+        from dd.tracking.figures import train_vs_test
 
         self.history.write_csv(self.folder / "history.csv")
         if self.results.selection:

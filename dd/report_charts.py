@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from dd.figures import ROWS, quartiles, top
 from dd.run_folder import RunFolder
-from dd.tracking import Array, History
+from dd.tracking.figures import ROWS, quartiles, top
+from dd.tracking.history import Array, History
 
 __all__ = [
     "HIDDEN",

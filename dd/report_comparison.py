@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dd.console import METHOD_COLUMNS
 from dd.report_charts import Chart, Look, chart, curves_of, looks_of_runs
 from dd.report_page import COMPARED, FILE, Cell, Row, Table, method_cells, reading, render
 from dd.report_words import best, is_tested, labels_of
 from dd.run_folder import RunFolder
 from dd.run_settings import differing
 from dd.sweep import Sweep, settings_label
+from dd.tracking.console import METHOD_COLUMNS
 
 __all__ = ["write_comparison", "write_sweep_report"]
 

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from plotly.offline import get_plotlyjs
 
 import dd
-from dd.console import METHOD_COLUMNS, ROWS, number
-from dd.console import method_cells as console_cells
 from dd.report_charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
 from dd.report_words import GLOSSARY, best, is_tested, labels_of, verdicts
 from dd.run_folder import RunFolder, read_run
-from dd.tracking import replacing
+from dd.tracking.console import METHOD_COLUMNS, ROWS, number
+from dd.tracking.console import method_cells as console_cells
+from dd.tracking.history import replacing
 
 __all__ = [
     "FILE",

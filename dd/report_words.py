@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dd.doubts import mark
-from dd.figures import LABELS
 from dd.lineup import is_decoupled, known_optimizers
 from dd.run_folder import RunFolder
+from dd.tracking.figures import LABELS
 
 __all__ = ["GLOSSARY", "Verdict", "best", "is_tested", "labels_of", "verdicts"]
 

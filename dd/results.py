@@ -12,7 +12,7 @@ import torch
 
 from dd.correction.estimate import Estimate
 from dd.fit import Fit, SelectionRow
-from dd.tracking import History, Record, aggregate, selected_step, summarise
+from dd.tracking.history import History, Record, aggregate, selected_step, summarise
 
 __all__ = ["Results"]
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dd.fit import Fit, SelectionRow
 from dd.prediction import read_theory
 from dd.results import Results
-from dd.tracking import COLUMNS, Array, History, Record, read_rows
+from dd.tracking.history import COLUMNS, Array, History, Record, read_rows
 
 __all__ = ["RunFolder", "read_run"]
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from dd.doubts import mark
 from dd.run_folder import RunFolder, read_run
 from dd.sweep_job import FILE, SweepJob, read_job
-from dd.tracking import replacing
+from dd.tracking.history import replacing
 
 __all__ = [
     "FIGURES",

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dd.figures import DOTS_PER_INCH, LABELS, TEST_COLOUR, TRAIN_COLOUR
 from dd.sweep import Sweep, SweepRow, settings_label
-from dd.tracking import replacing
+from dd.tracking.figures import DOTS_PER_INCH, LABELS, TEST_COLOUR, TRAIN_COLOUR
+from dd.tracking.history import replacing
 
 __all__ = ["draw"]
 

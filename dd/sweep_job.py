@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from dd.doubts import mark
 from dd.lineup import asked_for, is_decoupled, known_optimizers
-from dd.tracking import History, write_json
+from dd.tracking.history import History, write_json
 
 __all__ = ["FILE", "SweepJob", "objective_of", "read_job", "tracked_loss"]
 

@@ -18,7 +18,7 @@ from dd.assembly import (
 )
 from dd.lineup import AUTO
 from dd.optimizer import DecoupledDescent
-from dd.tracking import Record
+from dd.tracking.history import Record
 from dd.trials import trial_chunks
 from dd.trials.results import METRICS, Trials
 from dd.watch.shadow_size import of_share

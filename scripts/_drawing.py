@@ -12,11 +12,11 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dd.figures import DOTS_PER_INCH
-from dd.tracking import replacing
+from dd.tracking.figures import DOTS_PER_INCH
+from dd.tracking.history import replacing
 
 FOLDER = Path("outputs/figures")
-# Okabe-Ito, as in dd.figures: gradient descent, decoupled descent.
+# Okabe-Ito, as in dd.tracking.figures: gradient descent, decoupled descent.
 COLOURS = {"gd": "#D55E00", "dd": "#0072B2"}
 STYLE = {
     "font.size": 8,

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dd.tracking import Array
+from dd.tracking.history import Array
 
 # Of a curve.
 MOST_POINTS = 400

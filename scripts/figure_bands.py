@@ -15,8 +15,8 @@ from _drawing import Rows, count, explained, options, show, write_rows
 from _xor import DAMPING, Xor
 
 import dd
-from dd.figures import train_vs_test
-from dd.tracking import METRICS, Array, History, Record
+from dd.tracking.figures import train_vs_test
+from dd.tracking.history import METRICS, Array, History, Record
 
 Theory = Mapping[str, Mapping[str, tuple[Array, Array]]]
 

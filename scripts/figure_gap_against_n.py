@@ -18,7 +18,7 @@ from _xor import Xor, repetitions
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from torch import Tensor
 
-from dd.figures import LABELS
+from dd.tracking.figures import LABELS
 
 METRICS = ("error", "loss")
 

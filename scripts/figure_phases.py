@@ -29,7 +29,7 @@ def chosen(curves: Mapping[str, Tensor], at: str) -> Tensor:
     error, loss = curves["train_error"], curves["train_loss"]
     if at == "final":
         return torch.full((len(error), 1), error.shape[1] - 1)
-    # As dd.tracking.selected_step: of lowest training loss among equal errors.
+    # As dd.tracking.history.selected_step: of lowest training loss among equal errors.
     lowest = error == error.min(1, keepdim=True).values
     return loss.where(lowest, math.inf).argmin(1, keepdim=True)
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from dd.fit import Fit, SelectionRow
 from dd.prediction import COLUMNS
 from dd.results import Results
-from dd.tracking import Record, write_json, write_rows
+from dd.tracking.history import Record, write_json, write_rows
 
 NAN = math.nan
 DD = "dd.DecoupledDescent"

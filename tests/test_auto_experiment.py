@@ -16,16 +16,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import dd
-from dd import figures, training
+from dd import training
 from dd.assembly import make_model, make_split, refuse_idle_overrides
 from dd.batches import Batches
-from dd.console import ProgressDisplay
 from dd.experiment import Experiment
-from dd.figures import train_vs_test
 from dd.recorder import Recorder
 from dd.resume import resumed
 from dd.stability import EdgeWatch
-from dd.tracking import History, Record
+from dd.tracking import figures
+from dd.tracking.console import ProgressDisplay
+from dd.tracking.figures import train_vs_test
+from dd.tracking.history import History, Record
 from dd.training import Schedule, TrainingStopped, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -18,7 +18,6 @@ from torch import nn
 from torchvision import models
 from torchvision.datasets import CIFAR10
 
-from dd.console import ProgressDisplay
 from dd.data import cifar10_probe, feature_cache, generator
 from dd.data.backbone import backbone_features
 from dd.data.cifar10_images import cifar10_images
@@ -26,6 +25,7 @@ from dd.data.cifar10_probe import _rows
 from dd.data.feature_cache import digest
 from dd.data.feature_file import load_features, load_images
 from dd.experiment import Experiment
+from dd.tracking.console import ProgressDisplay
 from tests.test_experiment import configure
 
 REAL = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")

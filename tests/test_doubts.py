@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 
 import dd
-from dd import chosen, figures, training
-from dd.console import METHOD_COLUMNS, print_report
+from dd import chosen, training
 from dd.doubts import doubts_of, mark
 from dd.experiment import Experiment
 from dd.report_comparison import write_comparison
@@ -24,7 +23,9 @@ from dd.results import Results
 from dd.run_folder import read_run
 from dd.sweep import Sweep, gather
 from dd.sweep_job import SweepJob, described
-from dd.wandb_comparison import _table, headline
+from dd.tracking import figures
+from dd.tracking.console import METHOD_COLUMNS, print_report
+from dd.tracking.wandb_comparison import _table, headline
 from dd.watch import shadow_size
 from tests.run_folders import results_of, write_run
 from tests.test_report import Page

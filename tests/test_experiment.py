@@ -27,7 +27,7 @@ from dd.checkpoint import Checkpoint
 from dd.experiment import Experiment
 from dd.lineup import lined_up
 from dd.notices import noted
-from dd.tracking import COLUMNS
+from dd.tracking.history import COLUMNS
 from dd.training import Schedule
 
 REPOSITORY = Path(__file__).parents[1]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dd.assembly import make_split
-from dd.console import comparison, methods
 from dd.data import probe
 from dd.experiment import Experiment
+from dd.tracking.console import comparison, methods
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

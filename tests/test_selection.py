@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from dd.assembly import make_model, make_split
 from dd.candidate_run import CandidateRun
-from dd.console import METHOD_COLUMNS, methods
 from dd.experiment import Experiment
 from dd.selection import Candidate, Selection, stratified_folds
+from dd.tracking.console import METHOD_COLUMNS, methods
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

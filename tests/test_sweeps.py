@@ -17,7 +17,7 @@ from dd.experiment import Experiment
 from dd.folder_lock import FolderTaken
 from dd.sweep import FIGURES, gather, show, swept
 from dd.sweep_job import SweepJob, objective_of, read_job, tracked_loss
-from dd.tracking import History, Record
+from dd.tracking.history import History, Record
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -12,14 +12,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import dd
-from dd import figures, together
+from dd import together
 from dd.assembly import make_model, make_split
 from dd.data import xor
 from dd.experiment import Experiment
 from dd.models import informed_two_layer
 from dd.resume import resumed
 from dd.together import groups_of
-from dd.tracking import METRICS
+from dd.tracking import figures
+from dd.tracking.history import METRICS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dd.tracking import History, aggregate, replacing, summarise
+from dd.tracking.history import History, aggregate, replacing, summarise
 
 __all__ = ["LABELS", "Curves", "quartiles", "top", "train_vs_test"]
 

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from dd.doubts import mark
-from dd.tracking import Record
+from dd.tracking.history import Record
 
 __all__ = [
     "METHOD_COLUMNS",

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dd.tracking import METRICS, Record
+from dd.tracking.history import METRICS, Record
 
 __all__ = ["MODES", "WandbRun", "server_address", "synced_by"]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import dd.figures
-from dd.figures import train_vs_test
-from dd.tracking import History, Record
+import dd.tracking.figures
+from dd.tracking.figures import train_vs_test
+from dd.tracking.history import History, Record
 
 NAN = float("nan")
 
@@ -140,7 +140,7 @@ def test_empty_history_is_refused(tmp_path):
 
 
 def test_no_global_state_is_touched():
-    assert "pyplot" not in Path(dd.figures.__file__).read_text(encoding="utf-8")
+    assert "pyplot" not in Path(dd.tracking.figures.__file__).read_text(encoding="utf-8")
 
 
 def test_failure_leaves_no_file(monkeypatch, tmp_path):

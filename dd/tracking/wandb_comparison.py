@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dd.console import METHOD_COLUMNS
 from dd.doubts import mark
-from dd.tracking import History
+from dd.tracking.console import METHOD_COLUMNS
+from dd.tracking.history import History
 
 __all__ = ["compared", "headline"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dd.console import ProgressDisplay, comparison, print_report
-from dd.tracking import (
+from dd.tracking.console import ProgressDisplay, comparison, print_report
+from dd.tracking.history import (
     COLUMNS,
     METRICS,
     History,
@@ -184,7 +184,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 
 
 def test_tracking_needs_neither_torch_nor_wandb():
-    source = (Path(__file__).parent.parent / "dd" / "tracking.py").read_text()
+    source = (Path(__file__).parents[2] / "dd" / "tracking" / "history.py").read_text()
     assert not re.search(r"^\s*(import|from) (torch|wandb|rich|matplotlib)", source, re.MULTILINE)
 
 

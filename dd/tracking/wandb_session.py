@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dd.wandb_logging import MODES, WandbRun, server_address, synced_by
-from dd.wandb_server import answers
+from dd.tracking.wandb_logging import MODES, WandbRun, server_address, synced_by
+from dd.tracking.wandb_server import answers
 
 __all__ = ["WandbSession", "check_settings", "group_of"]
 

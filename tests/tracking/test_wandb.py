@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dd.console import METHOD_COLUMNS
 from dd.experiment import Experiment
-from dd.tracking import METRICS, Record
-from dd.wandb_logging import WandbRun
-from dd.wandb_server import answers
-from dd.wandb_session import WandbSession, check_settings, group_of
+from dd.tracking.console import METHOD_COLUMNS
+from dd.tracking.history import METRICS, Record
+from dd.tracking.wandb_logging import WandbRun
+from dd.tracking.wandb_server import answers
+from dd.tracking.wandb_session import WandbSession, check_settings, group_of
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 NAN = float("nan")
 SMALL = [
@@ -347,7 +347,7 @@ def test_nobody_and_silence_are_none(silent):
 def test_a_silent_server_costs_no_run(silent, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("dd.wandb_session.server_address", lambda: silent)
+    monkeypatch.setattr("dd.tracking.wandb_session.server_address", lambda: silent)
     experiment = ran(tmp_path / "run", "optimizers=[gd]", "tracking.wandb.mode=online")
     (note,) = [note for note in experiment.notes if "does not answer" in note]
     assert silent in note
