@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd
-from dd.batches import Batches
 from dd.data import Split, generator, noisy_mnist
 from dd.models import two_layer
+from dd.training.batches import Batches
 
 WIDTH, LOOKS, LIMIT = 16, 30, 1.5
 

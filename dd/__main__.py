@@ -19,11 +19,11 @@ try:
 
     from dd.assembly import refuse_idle_overrides
     from dd.experiment import Experiment
-    from dd.launch import Processes
     from dd.resume import named_folder, resumed
     from dd.sweep_callback import failures
     from dd.sweep_job import SweepJob, described, objective_of, tracked_loss
     from dd.tracking.console import print_report
+    from dd.training.launch import Processes
 except ModuleNotFoundError as error:
     sys.exit(
         f"python -m dd needs the package {error.name!r}: pip install "

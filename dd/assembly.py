@@ -11,7 +11,6 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dd.batches import Batches, check_batch_size
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
 from dd.lineup import AUTO, OURS, asked_for, is_decoupled, known_optimizers
@@ -20,6 +19,7 @@ from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.selection import Candidate, Selection
 from dd.support.checks import check_count, check_number
+from dd.training.batches import Batches, check_batch_size
 
 __all__ = [
     "batch_size",

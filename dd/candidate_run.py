@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dd.training import loss_and_error
+from dd.training.loop import loss_and_error
 
 __all__ = ["CandidateRun", "Judgement"]
 
@@ -39,7 +39,7 @@ class Judgement:
 
 @dataclass
 class CandidateRun:
-    """Follows the training of one candidate; an observer of :func:`dd.training.train`.
+    """Follows the training of one candidate; an observer of :func:`dd.training.loop.train`.
 
     Attributes:
         model: in training.

@@ -7,13 +7,13 @@ from statistics import fmean, median
 import torch
 from torch import nn
 
-from dd.batches import Batches
 from dd.candidate_run import CandidateRun, Judgement
 from dd.data.split import Split
-from dd.doubts import doubts_of
 from dd.fit import Fit
 from dd.selection import Candidate, Part, Selection, everything
-from dd.training import Schedule, TrainingStopped, train
+from dd.training.batches import Batches
+from dd.training.doubts import doubts_of
+from dd.training.loop import Schedule, TrainingStopped, train
 
 __all__ = ["Chooser", "Chosen", "Trained"]
 

@@ -27,7 +27,6 @@ from dd.chosen import Chooser, rates
 from dd.fit import Fit
 from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
-from dd.launch import Processes, process_group
 from dd.lineup import is_decoupled, lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
@@ -35,7 +34,6 @@ from dd.prediction import check_theory, curves, deviations, predicted, write_the
 from dd.recorder import Recorder
 from dd.results import Results
 from dd.rules.line_search.settings import chooses_rate
-from dd.stability import EdgeWatch
 from dd.support.checks import check_count
 from dd.support.device import choose_device
 from dd.theory.state_evolution import StateEvolution
@@ -45,7 +43,9 @@ from dd.tracking.history import History, Record, remove_scratch, replacing, writ
 from dd.tracking.wandb_comparison import compared, headline
 from dd.tracking.wandb_logging import WandbRun
 from dd.tracking.wandb_session import WandbSession, check_settings
-from dd.training import Schedule, TrainingStopped, train
+from dd.training.launch import Processes, process_group
+from dd.training.loop import Schedule, TrainingStopped, train
+from dd.training.stability import EdgeWatch
 from dd.trials.results import Trials
 
 __all__ = ["Experiment"]

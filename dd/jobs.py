@@ -19,7 +19,6 @@ from dd.assembly import (
     optimizer_settings,
     with_candidate,
 )
-from dd.batches import Batches
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chooser
 from dd.data import Split
@@ -27,7 +26,8 @@ from dd.lineup import is_decoupled
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.selection import Candidate
-from dd.training import Schedule
+from dd.training.batches import Batches
+from dd.training.loop import Schedule
 
 __all__ = ["Job", "build_job", "chooser"]
 

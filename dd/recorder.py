@@ -9,14 +9,14 @@ from torch import nn
 
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chosen
-from dd.doubts import doubts_of
 from dd.fit import Fit, SelectionRow, fitted
 from dd.optimizer import DecoupledDescent
 from dd.results import Results
-from dd.stability import EdgeWatch
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.history import Record
 from dd.tracking.wandb_logging import WandbRun
+from dd.training.doubts import doubts_of
+from dd.training.stability import EdgeWatch
 
 __all__ = ["Recorder"]
 

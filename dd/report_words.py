@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dd.doubts import mark
 from dd.lineup import is_decoupled, known_optimizers
 from dd.run_folder import RunFolder
 from dd.tracking.figures import LABELS
+from dd.training.doubts import mark
 
 __all__ = ["GLOSSARY", "Verdict", "best", "is_tested", "labels_of", "verdicts"]
 

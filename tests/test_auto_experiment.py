@@ -16,18 +16,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import dd
-from dd import training
 from dd.assembly import make_model, make_split, refuse_idle_overrides
-from dd.batches import Batches
 from dd.experiment import Experiment
 from dd.recorder import Recorder
 from dd.resume import resumed
-from dd.stability import EdgeWatch
 from dd.tracking import figures
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.figures import train_vs_test
 from dd.tracking.history import History, Record
-from dd.training import Schedule, TrainingStopped, train
+from dd.training import loop as training
+from dd.training.batches import Batches
+from dd.training.loop import Schedule, TrainingStopped, train
+from dd.training.stability import EdgeWatch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

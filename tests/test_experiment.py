@@ -15,7 +15,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dd
-from dd import training
 from dd.assembly import (
     make_model,
     make_optimizer,
@@ -28,7 +27,8 @@ from dd.experiment import Experiment
 from dd.lineup import lined_up
 from dd.notices import noted
 from dd.tracking.history import COLUMNS
-from dd.training import Schedule
+from dd.training import loop as training
+from dd.training.loop import Schedule
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

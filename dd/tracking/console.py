@@ -17,8 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dd.doubts import mark
 from dd.tracking.history import Record
+from dd.training.doubts import mark
 
 __all__ = [
     "METHOD_COLUMNS",

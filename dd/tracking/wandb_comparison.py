@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dd.doubts import mark
 from dd.tracking.console import METHOD_COLUMNS
 from dd.tracking.history import History
+from dd.training.doubts import mark
 
 __all__ = ["compared", "headline"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd
-from dd.training import measure
+from dd.training.loop import measure
 from dd.trials import trial_chunks
 from dd.trials.results import METRICS
 

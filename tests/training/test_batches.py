@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from dd.assembly import make_model, make_optimizer, make_split
-from dd.batches import Batches
 from dd.experiment import Experiment
+from dd.training.batches import Batches
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "data.num_train=200",
     "data.num_test=300",

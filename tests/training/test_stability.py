@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dd.stability import EdgeWatch, HeadSharpness
+from dd.training.stability import EdgeWatch, HeadSharpness
 
 
 def problem(n: int = 80, k: int = 5, classes: int = 3):

@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 
 import dd
-from dd import chosen, training
-from dd.doubts import doubts_of, mark
+from dd import chosen
 from dd.experiment import Experiment
 from dd.report_comparison import write_comparison
 from dd.report_page import write_report
@@ -26,6 +25,8 @@ from dd.sweep_job import SweepJob, described
 from dd.tracking import figures
 from dd.tracking.console import METHOD_COLUMNS, print_report
 from dd.tracking.wandb_comparison import _table, headline
+from dd.training import loop as training
+from dd.training.doubts import doubts_of, mark
 from dd.watch import shadow_size
 from tests.run_folders import results_of, write_run
 from tests.test_report import Page

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd.batches import Batches
 from dd.data.split import Split
-from dd.doubts import closely
-from dd.launch import Processes
 from dd.rules.line_search.settings import chooses_rate
 from dd.support.checks import check_count
+from dd.training.batches import Batches
+from dd.training.doubts import closely
+from dd.training.launch import Processes
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "loss_and_error", "measure", "train"]
 

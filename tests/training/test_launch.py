@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dd.launch import Processes
+from dd.training.launch import Processes
 
 
 @pytest.fixture
