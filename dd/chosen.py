@@ -9,7 +9,7 @@ from torch import nn
 
 from dd.candidate_run import CandidateRun, Judgement
 from dd.data.split import Split
-from dd.fit import Fit
+from dd.runs.fit import Fit
 from dd.selection import Candidate, Part, Selection, everything
 from dd.training.batches import Batches
 from dd.training.doubts import doubts_of

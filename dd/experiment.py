@@ -24,16 +24,16 @@ from dd.assembly import (
 )
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chooser, rates
-from dd.fit import Fit
 from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
-from dd.lineup import is_decoupled, lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
 from dd.prediction import check_theory, curves, deviations, predicted, write_theory
 from dd.recorder import Recorder
-from dd.results import Results
 from dd.rules.line_search.settings import chooses_rate
+from dd.runs.fit import Fit
+from dd.runs.lineup import is_decoupled, lined_up
+from dd.runs.results import Results
 from dd.support.checks import check_count
 from dd.support.device import choose_device
 from dd.theory.state_evolution import StateEvolution

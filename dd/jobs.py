@@ -22,9 +22,9 @@ from dd.assembly import (
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chooser
 from dd.data import Split
-from dd.lineup import is_decoupled
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
+from dd.runs.lineup import is_decoupled
 from dd.selection import Candidate
 from dd.training.batches import Batches
 from dd.training.loop import Schedule

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from dd.assembly import make_model, optimizer_settings, with_seed
 from dd.data import Split
-from dd.lineup import AUTO, is_decoupled
+from dd.runs.lineup import AUTO, is_decoupled
 from dd.theory.state_evolution import StateEvolution, state_evolution
 from dd.tracking.history import Array, History, read_rows, replacing
 

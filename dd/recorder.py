@@ -9,9 +9,9 @@ from torch import nn
 
 from dd.checkpoint import Checkpoint
 from dd.chosen import Chosen
-from dd.fit import Fit, SelectionRow, fitted
 from dd.optimizer import DecoupledDescent
-from dd.results import Results
+from dd.runs.fit import Fit, SelectionRow, fitted
+from dd.runs.results import Results
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.history import Record
 from dd.tracking.wandb_logging import WandbRun

@@ -12,7 +12,7 @@ from pathlib import Path
 try:
     from dd.report_comparison import write_comparison, write_sweep_report
     from dd.report_page import FILE, GENERATOR, write_report
-    from dd.run_folder import RunFolder, read_run
+    from dd.runs.folder import RunFolder, read_run
     from dd.sweep import Sweep, gather
     from dd.sweep_job import FILE as JOB
 except ModuleNotFoundError as error:

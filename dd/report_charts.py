@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from dd.run_folder import RunFolder
+from dd.runs.folder import RunFolder
 from dd.tracking.figures import ROWS, quartiles, top
 from dd.tracking.history import Array, History
 

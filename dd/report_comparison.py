@@ -7,8 +7,8 @@ from pathlib import Path
 from dd.report_charts import Chart, Look, chart, curves_of, looks_of_runs
 from dd.report_page import COMPARED, FILE, Cell, Row, Table, method_cells, reading, render
 from dd.report_words import best, is_tested, labels_of
-from dd.run_folder import RunFolder
 from dd.run_settings import differing
+from dd.runs.folder import RunFolder
 from dd.sweep import Sweep, settings_label
 from dd.tracking.console import METHOD_COLUMNS
 

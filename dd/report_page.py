@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 import dd
 from dd.report_charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
 from dd.report_words import GLOSSARY, best, is_tested, labels_of, verdicts
-from dd.run_folder import RunFolder, read_run
+from dd.runs.folder import RunFolder, read_run
 from dd.tracking.console import METHOD_COLUMNS, ROWS, number
 from dd.tracking.console import method_cells as console_cells
 from dd.tracking.history import replacing

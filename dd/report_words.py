@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dd.lineup import is_decoupled, known_optimizers
-from dd.run_folder import RunFolder
+from dd.runs.folder import RunFolder
+from dd.runs.lineup import is_decoupled, known_optimizers
 from dd.tracking.figures import LABELS
 from dd.training.doubts import mark
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dd.run_folder import RunFolder
+from dd.runs.folder import RunFolder
 from dd.sweep import swept
 from dd.sweep_job import FILE, SweepJob, read_job
 

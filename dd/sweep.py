@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dd.run_folder import RunFolder, read_run
+from dd.runs.folder import RunFolder, read_run
 from dd.sweep_job import FILE, SweepJob, read_job
 from dd.tracking.history import replacing
 from dd.training.doubts import mark

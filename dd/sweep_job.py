@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dd.lineup import asked_for, is_decoupled, known_optimizers
+from dd.runs.lineup import asked_for, is_decoupled, known_optimizers
 from dd.tracking.history import History, write_json
 from dd.training.doubts import mark
 

@@ -16,8 +16,8 @@ from dd.assembly import (
     optimizer_settings,
     with_seed,
 )
-from dd.lineup import AUTO
 from dd.optimizer import DecoupledDescent
+from dd.runs.lineup import AUTO
 from dd.tracking.history import Record
 from dd.trials import trial_chunks
 from dd.trials.results import METRICS, Trials

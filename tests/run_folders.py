@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dd.fit import Fit, SelectionRow
 from dd.prediction import COLUMNS
-from dd.results import Results
+from dd.runs.fit import Fit, SelectionRow
+from dd.runs.results import Results
 from dd.tracking.history import Record, write_json, write_rows
 
 NAN = math.nan

@@ -24,8 +24,8 @@ from dd.assembly import (
 )
 from dd.checkpoint import Checkpoint
 from dd.experiment import Experiment
-from dd.lineup import lined_up
 from dd.notices import noted
+from dd.runs.lineup import lined_up
 from dd.tracking.history import COLUMNS
 from dd.training import loop as training
 from dd.training.loop import Schedule

@@ -15,8 +15,8 @@ from dd.report_charts import MOST_POINTS, Look, Series, chart, curves_of, looks_
 from dd.report_comparison import MOST_RUNS, write_comparison
 from dd.report_page import FILE, write_report
 from dd.report_words import best, labels_of, verdicts
-from dd.run_folder import read_run
 from dd.run_settings import differing
+from dd.runs.folder import read_run
 from dd.sweep_job import SweepJob
 from tests.run_folders import STEPS, error_at, results_of, write_run
 from tests.test_experiment import configure

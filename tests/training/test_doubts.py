@@ -18,8 +18,8 @@ from dd.experiment import Experiment
 from dd.report_comparison import write_comparison
 from dd.report_page import write_report
 from dd.report_words import verdicts
-from dd.results import Results
-from dd.run_folder import read_run
+from dd.runs.folder import read_run
+from dd.runs.results import Results
 from dd.sweep import Sweep, gather
 from dd.sweep_job import SweepJob, described
 from dd.tracking import figures

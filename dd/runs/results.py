@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dd.correction.estimate import Estimate
-from dd.fit import Fit, SelectionRow
+from dd.runs.fit import Fit, SelectionRow
 from dd.tracking.history import History, Record, aggregate, selected_step, summarise
 
 __all__ = ["Results"]

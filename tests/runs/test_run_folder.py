@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dd.prediction import COLUMNS as THEORY_COLUMNS
-from dd.run_folder import SELECTION_COLUMNS, read_run
+from dd.runs.folder import SELECTION_COLUMNS, read_run
 from dd.tracking.history import History, Record, write_json
 
 ROW = Record("gd", 0, 0, 0.7, 0.71, 0.5, 0.51, 0.7, math.nan)

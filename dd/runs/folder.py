@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dd.fit import Fit, SelectionRow
 from dd.prediction import read_theory
-from dd.results import Results
+from dd.runs.fit import Fit, SelectionRow
+from dd.runs.results import Results
 from dd.tracking.history import COLUMNS, Array, History, Record, read_rows
 
 __all__ = ["RunFolder", "read_run"]
