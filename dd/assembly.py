@@ -11,13 +11,13 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dd.baselines.selection import Candidate, Selection
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.runs.lineup import AUTO, OURS, asked_for, is_decoupled, known_optimizers
-from dd.selection import Candidate, Selection
 from dd.support.checks import check_count, check_number
 from dd.training.batches import Batches, check_batch_size
 

@@ -22,8 +22,8 @@ from dd.assembly import (
     validate,
     with_seed,
 )
+from dd.baselines.chosen import Chooser, rates
 from dd.checkpoint import Checkpoint
-from dd.chosen import Chooser, rates
 from dd.folder_lock import FolderTaken, alone_in
 from dd.jobs import Job, build_job, chooser
 from dd.notices import noted

@@ -19,13 +19,13 @@ from dd.assembly import (
     optimizer_settings,
     with_candidate,
 )
+from dd.baselines.chosen import Chooser
+from dd.baselines.selection import Candidate
 from dd.checkpoint import Checkpoint
-from dd.chosen import Chooser
 from dd.data import Split
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.runs.lineup import is_decoupled
-from dd.selection import Candidate
 from dd.training.batches import Batches
 from dd.training.loop import Schedule
 

@@ -18,7 +18,10 @@ SETTINGS = {
     "gd_holdout": {"_target_": SGD, "lr": 0.5, "selection": {"by": "holdout"}},
     "gd_kfold": {"_target_": SGD, "lr": 0.5, "selection": {"by": "kfold"}},
     "adamw_holdout": {"_target_": "torch.optim.AdamW", "selection": {"by": "holdout"}},
-    "lbfgs_holdout": {"_target_": "dd.penalised_lbfgs.LBFGS", "selection": {"by": "holdout"}},
+    "lbfgs_holdout": {
+        "_target_": "dd.baselines.penalised_lbfgs.LBFGS",
+        "selection": {"by": "holdout"},
+    },
     "dd": {"_target_": DD, "lr": 0.5},
     "dd_auto": {"_target_": DD, "lr": "auto"},
 }

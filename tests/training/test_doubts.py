@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import dd
-from dd import chosen
+from dd.baselines import chosen
 from dd.experiment import Experiment
 from dd.report_comparison import write_comparison
 from dd.report_page import write_report
@@ -28,10 +28,10 @@ from dd.tracking.wandb_comparison import _table, headline
 from dd.training import loop as training
 from dd.training.doubts import doubts_of, mark
 from dd.watch import shadow_size
+from tests.baselines.test_selection import TRACKED, given_to
 from tests.run_folders import results_of, write_run
 from tests.test_report import Page
 from tests.test_resume import assert_same_run, go_on, run_with_snapshots
-from tests.test_selection import TRACKED, given_to
 from tests.test_together import configure
 from tests.trials.test_trials import (
     DD,

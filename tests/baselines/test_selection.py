@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dd.assembly import make_model, make_split
-from dd.candidate_run import CandidateRun
+from dd.baselines.candidate_run import CandidateRun
+from dd.baselines.selection import Candidate, Selection, stratified_folds
 from dd.experiment import Experiment
-from dd.selection import Candidate, Selection, stratified_folds
 from dd.tracking.console import METHOD_COLUMNS, methods
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "experiment=xor",
     "lr=0.5",

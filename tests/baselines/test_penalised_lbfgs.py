@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from dd.assembly import make_optimizer
+from dd.baselines.penalised_lbfgs import LBFGS
 from dd.data import Split
-from dd.penalised_lbfgs import LBFGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from statistics import fmean, median
 import torch
 from torch import nn
 
-from dd.candidate_run import CandidateRun, Judgement
+from dd.baselines.candidate_run import CandidateRun, Judgement
+from dd.baselines.selection import Candidate, Part, Selection, everything
 from dd.data.split import Split
 from dd.runs.fit import Fit
-from dd.selection import Candidate, Part, Selection, everything
 from dd.training.batches import Batches
 from dd.training.doubts import doubts_of
 from dd.training.loop import Schedule, TrainingStopped, train
