@@ -20,8 +20,8 @@ try:
     from dd.assembly import refuse_idle_overrides
     from dd.experiment import Experiment
     from dd.resume import named_folder, resumed
+    from dd.sweep.job import SweepJob, described, objective_of, tracked_loss
     from dd.sweep_callback import failures
-    from dd.sweep_job import SweepJob, described, objective_of, tracked_loss
     from dd.tracking.console import print_report
     from dd.training.launch import Processes
 except ModuleNotFoundError as error:

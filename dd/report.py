@@ -13,8 +13,8 @@ try:
     from dd.report_comparison import write_comparison, write_sweep_report
     from dd.report_page import FILE, GENERATOR, write_report
     from dd.runs.folder import RunFolder, read_run
-    from dd.sweep import Sweep, gather
-    from dd.sweep_job import FILE as JOB
+    from dd.sweep.job import FILE as JOB
+    from dd.sweep.table import Sweep, gather
 except ModuleNotFoundError as error:
     sys.exit(
         f"python -m dd.report needs the package {error.name!r}: pip install "

@@ -9,7 +9,7 @@ from dd.report_page import COMPARED, FILE, Cell, Row, Table, method_cells, readi
 from dd.report_words import best, is_tested, labels_of
 from dd.run_settings import differing
 from dd.runs.folder import RunFolder
-from dd.sweep import Sweep, settings_label
+from dd.sweep.table import Sweep, settings_label
 from dd.tracking.console import METHOD_COLUMNS
 
 __all__ = ["write_comparison", "write_sweep_report"]

@@ -6,8 +6,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dd.runs.folder import RunFolder
-from dd.sweep import swept
-from dd.sweep_job import FILE, SweepJob, read_job
+from dd.sweep.job import FILE, SweepJob, read_job
+from dd.sweep.table import swept
 
 __all__ = ["differing"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from dd.sweep import Sweep, gather, show
+from dd.sweep.table import Sweep, gather, show
 
 __all__ = ["Gather", "failures"]
 

@@ -17,7 +17,7 @@ from dd.report_page import FILE, write_report
 from dd.report_words import best, labels_of, verdicts
 from dd.run_settings import differing
 from dd.runs.folder import read_run
-from dd.sweep_job import SweepJob
+from dd.sweep.job import SweepJob
 from tests.run_folders import STEPS, error_at, results_of, write_run
 from tests.test_experiment import configure
 

@@ -20,8 +20,8 @@ from dd.report_page import write_report
 from dd.report_words import verdicts
 from dd.runs.folder import read_run
 from dd.runs.results import Results
-from dd.sweep import Sweep, gather
-from dd.sweep_job import SweepJob, described
+from dd.sweep.job import SweepJob, described
+from dd.sweep.table import Sweep, gather
 from dd.tracking import figures
 from dd.tracking.console import METHOD_COLUMNS, print_report
 from dd.tracking.wandb_comparison import _table, headline

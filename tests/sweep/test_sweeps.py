@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 
 from dd.experiment import Experiment
 from dd.folder_lock import FolderTaken
-from dd.sweep import FIGURES, gather, show, swept
-from dd.sweep_job import SweepJob, objective_of, read_job, tracked_loss
+from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
+from dd.sweep.table import FIGURES, gather, show, swept
 from dd.tracking.history import History, Record
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 SMALL = [
     "experiment=xor",

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dd.sweep import Sweep, SweepRow, settings_label
+from dd.sweep.table import Sweep, SweepRow, settings_label
 from dd.tracking.figures import DOTS_PER_INCH, LABELS, TEST_COLOUR, TRAIN_COLOUR
 from dd.tracking.history import replacing
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dd.runs.folder import RunFolder, read_run
-from dd.sweep_job import FILE, SweepJob, read_job
+from dd.sweep.job import FILE, SweepJob, read_job
 from dd.tracking.history import replacing
 from dd.training.doubts import mark
 
@@ -202,7 +202,7 @@ def _number(value: float) -> str:
 def show(sweep: Sweep, console: Console | None = None) -> None:
     """Write table and picture of a multirun, and print the table."""
     # Imported here, because matplotlib would double the time to an error message.
-    from dd.sweep_figure import draw
+    from dd.sweep.figure import draw
 
     console = console or Console()
     table, picture = sweep.write_csv(), draw(sweep)
@@ -226,7 +226,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if sweep.failures else 0)
-
-
-if __name__ == "__main__":
-    main()

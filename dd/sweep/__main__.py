@@ -1,0 +1,6 @@
+"""``python -m dd.sweep FOLDER``: gathers the jobs of a multirun."""
+
+from dd.sweep.table import main
+
+if __name__ == "__main__":
+    main()
