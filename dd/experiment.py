@@ -467,7 +467,7 @@ class Experiment:
             return
         try:
             # Imported here, because it would double the time to an error message.
-            from dd.report_page import write_report
+            from dd.report.page import write_report
 
             self.report = write_report(self.folder)
         except Exception as error:

@@ -41,7 +41,7 @@ def _report(sweep: Sweep) -> None:
     """Write a report that compares the jobs; there is nothing to lose by a failure any more."""
     try:
         # Imported here, because the jobs of a parallel launcher need none of it.
-        from dd.report_comparison import write_sweep_report
+        from dd.report.comparison import write_sweep_report
 
         path = write_sweep_report(sweep)
     except Exception as error:

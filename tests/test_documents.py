@@ -25,7 +25,7 @@ def test_programs_named_exist(path):
 
 
 @pytest.mark.parametrize(
-    "place", ["docs/when-to-trust.md", "configs/experiment/probe.yaml", "dd/report_words.py"]
+    "place", ["docs/when-to-trust.md", "configs/experiment/probe.yaml", "dd/report/words.py"]
 )
 def test_columns_chosen_by_labels_are_spoken_of_where_nothing_can_warn(place):
     text = (REPOSITORY / place).read_text(encoding="utf-8")

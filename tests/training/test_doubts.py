@@ -15,9 +15,9 @@ from rich.console import Console
 import dd
 from dd.baselines import chosen
 from dd.experiment import Experiment
-from dd.report_comparison import write_comparison
-from dd.report_page import write_report
-from dd.report_words import verdicts
+from dd.report.comparison import write_comparison
+from dd.report.page import write_report
+from dd.report.words import verdicts
 from dd.runs.folder import read_run
 from dd.runs.results import Results
 from dd.sweep.job import SweepJob, described
@@ -29,8 +29,8 @@ from dd.training import loop as training
 from dd.training.doubts import doubts_of, mark
 from dd.watch import shadow_size
 from tests.baselines.test_selection import TRACKED, given_to
+from tests.report.test_report import Page
 from tests.run_folders import results_of, write_run
-from tests.test_report import Page
 from tests.test_resume import assert_same_run, go_on, run_with_snapshots
 from tests.test_together import configure
 from tests.trials.test_trials import (

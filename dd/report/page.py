@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from plotly.offline import get_plotlyjs
 
 import dd
-from dd.report_charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
-from dd.report_words import GLOSSARY, best, is_tested, labels_of, verdicts
+from dd.report.charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
+from dd.report.words import GLOSSARY, best, is_tested, labels_of, verdicts
 from dd.runs.folder import RunFolder, read_run
 from dd.tracking.console import METHOD_COLUMNS, ROWS, number
 from dd.tracking.console import method_cells as console_cells
@@ -41,7 +41,7 @@ NAMES = {"dd_version": "dd"}
 COMPARED = ("reported_test_error", "reported_gap")
 
 _pages = Environment(
-    loader=PackageLoader("dd"),
+    loader=PackageLoader("dd.report"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,

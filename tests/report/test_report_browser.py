@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from dd.report import report
-from dd.report_page import write_report
+from dd.report.command import report
+from dd.report.page import write_report
 from tests.run_folders import STEPS, results_of, write_run
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dd.report_charts import Chart, Look, chart, curves_of, looks_of_runs
-from dd.report_page import COMPARED, FILE, Cell, Row, Table, method_cells, reading, render
-from dd.report_words import best, is_tested, labels_of
-from dd.run_settings import differing
+from dd.report.charts import Chart, Look, chart, curves_of, looks_of_runs
+from dd.report.page import COMPARED, FILE, Cell, Row, Table, method_cells, reading, render
+from dd.report.settings import differing
+from dd.report.words import best, is_tested, labels_of
 from dd.runs.folder import RunFolder
 from dd.sweep.table import Sweep, settings_label
 from dd.tracking.console import METHOD_COLUMNS

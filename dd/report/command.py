@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from dd.report_comparison import write_comparison, write_sweep_report
-    from dd.report_page import FILE, GENERATOR, write_report
+    from dd.report.comparison import write_comparison, write_sweep_report
+    from dd.report.page import FILE, GENERATOR, write_report
     from dd.runs.folder import RunFolder, read_run
     from dd.sweep.job import FILE as JOB
     from dd.sweep.table import Sweep, gather
@@ -120,7 +120,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"report: {path}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,14 +8,14 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-import dd.report_page
+import dd.report.page
 from dd.experiment import Experiment
-from dd.report import main, report
-from dd.report_charts import MOST_POINTS, Look, Series, chart, curves_of, looks_of_optimizers
-from dd.report_comparison import MOST_RUNS, write_comparison
-from dd.report_page import FILE, write_report
-from dd.report_words import best, labels_of, verdicts
-from dd.run_settings import differing
+from dd.report.charts import MOST_POINTS, Look, Series, chart, curves_of, looks_of_optimizers
+from dd.report.command import main, report
+from dd.report.comparison import MOST_RUNS, write_comparison
+from dd.report.page import FILE, write_report
+from dd.report.settings import differing
+from dd.report.words import best, labels_of, verdicts
 from dd.runs.folder import read_run
 from dd.sweep.job import SweepJob
 from tests.run_folders import STEPS, error_at, results_of, write_run
@@ -331,7 +331,7 @@ def test_a_report_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(dd.report_page, "write_report", broken)
+    monkeypatch.setattr(dd.report.page, "write_report", broken)
     experiment = Experiment(configure(*TINY, "optimizers=[gd]"), tmp_path)
     experiment.run()
     assert json.loads((tmp_path / "summary.json").read_text())["finished"]
