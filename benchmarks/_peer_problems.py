@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd.data import generator, xor
-from dd.models import two_layer
+from dd.experiments.models import two_layer
 
 NOISE = 0.5  # standard deviation of the targets around xᵀβ; ‖β‖ is about 1
 SEPARATION = 1.5  # norm of ±μ, the means of the two classes of the logistic model

@@ -25,7 +25,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dd.experiment import Experiment
+from dd.experiments.experiment import Experiment
 from dd.tracking.console import methods
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import dd
 from dd.data import cifar10_probe, noisy_mnist, xor
-from dd.models import two_layer
+from dd.experiments.models import two_layer
 from dd.training.loop import measure
 
 XOR = [(500, 4, 2.5, 8), (500, 2, 3.0, 8), (500, 4, 2.0, 32), (1000, 6, 2.5, 8)]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import dd
 import dd.correction.head
 from dd.data import Split, cifar10_probe, generator
+from dd.experiments.models import two_layer
 from dd.functional import shared_curvature
-from dd.models import two_layer
 
 STEPS = (50, 150, 300)
 WIDTH = 32

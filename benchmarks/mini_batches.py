@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import Split, generator, noisy_mnist
-from dd.models import two_layer
+from dd.experiments.models import two_layer
 from dd.training.batches import Batches
 
 WIDTH, LOOKS, LIMIT = 16, 30, 1.5

@@ -19,7 +19,7 @@ from scipy import stats
 
 import dd
 from dd.data import generator, xor
-from dd.models import informed_two_layer
+from dd.experiments.models import informed_two_layer
 from dd.tracking.history import write_json
 
 ALPHA = 4

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import Split, generator, xor
-from dd.models import two_layer
+from dd.experiments.models import two_layer
 
 WIDTH, RATE = 8, 0.5
 LEAST = {"cpu": 1.5, "cuda": 20.0}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import Split, cifar10_probe, generator, noisy_mnist, xor
-from dd.models import ACTIVATIONS, two_layer
+from dd.experiments.models import ACTIVATIONS, two_layer
 
 D = 500  # of synthetic data
 

@@ -17,11 +17,11 @@ try:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from dd.assembly import refuse_idle_overrides
-    from dd.experiment import Experiment
-    from dd.resume import named_folder, resumed
+    from dd.experiments.assembly import refuse_idle_overrides
+    from dd.experiments.experiment import Experiment
+    from dd.experiments.resume import named_folder, resumed
+    from dd.experiments.sweep_callback import failures
     from dd.sweep.job import SweepJob, described, objective_of, tracked_loss
-    from dd.sweep_callback import failures
     from dd.tracking.console import print_report
     from dd.training.launch import Processes
 except ModuleNotFoundError as error:

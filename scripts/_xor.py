@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dd
 from dd.data import Split, xor
 from dd.data.seeding import generator
-from dd.models import informed_two_layer
+from dd.experiments.models import informed_two_layer
 from dd.theory.state_evolution import StateEvolution
 
 # ρ of every decoupled optimizer.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dd.prediction import COLUMNS
+from dd.experiments.prediction import COLUMNS
 from dd.runs.fit import Fit, SelectionRow
 from dd.runs.results import Results
 from dd.tracking.history import Record, write_json, write_rows

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dd.experiment import Experiment
-from tests.test_experiment import configure
+from dd.experiments.experiment import Experiment
+from tests.experiments.test_experiment import configure
 
 QUIET = ["tracking.progress=false", "tracking.wandb.mode=disabled"]
 DIGITS = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")

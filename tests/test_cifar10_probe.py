@@ -24,9 +24,9 @@ from dd.data.cifar10_images import cifar10_images
 from dd.data.cifar10_probe import _rows
 from dd.data.feature_cache import digest
 from dd.data.feature_file import load_features, load_images
-from dd.experiment import Experiment
+from dd.experiments.experiment import Experiment
 from dd.tracking.console import ProgressDisplay
-from tests.test_experiment import configure
+from tests.experiments.test_experiment import configure
 
 REAL = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")
 TRAIN, TEST, DIMENSION, CLASSES = 60, 40, 7, 5

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dd.assembly import make_split
 from dd.data import probe
-from dd.experiment import Experiment
+from dd.experiments.assembly import make_split
+from dd.experiments.experiment import Experiment
 from dd.tracking.console import comparison, methods
 
 CONFIGS = Path(__file__).parents[1] / "configs"

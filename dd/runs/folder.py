@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dd.prediction import read_theory
+from dd.experiments.prediction import read_theory
 from dd.runs.fit import Fit, SelectionRow
 from dd.runs.results import Results
 from dd.tracking.history import COLUMNS, Array, History, Record, read_rows

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
-from dd.assembly import make_optimizer
 from dd.baselines.penalised_lbfgs import LBFGS
 from dd.data import Split
+from dd.experiments.assembly import make_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

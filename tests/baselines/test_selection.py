@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dd.assembly import make_model, make_split
 from dd.baselines.candidate_run import CandidateRun
 from dd.baselines.selection import Candidate, Selection, stratified_folds
-from dd.experiment import Experiment
+from dd.experiments.assembly import make_model, make_split
+from dd.experiments.experiment import Experiment
 from dd.tracking.console import METHOD_COLUMNS, methods
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dd
 import dd.data
-import dd.models
+import dd.experiments.models
 from dd.correction.head import Scores
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
 from dd.watch.divergence import SharpnessWatch
@@ -437,7 +437,7 @@ def test_identity_holds_with_an_over_fitted_head():
     (inputs, labels), (fresh, answers) = sample(n), sample(4000)
     gaps = {}
     for head in (False, True):
-        model = dd.models.two_layer(
+        model = dd.experiments.models.two_layer(
             d, k, classes, activation="tanh", generator=torch.Generator().manual_seed(1)
         )
         noise = dd.NoiseModel.fit(inputs, labels, bins=1, per_sample=False, separate_means=head)
@@ -465,7 +465,9 @@ def test_wrong_component_ids_are_found_with_a_corrected_head():
     split = dd.data.xor(dimension=200, num_train=1600, num_test=10, separation=3.5, seed=0)
     warned = {}
     for name, ids in (("labels", split.train_targets), ("clusters", split.train_components)):
-        model = dd.models.two_layer(200, 8, 2, generator=torch.Generator().manual_seed(0))
+        model = dd.experiments.models.two_layer(
+            200, 8, 2, generator=torch.Generator().manual_seed(0)
+        )
         noise = dd.NoiseModel.fit(split.train_inputs, ids, separate_means=True)
         optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, head=True, curvature="stein")
         with warnings.catch_warnings(record=True) as caught:

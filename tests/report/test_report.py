@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 import dd.report.page
-from dd.experiment import Experiment
+from dd.experiments.experiment import Experiment
 from dd.report.charts import MOST_POINTS, Look, Series, chart, curves_of, looks_of_optimizers
 from dd.report.command import main, report
 from dd.report.comparison import MOST_RUNS, write_comparison
@@ -18,8 +18,8 @@ from dd.report.settings import differing
 from dd.report.words import best, labels_of, verdicts
 from dd.runs.folder import read_run
 from dd.sweep.job import SweepJob
+from tests.experiments.test_experiment import configure
 from tests.run_folders import STEPS, error_at, results_of, write_run
-from tests.test_experiment import configure
 
 NAN = math.nan
 HOSTILE = "<img src=x onerror=alert(1)></script>%{y}&amp;"

@@ -12,7 +12,7 @@ from torch import nn
 
 import dd
 from dd.data import xor
-from dd.models import two_layer
+from dd.experiments.models import two_layer
 from dd.rules.line_search.search import STILL, LineSearch, Point
 from tests.closures import closure_of
 

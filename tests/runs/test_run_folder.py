@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dd.prediction import COLUMNS as THEORY_COLUMNS
+from dd.experiments.prediction import COLUMNS as THEORY_COLUMNS
 from dd.runs.folder import SELECTION_COLUMNS, read_run
 from dd.tracking.history import History, Record, write_json
 

@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dd.experiment import Experiment
-from dd.folder_lock import FolderTaken
+from dd.experiments.experiment import Experiment
+from dd.experiments.folder_lock import FolderTaken
 from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
 from dd.sweep.table import FIGURES, gather, show, swept
 from dd.tracking.history import History, Record

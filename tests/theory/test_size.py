@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dd.experiment import Experiment
-from tests.test_experiment import configure
+from dd.experiments.experiment import Experiment
+from tests.experiments.test_experiment import configure
 
 DIMENSIONS = (250, 500, 1000, 2000)
 TRIALS = 10

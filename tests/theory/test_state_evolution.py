@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.models import informed_two_layer, two_layer
+from dd.experiments.models import informed_two_layer, two_layer
 from dd.theory.fresh_paths import FreshPaths, Start
 from dd.theory.state_evolution import MonteCarlo
 from tests.reference import LinearCase, linear_state_evolution

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dd.experiment import Experiment
+from dd.experiments.experiment import Experiment
 from dd.tracking.console import METHOD_COLUMNS
 from dd.tracking.history import METRICS, Record
 from dd.tracking.wandb_logging import WandbRun

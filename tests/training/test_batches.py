@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
-from dd.assembly import make_model, make_optimizer, make_split
-from dd.experiment import Experiment
+from dd.experiments.assembly import make_model, make_optimizer, make_split
+from dd.experiments.experiment import Experiment
 from dd.training.batches import Batches
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import dd
 from dd.baselines import chosen
-from dd.experiment import Experiment
+from dd.experiments.experiment import Experiment
 from dd.report.comparison import write_comparison
 from dd.report.page import write_report
 from dd.report.words import verdicts
@@ -29,10 +29,10 @@ from dd.training import loop as training
 from dd.training.doubts import doubts_of, mark
 from dd.watch import shadow_size
 from tests.baselines.test_selection import TRACKED, given_to
+from tests.experiments.test_resume import assert_same_run, go_on, run_with_snapshots
+from tests.experiments.test_together import configure
 from tests.report.test_report import Page
 from tests.run_folders import results_of, write_run
-from tests.test_resume import assert_same_run, go_on, run_with_snapshots
-from tests.test_together import configure
 from tests.trials.test_trials import (
     DD,
     SGD,

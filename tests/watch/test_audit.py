@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dd
 from dd.data import xor
+from dd.experiments.models import two_layer
 from dd.functional import (
     centre_within_components,
     kink_signs,
@@ -22,7 +23,6 @@ from dd.functional import (
     stein_excess,
     stein_mismatch,
 )
-from dd.models import two_layer
 from dd.watch import audit, oversight
 from tests.reference import mismatch_of
 from tests.test_optimizer import C, D, K, make_model, make_problem, train

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import cifar10_probe, xor
-from dd.models import two_layer
+from dd.experiments.models import two_layer
 from dd.watch.divergence import feedback_growth
 
 D = 300

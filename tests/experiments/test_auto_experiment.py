@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import dd
-from dd.assembly import make_model, make_split, refuse_idle_overrides
-from dd.experiment import Experiment
-from dd.recorder import Recorder
-from dd.resume import resumed
+from dd.experiments.assembly import make_model, make_split, refuse_idle_overrides
+from dd.experiments.experiment import Experiment
+from dd.experiments.recorder import Recorder
+from dd.experiments.resume import resumed
 from dd.tracking import figures
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.figures import train_vs_test
@@ -29,7 +29,7 @@ from dd.training.batches import Batches
 from dd.training.loop import Schedule, TrainingStopped, train
 from dd.training.stability import EdgeWatch
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "data.num_train=120",
     "data.num_test=100",
@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_a_rate_that_nobody_gave(tmp_
         model[0].weight.data.fill_(math.inf)
         return model
 
-    monkeypatch.setattr("dd.experiment.make_model", overflowing)
+    monkeypatch.setattr("dd.experiments.experiment.make_model", overflowing)
     experiment = run(tmp_path)
     blamed = {text.split(":")[0]: "learning rate" in text for text in experiment.failures}
     assert blamed == {"gd": True, "dd": True, "dd_auto": False}

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dd.checkpoint import read_checkpoint
-from dd.experiment import Experiment
+from dd.experiments.checkpoint import read_checkpoint
+from dd.experiments.experiment import Experiment
 
 __all__ = ["named_folder", "resumed"]
 

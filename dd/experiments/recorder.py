@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dd.baselines.chosen import Chosen
-from dd.checkpoint import Checkpoint
+from dd.experiments.checkpoint import Checkpoint
 from dd.optimizer import DecoupledDescent
 from dd.runs.fit import Fit, SelectionRow, fitted
 from dd.runs.results import Results

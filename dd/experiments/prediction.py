@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from dd.assembly import make_model, optimizer_settings, with_seed
 from dd.data import Split
+from dd.experiments.assembly import make_model, optimizer_settings, with_seed
 from dd.runs.lineup import AUTO, is_decoupled
 from dd.theory.state_evolution import StateEvolution, state_evolution
 from dd.tracking.history import Array, History, read_rows, replacing

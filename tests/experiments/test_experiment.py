@@ -15,22 +15,22 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dd
-from dd.assembly import (
+from dd.experiments.assembly import (
     make_model,
     make_optimizer,
     make_split,
     refuse_idle_overrides,
     with_seed,
 )
-from dd.checkpoint import Checkpoint
-from dd.experiment import Experiment
-from dd.notices import noted
+from dd.experiments.checkpoint import Checkpoint
+from dd.experiments.experiment import Experiment
+from dd.experiments.notices import noted
 from dd.runs.lineup import lined_up
 from dd.tracking.history import COLUMNS
 from dd.training import loop as training
 from dd.training.loop import Schedule
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 SMALL = [
     "data.num_train=200",

@@ -21,15 +21,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dd.__main__ as command
-from dd.assembly import settled
-from dd.checkpoint import Checkpoint
-from dd.experiment import Experiment
-from dd.folder_lock import FolderTaken
-from dd.resume import named_folder, resumed
+from dd.experiments.assembly import settled
+from dd.experiments.checkpoint import Checkpoint
+from dd.experiments.experiment import Experiment
+from dd.experiments.folder_lock import FolderTaken
+from dd.experiments.resume import named_folder, resumed
 from dd.tracking import figures
 from dd.training import loop as training
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 SMALL = [
     "optimizers=[gd,dd]",

@@ -12,17 +12,17 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import dd
-from dd import together
-from dd.assembly import make_model, make_split
 from dd.data import xor
-from dd.experiment import Experiment
-from dd.models import informed_two_layer
-from dd.resume import resumed
-from dd.together import groups_of
+from dd.experiments import together
+from dd.experiments.assembly import make_model, make_split
+from dd.experiments.experiment import Experiment
+from dd.experiments.models import informed_two_layer
+from dd.experiments.resume import resumed
+from dd.experiments.together import groups_of
 from dd.tracking import figures
 from dd.tracking.history import METRICS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "data.num_train=120",
     "data.num_test=100",
@@ -259,7 +259,7 @@ def test_a_prediction_that_overflows_costs_no_result(tmp_path, monkeypatch):
     def overflowing(*arguments, **settings):
         raise FloatingPointError("state_evolution: the loss is not finite at step 3")
 
-    monkeypatch.setattr("dd.prediction.state_evolution", overflowing)
+    monkeypatch.setattr("dd.experiments.prediction.state_evolution", overflowing)
     found = run(tmp_path, "theory=true", "trials=1", "optimizers=[gd,dd]")
     note = "dd has no prediction: state_evolution: the loss is not finite at step 3"
     assert note in found.notes

@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import dd
-from dd.assembly import (
+from dd.baselines.chosen import Chooser, rates
+from dd.experiments.assembly import (
     make_model,
     make_selection,
     make_split,
@@ -22,14 +23,14 @@ from dd.assembly import (
     validate,
     with_seed,
 )
-from dd.baselines.chosen import Chooser, rates
-from dd.checkpoint import Checkpoint
-from dd.folder_lock import FolderTaken, alone_in
-from dd.jobs import Job, build_job, chooser
-from dd.notices import noted
+from dd.experiments.checkpoint import Checkpoint
+from dd.experiments.folder_lock import FolderTaken, alone_in
+from dd.experiments.jobs import Job, build_job, chooser
+from dd.experiments.notices import noted
+from dd.experiments.prediction import check_theory, curves, deviations, predicted, write_theory
+from dd.experiments.recorder import Recorder
+from dd.experiments.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.optimizer import DecoupledDescent
-from dd.prediction import check_theory, curves, deviations, predicted, write_theory
-from dd.recorder import Recorder
 from dd.rules.line_search.settings import chooses_rate
 from dd.runs.fit import Fit
 from dd.runs.lineup import is_decoupled, lined_up
@@ -37,7 +38,6 @@ from dd.runs.results import Results
 from dd.support.checks import check_count
 from dd.support.device import choose_device
 from dd.theory.state_evolution import StateEvolution
-from dd.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.history import History, Record, remove_scratch, replacing, write_json, write_rows
 from dd.tracking.wandb_comparison import compared, headline

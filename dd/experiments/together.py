@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from dd.assembly import (
+from dd.experiments.assembly import (
     make_model,
     make_noise,
     make_split,

@@ -10,7 +10,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from dd.assembly import (
+from dd.baselines.chosen import Chooser
+from dd.baselines.selection import Candidate
+from dd.data import Split
+from dd.experiments.assembly import (
     batch_size,
     make_batches,
     make_noise,
@@ -19,10 +22,7 @@ from dd.assembly import (
     optimizer_settings,
     with_candidate,
 )
-from dd.baselines.chosen import Chooser
-from dd.baselines.selection import Candidate
-from dd.checkpoint import Checkpoint
-from dd.data import Split
+from dd.experiments.checkpoint import Checkpoint
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.runs.lineup import is_decoupled

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dd.models import ACTIVATIONS, two_layer
+from dd.experiments.models import ACTIVATIONS, two_layer
 
 
 def seeded(seed: int) -> torch.Generator:

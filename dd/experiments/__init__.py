@@ -1,0 +1,5 @@
+"""From a configuration to a run folder.
+
+In: a composed configuration of ``configs/``. Out: the run folder: records, summary, checkpoint,
+pictures and report.
+"""
