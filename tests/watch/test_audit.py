@@ -24,8 +24,8 @@ from dd.functional import (
     stein_mismatch,
 )
 from dd.watch import audit, oversight
+from tests.optimizer.test_optimizer import C, D, K, make_model, make_problem, train
 from tests.reference import mismatch_of
-from tests.test_optimizer import C, D, K, make_model, make_problem, train
 
 
 def normal(seed: int, *shape: int):

@@ -17,7 +17,7 @@ import dd
 from dd.correction.attachment import Attachment
 from dd.watch.verdicts import Verdicts
 from tests.correction.test_mini_batches import RULES
-from tests.test_optimizer import make_model, make_problem, parameters_of
+from tests.optimizer.test_optimizer import make_model, make_problem, parameters_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

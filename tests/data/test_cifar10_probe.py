@@ -28,7 +28,7 @@ from dd.experiments.experiment import Experiment
 from dd.tracking.console import ProgressDisplay
 from tests.experiments.test_experiment import configure
 
-REAL = Path(os.environ.get("DD_DATA") or Path(__file__).parents[2] / "shared" / "data")
+REAL = Path(os.environ.get("DD_DATA") or Path(__file__).parents[3] / "shared" / "data")
 TRAIN, TEST, DIMENSION, CLASSES = 60, 40, 7, 5
 
 # --- Feature files ---------------------------------------------------------------------------

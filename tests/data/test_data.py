@@ -18,7 +18,7 @@ from dd.data import Split, generator, noisy_mnist, xor
 from dd.data.noisy_mnist import FILES
 from dd.data.places import data_root
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 TENSORS = ("train_inputs", "train_targets", "train_components", "test_inputs", "test_targets")
 
 

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 
 import dd
 from dd.watch import oversight
-from tests.test_optimizer import C, D, K, N, create_graph_warns, make_problem
-from tests.test_precision import SINGLE, require_close
+from tests.optimizer.test_optimizer import C, D, K, N, create_graph_warns, make_problem
+from tests.optimizer.test_precision import SINGLE, require_close
 
 pytestmark = [
     # The compiler itself looks at the .grad of tensors that have none.

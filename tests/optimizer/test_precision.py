@@ -15,8 +15,8 @@ from torch import nn
 import dd
 from dd.correction.capture import Pushes
 from dd.samples.recognition import Placement
-from tests.test_optimizer import C, D, K, N, create_graph_warns, make_model, make_problem
-from tests.test_state import CASES, STEPS, require_identical, states_of
+from tests.optimizer.test_optimizer import C, D, K, N, create_graph_warns, make_model, make_problem
+from tests.optimizer.test_state import CASES, STEPS, require_identical, states_of
 
 SINGLE, DOUBLE = 2.0**-24, 2.0**-53
 

@@ -18,7 +18,7 @@ from dd.experiments.assembly import make_split
 from dd.experiments.experiment import Experiment
 from dd.tracking.console import comparison, methods
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "experiment=probe",
     "optimizers=[gd,gd_holdout,dd,dd_auto]",

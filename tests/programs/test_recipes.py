@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no:UserWarning"),
 ]
 
-RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 LIBRARIES = {
     "lightning_module": "lightning",
     "huggingface_trainer": "transformers",

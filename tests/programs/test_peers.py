@@ -12,7 +12,7 @@ import torch
 
 import dd
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
 LR, DECAY, STEPS = 0.2, 0.05, 30
 
