@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dd.support.files import replacing
 from dd.tracking.figures import DOTS_PER_INCH
-from dd.tracking.history import replacing
 
 COLOURS = {"isotropic": "#0072B2", "12 bins": "#D55E00", "fitted": "#009E73"}
 BASE = {"n": 20_000, "d": 1024, "k": 64}

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dd.support.files import replacing
 from dd.tracking.figures import DOTS_PER_INCH
-from dd.tracking.history import replacing
 
 STYLE = {
     "font.size": 8,

@@ -48,7 +48,7 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from dd.tracking.history import write_json
+from dd.support.files import write_json
 
 SIZES, QUICK_SIZES, SMALL, QUICK_STEPS = (250, 500, 1000, 2000), (30,), 20, 10
 # n refits: beyond this nobody would.

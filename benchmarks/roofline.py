@@ -27,7 +27,7 @@ from rich.table import Table
 from step_cost import device_name, synchronise
 from torch.profiler import ProfilerActivity, profile
 
-from dd.tracking.history import write_json
+from dd.support.files import write_json
 
 CASES = [
     Case(n, d, k, noise)

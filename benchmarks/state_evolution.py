@@ -20,7 +20,7 @@ from scipy import stats
 import dd
 from dd.data import generator, xor
 from dd.experiments.models import informed_two_layer
-from dd.tracking.history import write_json
+from dd.support.files import write_json
 
 ALPHA = 4
 START = {"overlap": 0.5, "hidden_scale": 0.5}

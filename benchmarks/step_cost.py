@@ -36,8 +36,8 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from dd.support.files import write_json
 from dd.support.fingerprint import PROJECTIONS
-from dd.tracking.history import write_json
 
 BASE = {"n": 20_000, "d": 1024, "k": 64}
 CASES = [

@@ -44,7 +44,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from dd.tracking.history import write_json
+from dd.support.files import write_json
 
 DEFAULT_METHODS = ("gd", "dd")
 

@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dd.support.files import replacing
 from dd.tracking.figures import DOTS_PER_INCH
-from dd.tracking.history import replacing
 
 FOLDER = Path("outputs/figures")
 # Okabe-Ito, as in dd.tracking.figures: gradient descent, decoupled descent.

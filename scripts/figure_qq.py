@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import dd
 from dd.data import Split
+from dd.support.files import write_json
 from dd.support.progress import progress_bar
-from dd.tracking.history import write_json
 
 PREDICTED, OWN = "state evolution", "fresh sample, given W"
 # Panels: optimizer, pre-activations, the law they are held against, heading.

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dd.experiments.prediction import COLUMNS
 from dd.runs.fit import Fit, SelectionRow
 from dd.runs.results import Results
-from dd.tracking.history import Record, write_json, write_rows
+from dd.runs.theory_file import COLUMNS
+from dd.support.files import write_json, write_rows
+from dd.tracking.history import Record
 
 NAN = math.nan
 DD = "dd.DecoupledDescent"

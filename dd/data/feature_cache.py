@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dd.data.npz import NpzError, NpzReader
-from dd.tracking.history import replacing
+from dd.support.files import replacing
 
 __all__ = ["cached_features", "digest"]
 

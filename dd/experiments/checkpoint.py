@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dd.tracking.history import replacing
+from dd.support.files import replacing
 
 __all__ = ["FORMAT", "Checkpoint", "read_checkpoint"]
 

@@ -27,7 +27,7 @@ from dd.experiments.checkpoint import Checkpoint
 from dd.experiments.folder_lock import FolderTaken, alone_in
 from dd.experiments.jobs import Job, build_job, chooser
 from dd.experiments.notices import noted
-from dd.experiments.prediction import check_theory, curves, deviations, predicted, write_theory
+from dd.experiments.prediction import check_theory, curves, deviations, predicted
 from dd.experiments.recorder import Recorder
 from dd.experiments.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.optimizer import DecoupledDescent
@@ -35,11 +35,13 @@ from dd.rules.line_search.settings import chooses_rate
 from dd.runs.fit import Fit
 from dd.runs.lineup import is_decoupled, lined_up
 from dd.runs.results import Results
+from dd.runs.theory_file import write_theory
 from dd.support.checks import check_count
 from dd.support.device import choose_device
+from dd.support.files import remove_scratch, replacing, write_json, write_rows
 from dd.theory.state_evolution import StateEvolution
 from dd.tracking.console import ProgressDisplay
-from dd.tracking.history import History, Record, remove_scratch, replacing, write_json, write_rows
+from dd.tracking.history import History, Record
 from dd.tracking.wandb_comparison import compared, headline
 from dd.tracking.wandb_logging import WandbRun
 from dd.tracking.wandb_session import WandbSession, check_settings

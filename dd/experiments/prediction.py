@@ -1,8 +1,6 @@
 """State evolution of an experiment's decoupled optimizers."""
 
-import csv
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,19 +10,10 @@ from dd.data import Split
 from dd.experiments.assembly import make_model, optimizer_settings, with_seed
 from dd.runs.lineup import AUTO, is_decoupled
 from dd.theory.state_evolution import StateEvolution, state_evolution
-from dd.tracking.history import Array, History, read_rows, replacing
+from dd.tracking.history import Array, History
 
-__all__ = [
-    "COLUMNS",
-    "check_theory",
-    "curves",
-    "deviations",
-    "predicted",
-    "read_theory",
-    "write_theory",
-]
+__all__ = ["check_theory", "curves", "deviations", "predicted"]
 
-COLUMNS = ("optimizer", "step", "loss", "loss_standard_error", "error", "error_standard_error")
 
 # As arguments of state_evolution; what an optimizer's settings do not name is the default of both.
 RULE = ("momentum", "dampening", "weight_decay", "nesterov", "damping")
@@ -141,43 +130,3 @@ def _furthest(found: StateEvolution, history: History, name: str, metric: str) -
     error = getattr(found, metric).standard_error.max()
     furthest = np.abs(median - predicted[left]).max()
     return f"within {furthest:.4f} (Monte-Carlo error up to {error:.4f})"
-
-
-def write_theory(theory: Mapping[str, StateEvolution], path: Path) -> None:
-    """Write predicted curves, of :data:`COLUMNS`, whole or not at all."""
-    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for name, found in theory.items():
-            curves = (
-                found.steps,
-                found.loss.mean,
-                found.loss.standard_error,
-                found.error.mean,
-                found.error.standard_error,
-            )
-            rows = zip(*(curve.tolist() for curve in curves), strict=True)
-            writer.writerows((name, *row) for row in rows)
-
-
-def read_theory(path: Path) -> dict[str, dict[str, tuple[Array, Array]]]:
-    """Read what :func:`write_theory` wrote.
-
-    Returns:
-        For the name of each optimizer, and "error" and "loss", steps and values, each of shape
-        (T,).
-
-    Raises:
-        ValueError: if the file is not of that form.
-    """
-    rows = read_rows(path, COLUMNS, _predicted_row)
-    found = {}
-    for name in dict.fromkeys(name for name, *_ in rows):
-        steps, loss, error = np.array([row[1:] for row in rows if row[0] == name]).T
-        found[name] = {"error": (steps, error), "loss": (steps, loss)}
-    return found
-
-
-def _predicted_row(cells: Sequence[str]) -> tuple[str, float, float, float]:
-    name, step, loss, _, error, _ = cells
-    return name, float(step), float(loss), float(error)

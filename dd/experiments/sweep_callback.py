@@ -8,7 +8,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from dd.sweep.table import Sweep, gather, show
+from dd.sweep.show import show
+from dd.sweep.table import Sweep, gather
 
 __all__ = ["Gather", "failures"]
 

@@ -14,9 +14,9 @@ import dd
 from dd.report.charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
 from dd.report.words import GLOSSARY, best, is_tested, labels_of, verdicts
 from dd.runs.folder import RunFolder, read_run
+from dd.support.files import replacing
 from dd.tracking.console import METHOD_COLUMNS, ROWS, number
 from dd.tracking.console import method_cells as console_cells
-from dd.tracking.history import replacing
 
 __all__ = [
     "FILE",

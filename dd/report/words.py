@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from dd.runs.folder import RunFolder
 from dd.runs.lineup import is_decoupled, known_optimizers
 from dd.tracking.figures import LABELS
-from dd.training.doubts import mark
+from dd.tracking.mark import mark
 
 __all__ = ["GLOSSARY", "Verdict", "best", "is_tested", "labels_of", "verdicts"]
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dd.experiments.prediction import read_theory
 from dd.runs.fit import Fit, SelectionRow
 from dd.runs.results import Results
-from dd.tracking.history import COLUMNS, Array, History, Record, read_rows
+from dd.runs.theory_file import read_theory
+from dd.support.files import read_rows
+from dd.tracking.history import COLUMNS, Array, History, Record
 
 __all__ = ["RunFolder", "read_run"]
 

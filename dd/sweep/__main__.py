@@ -1,6 +1,6 @@
 """``python -m dd.sweep FOLDER``: gathers the jobs of a multirun."""
 
-from dd.sweep.table import main
+from dd.sweep.show import main
 
 if __name__ == "__main__":
     main()

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dd.support.files import replacing
 from dd.sweep.table import Sweep, SweepRow, settings_label
 from dd.tracking.figures import DOTS_PER_INCH, LABELS, TEST_COLOUR, TRAIN_COLOUR
-from dd.tracking.history import replacing
 
 __all__ = ["draw"]
 

@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dd.runs.lineup import asked_for, is_decoupled, known_optimizers
-from dd.tracking.history import History, write_json
-from dd.training.doubts import mark
+from dd.support.files import write_json
+from dd.tracking.history import History
+from dd.tracking.mark import mark
 
 __all__ = ["FILE", "SweepJob", "objective_of", "read_job", "tracked_loss"]
 

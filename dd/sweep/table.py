@@ -3,35 +3,22 @@
 ``python -m dd.sweep outputs/xor/2026-01-31_12-00-00_sweep_ab12cd`` gathers them again.
 """
 
-import argparse
 import csv
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from dd.runs.folder import RunFolder, read_run
+from dd.support.files import replacing
 from dd.sweep.job import FILE, SweepJob, read_job
-from dd.tracking.history import replacing
-from dd.training.doubts import mark
+from dd.tracking.mark import mark
 
-__all__ = [
-    "FIGURES",
-    "Sweep",
-    "SweepRow",
-    "gather",
-    "main",
-    "settings_label",
-    "short",
-    "show",
-    "swept",
-]
+__all__ = ["FIGURES", "Sweep", "SweepRow", "gather", "settings_label", "short", "swept"]
 
 # Column of the table, and the key of summary.json that it takes.
 FIGURES = {
@@ -197,32 +184,3 @@ def _known(value: Any) -> float:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
-
-
-def show(sweep: Sweep, console: Console | None = None) -> None:
-    """Write table and picture of a multirun, and print the table."""
-    # Imported here, because matplotlib would double the time to an error message.
-    from dd.sweep.figure import draw
-
-    console = console or Console()
-    table, picture = sweep.write_csv(), draw(sweep)
-    console.print(sweep.table())
-    for failure in sweep.failures:
-        console.print(f"failed: {failure}", markup=False, highlight=False)
-    for label, path in (("table", table), ("picture", picture)):
-        console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Gather the multirun that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dd.sweep", description="Gather the jobs of a multirun."
-    )
-    parser.add_argument("folder", type=Path, help="of the multirun")
-    given = parser.parse_args(arguments)
-    try:
-        sweep = gather(given.folder)
-        show(sweep)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    sys.exit(1 if sweep.failures else 0)

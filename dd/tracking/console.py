@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from dd.tracking.history import Record
-from dd.training.doubts import mark
+from dd.tracking.mark import mark
 
 __all__ = [
     "METHOD_COLUMNS",

@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dd.tracking.history import History, aggregate, replacing, summarise
+from dd.support.files import replacing
+from dd.tracking.history import History, aggregate, summarise
 
 __all__ = ["LABELS", "Curves", "quartiles", "top", "train_vs_test"]
 

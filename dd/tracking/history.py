@@ -1,18 +1,16 @@
 """What a run records: the history, its csv file and its summary."""
 
-import csv
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, fields
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dd.support.files import write_rows
 
 __all__ = [
     "COLUMNS",
@@ -21,17 +19,11 @@ __all__ = [
     "History",
     "Record",
     "aggregate",
-    "read_rows",
-    "remove_scratch",
-    "replacing",
     "selected_step",
     "summarise",
-    "write_json",
-    "write_rows",
 ]
 
 Array = npt.NDArray[np.float64]
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -217,55 +209,6 @@ def _measured_mean(values: Sequence[float]) -> float:
     return fmean(known) if known else math.nan
 
 
-def write_rows(
-    path: str | os.PathLike[str], rows: Sequence[Any], columns: Sequence[str] | None = None
-) -> None:
-    """Write dataclass instances to a csv file, whole or not at all.
-
-    Args:
-        path: of the file.
-        rows: instances of one class.
-        columns: the header; None takes the fields' names of the first row.
-    """
-    header = [column.name for column in fields(rows[0])] if columns is None else columns
-    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(map(astuple, rows))
-
-
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; numbers that are not finite become null."""
-    with replacing(path) as scratch:
-        text = json.dumps(_finite_or_none(content), indent=2, allow_nan=False)
-        scratch.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; it takes the place of ``path`` on success only."""
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield scratch
-        _settle(scratch)
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def remove_scratch(folder: Path) -> None:
-    """Remove what :func:`replacing` left in a folder where its process was killed."""
-    for stray in folder.glob(".*.tmp"):
-        stray.unlink()
-
-
-def _settle(path: Path) -> None:
-    """Have a file's content on the disk, so that no power failure leaves a name without it."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def _lowest(records: Sequence[Record], *columns: str) -> Record:
     """Return the first record of lowest values; the first of all where no value is a number.
 
@@ -288,39 +231,3 @@ def _column(records: Iterable[Record], column: str) -> Array:
 def _check_column(column: str) -> None:
     if column not in METRICS:
         raise KeyError(f"column must be one of {', '.join(METRICS)}, got {column!r}")
-
-
-def _finite_or_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite_or_none(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def read_rows(
-    path: Path, columns: Sequence[str], of_cells: Callable[[Sequence[str]], Row]
-) -> list[Row]:
-    """Read a csv file of these columns.
-
-    Args:
-        path: of the file.
-        columns: that it must have.
-        of_cells: makes a row of the text of its cells.
-
-    Raises:
-        ValueError: if it has other columns, or a row is damaged.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if tuple(header) != tuple(columns):
-            raise ValueError(
-                f"{path} must have the columns {', '.join(columns)}, got {', '.join(header)}"
-            )
-        try:
-            return [of_cells(row) for row in reader]
-        except (IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged in line {reader.line_num} ({error})") from error

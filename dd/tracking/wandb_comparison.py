@@ -9,7 +9,7 @@ import numpy as np
 
 from dd.tracking.console import METHOD_COLUMNS
 from dd.tracking.history import History
-from dd.training.doubts import mark
+from dd.tracking.mark import mark
 
 __all__ = ["compared", "headline"]
 

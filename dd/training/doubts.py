@@ -1,16 +1,13 @@
 """Which optimizers say of their own training error that it is not to be believed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from dd.optimizer import DecoupledDescent
 
-__all__ = ["MARK", "closely", "doubts_of", "mark"]
-
-MARK = "not to be believed"
+__all__ = ["closely", "doubts_of"]
 
 
 def doubts_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -28,18 +25,3 @@ def closely(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         return
     with optimizer._attachment.oversight.closely():
         yield
-
-
-def mark(figures: Mapping[str, Any]) -> str:
-    """Return the mark of an optimizer's figures, empty where nothing speaks against them.
-
-    Args:
-        figures: of ``summary.json``.
-    """
-    if not figures.get("doubts"):
-        return ""
-    trials = figures.get("per_trial", ())
-    if not trials:
-        return MARK
-    doubted = sum(bool(own.get("doubts")) for own in trials)
-    return f"{MARK} in {doubted} of {len(trials)} trials"

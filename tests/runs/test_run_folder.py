@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from dd.experiments.prediction import COLUMNS as THEORY_COLUMNS
 from dd.runs.folder import SELECTION_COLUMNS, read_run
-from dd.tracking.history import History, Record, write_json
+from dd.runs.theory_file import COLUMNS as THEORY_COLUMNS
+from dd.support.files import write_json
+from dd.tracking.history import History, Record
 
 ROW = Record("gd", 0, 0, 0.7, 0.71, 0.5, 0.51, 0.7, math.nan)
 

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from dd.experiments.experiment import Experiment
 from dd.experiments.folder_lock import FolderTaken
 from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
-from dd.sweep.table import FIGURES, gather, show, swept
+from dd.sweep.show import show
+from dd.sweep.table import FIGURES, gather, swept
 from dd.tracking.history import History, Record
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dd.support.files import replacing, write_json
 from dd.tracking.console import ProgressDisplay, comparison, print_report
 from dd.tracking.history import (
     COLUMNS,
@@ -18,10 +19,8 @@ from dd.tracking.history import (
     History,
     Record,
     aggregate,
-    replacing,
     selected_step,
     summarise,
-    write_json,
 )
 
 NAN = float("nan")

@@ -24,9 +24,10 @@ from dd.sweep.job import SweepJob, described
 from dd.sweep.table import Sweep, gather
 from dd.tracking import figures
 from dd.tracking.console import METHOD_COLUMNS, print_report
+from dd.tracking.mark import mark
 from dd.tracking.wandb_comparison import _table, headline
 from dd.training import loop as training
-from dd.training.doubts import doubts_of, mark
+from dd.training.doubts import doubts_of
 from dd.watch import shadow_size
 from tests.baselines.test_selection import TRACKED, given_to
 from tests.experiments.test_resume import assert_same_run, go_on, run_with_snapshots

@@ -1,0 +1,156 @@
+"""The rooms of the house: what may import what, and how large anything may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# From top to bottom: a room imports from itself and from rooms in lines below its own. Rooms of one
+# line do not know each other.
+LAYERS = """
+    dd.__main__
+    dd.experiments
+    dd.report
+    dd.sweep
+    dd.baselines
+    dd.runs
+    dd.training
+    dd.tracking
+    dd
+    dd.data dd.trials
+    dd.theory
+    dd.optimizer
+    dd.rules
+    dd.correction
+    dd.watch
+    dd.curvature dd.samples
+    dd.noise
+    dd.functional
+    dd.support
+"""
+MOST_MODULES, MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_POSITIONAL = 25, 400, 60, 6
+
+FILES = sorted((REPOSITORY / "dd").rglob("*.py"))
+NAMES = {path: ".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in FILES}
+MODULES = {name.removesuffix(".__init__"): path for path, name in NAMES.items()}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def imported(name: str) -> set[str]:
+    """Every module of ``dd`` that a module imports, in functions and for its types too."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            own = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (own & set(MODULES)) or {str(node.module)}
+    return (found & set(MODULES)) - {name}
+
+
+ARROWS = {name: imported(name) for name in MODULES}
+
+
+def room(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Some circle of arrows, or nothing."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for target in sorted(arrows.get(path[-1], ())):
+            if target in path:
+                return [*path[path.index(target) :], target]
+            if target not in done and (found := search([*path, target])):
+                return found
+        done.add(path[-1])
+        return []
+
+    return next((found for start in sorted(arrows) if (found := search([start]))), [])
+
+
+def test_every_room_has_its_place():
+    assert {room(name) for name in MODULES} == set(LAYERS.split())
+
+
+def test_arrows_point_downwards():
+    floor = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+    wrong = [
+        f"{name} -> {target}"
+        for name, targets in ARROWS.items()
+        for target in sorted(targets)
+        if room(name) != room(target) and floor[room(name)] >= floor[room(target)]
+    ]
+    assert not wrong
+
+
+def test_no_module_comes_back_to_itself():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle(ARROWS)
+
+
+def test_folders_are_small():
+    folders = {path.parent for path in FILES}
+    sizes = {str(f.relative_to(REPOSITORY)): len(list(f.glob("*.py"))) for f in folders}
+    assert {f: size for f, size in sizes.items() if size > MOST_MODULES} == {}
+
+
+def test_files_are_short():
+    sizes = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: size for name, size in sizes.items() if size > MOST_LINES} == {}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}.{node.name}", node
+
+
+def test_functions_are_short():
+    sizes = {name: lines_of_code(node) for name, node in functions()}
+    assert {n: size for n, size in sizes.items() if size > MOST_LINES_OF_FUNCTION} == {}
+
+
+def lines_of_code(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    own = node.body[0]
+    documented = isinstance(own, ast.Expr) and isinstance(own.value, ast.Constant)
+    assert node.end_lineno is not None
+    lines = node.end_lineno - node.lineno + 1
+    return lines - (own.end_lineno - own.lineno + 1) if documented and own.end_lineno else lines
+
+
+def test_arguments_are_few_or_named():
+    counts = {}
+    for name, node in functions():
+        given = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+        counts[name] = len(given) - (given[:1] in (["self"], ["cls"]))
+    assert {n: count for n, count in counts.items() if count > MOST_POSITIONAL} == {}
+
+
+def test_every_room_says_what_it_is_for():
+    inits = [name for path, name in NAMES.items() if path.name == "__init__.py"]
+    docs = {n: ast.get_docstring(TREES[n.removesuffix(".__init__")]) or "" for n in inits}
+    rooms = {n: doc for n, doc in docs.items() if n != "dd.__init__"}
+    assert [n for n, doc in rooms.items() if "In: " not in doc or "Out: " not in doc] == []
+
+
+def test_import_is_light():
+    code = "import dd, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = [sys.executable, "-c", code]
+    found = set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())  # noqa: S603
+    heavy = "hydra omegaconf jinja2 matplotlib pandas plotly pyarrow rich scipy sklearn torchvision"
+    assert found & {*heavy.split(), "wandb", "PIL", "optuna"} == set()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-n0"]))
