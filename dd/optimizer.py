@@ -19,7 +19,7 @@ from dd.correction.shadow_step import ShadowStep
 from dd.correction.shadows import ShadowUpdate
 from dd.correction.store import HEAD_LEFT, Store
 from dd.correction.training_forward import TrainingForward, full_precision, refuse_capture
-from dd.curvature.estimators import check_name
+from dd.curvature.choice import check_name
 from dd.noise.model import NoiseModel
 from dd.rules.line_search.best_state import BestState
 from dd.rules.line_search.family import Trial

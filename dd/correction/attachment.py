@@ -26,7 +26,8 @@ from dd.correction.head import SharedParameters
 from dd.correction.head_choice import AUTO, form_to_correct, worth_correcting
 from dd.correction.layers import blamed_modules, find_layer
 from dd.correction.shadows import Shadows
-from dd.curvature.estimators import Rows, build
+from dd.curvature.choice import build
+from dd.curvature.estimators import Rows
 from dd.curvature.moments import Moments
 from dd.functional import (
     all_finite,
@@ -34,8 +35,10 @@ from dd.functional import (
     correct_preactivation_,
     corrected_preactivation,
 )
-from dd.noise.model import LARGEST_GRAM, NoiseModel
-from dd.samples.recognition import Placement, Samples
+from dd.noise.measures import LARGEST_GRAM
+from dd.noise.model import NoiseModel
+from dd.samples.placement import Placement
+from dd.samples.recognition import Samples
 from dd.support.fingerprint import Fingerprints
 from dd.support.ranks import Ranks
 from dd.support.user_warning import warn_user

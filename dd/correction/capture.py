@@ -13,12 +13,12 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dd.correction.contribution import Contribution
-from dd.correction.head import Scores
+from dd.correction.scores import Scores
 from dd.curvature.dual import DualLevel, carry_tangent, no_derivative, split_tangent
 from dd.curvature.estimators import Backward, Curvature
 from dd.curvature.marked import UncompiledTensor
 from dd.functional import at_least_single
-from dd.samples.recognition import Placement
+from dd.samples.placement import Placement
 from dd.support.ranks import Ranks
 
 __all__ = ["Capture", "Pushes", "joined"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dd.correction.decay import DecayLog
 from dd.functional import driven, scaled_by_mass, shadow_decay
 from dd.noise.model import NoiseModel
-from dd.samples.recognition import Placement
+from dd.samples.placement import Placement
 from dd.support.blocks import bin_groups, row_blocks
 
 __all__ = ["Piece", "Push", "ShadowUpdate", "Shadows", "keeping"]

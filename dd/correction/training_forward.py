@@ -10,7 +10,7 @@ from dd.correction.attachment import Attachment
 from dd.correction.contribution import product_node
 from dd.correction.head import SharedParameters
 from dd.correction.store import Store
-from dd.samples.recognition import Placement
+from dd.samples.placement import Placement
 from dd.watch.watches import Watches
 
 __all__ = ["TrainingForward", "full_precision", "probe_seed", "refuse_capture"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dd.curvature.moments import Moments
@@ -28,22 +28,9 @@ from dd.functional import (
     solved_curvature,
     symmetric_curvature,
 )
-from dd.noise.model import NoiseModel
 from dd.support.ranks import Ranks
 
-__all__ = [
-    "ESTIMATORS",
-    "Backward",
-    "Curvature",
-    "Exact",
-    "GraphProbe",
-    "Probe",
-    "Rows",
-    "Stein",
-    "build",
-    "check_name",
-    "has_leaky_kinks",
-]
+__all__ = ["Backward", "Curvature", "Exact", "GraphProbe", "Probe", "Rows", "Stein"]
 
 
 @dataclass(frozen=True)
@@ -348,8 +335,6 @@ class Exact(_SecondDerivative):
         return (moments.cross + moments.cross.mT) / 2
 
 
-ESTIMATORS = ("auto", "stein", "probe", "probe_create_graph", "exact")
-
 REMEDY = (
     'Remedy: construct with curvature="probe_create_graph" and call '
     "loss.backward(create_graph=True); or, where the inputs are a mixture of Gaussians of known "
@@ -363,57 +348,6 @@ LOST_TANGENT = (
     "something between them and the loss drops forward-mode derivatives (a compiled region or a "
     "custom autograd.Function can). " + REMEDY
 )
-
-
-def check_name(name: str) -> None:
-    """Reject an unknown estimator.
-
-    Raises:
-        ValueError: if ``name`` is not one of :data:`ESTIMATORS`.
-    """
-    if name not in ESTIMATORS:
-        raise ValueError(f"DecoupledDescent: curvature must be one of {ESTIMATORS}, got {name!r}")
-
-
-def build(name: str, noise: NoiseModel | None, module: nn.Module | None = None) -> Curvature:
-    """Make the estimator called ``name``.
-
-    Args:
-        name: one of :data:`ESTIMATORS`; ``"auto"`` is the probe, component ids or not.
-        noise: the noise model, or None where it will be fitted without components.
-        module: the model, whose activations tell of kinks.
-
-    Returns:
-        The estimator.
-
-    Raises:
-        ValueError: if the name is unknown, or Stein is asked for without component ids.
-    """
-    check_name(name)
-    components = None if noise is None else noise.components
-    relative_mass = None if noise is None else noise.relative_mass
-    if name == "stein":
-        if components is None:
-            raise ValueError(
-                'DecoupledDescent: curvature="stein" needs the mixture component of every sample; '
-                'pass noise=dd.NoiseModel.isotropic(inputs, components), or curvature="probe"'
-            )
-        return Stein(components)
-    without_ids = {
-        "auto": Probe,
-        "probe": Probe,
-        "probe_create_graph": GraphProbe,
-        "exact": Exact,
-    }
-    return without_ids[name](relative_mass, leaky=has_leaky_kinks(module))
-
-
-_LEAKY = (nn.LeakyReLU, nn.PReLU, nn.RReLU)
-
-
-def has_leaky_kinks(module: nn.Module | None) -> bool:
-    """Whether a module has activations with a kink at 0 that are not zero below."""
-    return module is not None and any(isinstance(part, _LEAKY) for part in module.modules())
 
 
 def _differentiate(backward: Backward, direction: Tensor, *, keep_graph: bool) -> Tensor:

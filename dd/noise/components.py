@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dd.functional import at_least_single
-from dd.noise.model import _as_components, _as_matrix
+from dd.noise.arguments import _as_components, _as_matrix
 from dd.support.checks import check_count
 
 __all__ = ["find_components"]

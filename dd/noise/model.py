@@ -7,22 +7,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dd.noise.arguments import _as_components, _check_bins, _check_relative_mass
 from dd.noise.centred import CentredInputs
+from dd.noise.measures import (
+    _centred,
+    _effective_rank,
+    _is_flat,
+    _is_heavy_tailed,
+    _may_separate,
+    _one_bin,
+    _relative_mass,
+    _sample_spectrum,
+    _span,
+)
 from dd.noise.quadrature import nodes
-from dd.noise.spectrum import population_eigenvalues, sample_eigenvalues
+from dd.noise.spectrum import population_eigenvalues
 from dd.support.checks import check_count
 
 __all__ = ["NoiseModel"]
 
 MOST_BINS = 12
-# Largest side of the matrix whose eigenvalues are the spectrum: 3.2 GB in double precision.
-LARGEST_GRAM = 20_000
-# A relative variance of the eigenvalues below this moves the correction by less than a hundredth.
-FLAT = 0.02
-# Beyond these a head of a few hundred units is small for the samples.
-MOST_PER_COMPONENT = 10_000
-# Variance of ‖z‖² over that of Gaussian noise of the same spectrum.
-HEAVY_TAILED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +76,7 @@ class NoiseModel:
     separated_from: tuple[Tensor | None, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.eigenvalues.dim() != 1 or self.eigenvalues.shape != self.multiplicities.shape:
-            raise ValueError(
-                "NoiseModel: expected eigenvalues and multiplicities of one shape (bins,), got "
-                f"{tuple(self.eigenvalues.shape)} and {tuple(self.multiplicities.shape)}"
-            )
-        if not bool(torch.isfinite(self.eigenvalues).all() and (self.eigenvalues >= 0).all()):
-            raise ValueError(
-                f"NoiseModel: eigenvalues must be finite and not negative, got {self.eigenvalues}; "
-                "clip rounding errors at 0"
-            )
+        _check_bins(self.eigenvalues, self.multiplicities)
         # Nothing is left for the bins where every direction is followed by itself.
         none = (self.multiplicities == 0) & (not self.is_followed_exactly)
         if bool((none | ~(self.multiplicities >= 0)).any()):
@@ -403,165 +398,3 @@ class NoiseModel:
     @property
     def _measured(self) -> tuple[Tensor | None, ...]:
         return self.eigenvalues, self.multiplicities, self.relative_mass, self.components
-
-
-def _one_bin(centred: CentredInputs, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalue and multiplicity of the isotropic model, each of shape (1,)."""
-    variance = norms.sum() / (centred.degrees * centred.dimension)
-    return variance.reshape(1), torch.tensor([centred.dimension])
-
-
-def _sample_spectrum(centred: CentredInputs) -> Tensor:
-    """Positive eigenvalues of the sample covariance, float64, on the CPU.
-
-    Raises:
-        ValueError: if min(n, d) is too large for memory.
-    """
-    smaller = min(centred.shape)
-    if smaller > LARGEST_GRAM:
-        raise ValueError(
-            f"NoiseModel: the spectrum of {centred.shape} inputs takes a "
-            f"{smaller} × {smaller} matrix, {8e-9 * smaller**2:.0f} GB; use "
-            f"NoiseModel.isotropic, or fit on a sample of at most {LARGEST_GRAM} rows and give "
-            "the model every sample's component, dataclasses.replace(model, components=...)"
-        )
-    return sample_eigenvalues(centred, centred.degrees)
-
-
-def _relative_mass(centred: CentredInputs, norms: Tensor) -> Tensor:
-    """‖z_i‖² over its mean, shape (n,); 1 for the only sample of a component."""
-    mass = norms.to(centred.dtype)
-    if centred.components is None:
-        return mass / mass.mean()
-    if centred.directions is not None:
-        # What the mean of n_a samples takes of each one's noise lies along its direction, and
-        # is followed there.
-        return mass / mass.mean() * (centred.degrees / len(mass))
-    # The mean of n_a samples takes 1/n_a of each one's noise with it.
-    sizes = centred.sizes[centred.components]
-    alone = sizes == 1
-    mass = mass / (1 - 1 / sizes.clamp_min(2).to(mass))
-    return torch.where(alone, 1.0, mass / mass[~alone].mean())
-
-
-def _centred(
-    inputs: Tensor | np.ndarray,
-    components: Tensor | np.ndarray | None,
-    *,
-    separate_means: bool = False,
-) -> tuple[CentredInputs, Tensor]:
-    """Inputs around their component means, and ‖z_i‖² (n,).
-
-    Raises:
-        ValueError: as :meth:`NoiseModel.fit`.
-    """
-    values = _as_matrix(inputs)
-    n = len(values)
-    ids = None if components is None else _as_components(components, n)
-    num_components = 1 if ids is None else int(ids.max()) + 1
-    if n <= num_components:
-        raise ValueError(
-            f"NoiseModel: {n} samples in {num_components} components leave no noise to "
-            "measure; give more samples or fewer components"
-        )
-    if separate_means and ids is None:
-        raise ValueError("NoiseModel: separate_means needs the component of every sample")
-    centred = CentredInputs(values, ids)
-    norms = centred.squared_norms()
-    rounding = torch.finfo(centred.dtype).eps
-    variance = float(norms.sum()) / (centred.degrees * values.shape[1])
-    if not variance > rounding**2 * centred.power:
-        raise ValueError(
-            "NoiseModel: the inputs do not vary within their components; decoupled descent "
-            "needs noisy inputs"
-        )
-    if separate_means:
-        centred.separate(_span(centred.means))
-        norms = centred.squared_norms()
-    return centred, norms
-
-
-def _may_separate(centred: CentredInputs) -> bool:
-    """Whether a head that over-fits is to be expected, and means and noise can be told apart."""
-    few = len(centred.source) <= MOST_PER_COMPONENT * len(centred.sizes)
-    return centred.components is not None and few and centred.dimension > 1
-
-
-def _span(means: Tensor, most: int | None = None) -> Tensor:
-    """Orthonormal basis of the span of the component means, given as rows.
-
-    Args:
-        means: shape (C, d).
-        most: dimensions at most, those in which the means lie furthest apart.
-
-    Raises:
-        ValueError: if they span all dimensions.
-    """
-    # The common mean can be far larger than what tells the components apart.
-    common = means.mean(0, keepdim=True)
-    apart = means - common
-    size = apart.norm() if bool(apart.any()) else common.norm()
-    rows = torch.cat([apart, common * (size / common.norm().clamp_min(1e-30))])
-    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
-    spanned = sizes > 1e-4 * sizes[0]
-    if most is not None:
-        return directions[spanned][:most].mT.contiguous()
-    if int(spanned.sum()) >= means.shape[1]:
-        raise ValueError(
-            f"NoiseModel: the means of {len(means)} components span all {means.shape[1]} input "
-            "dimensions and leave no noise beside them; use separate_means=False"
-        )
-    return directions[spanned].mT.contiguous()
-
-
-def _is_flat(sample: Tensor, dimension: int, degrees: int) -> bool:
-    # The relative variance of the eigenvalues, which sampling a flat spectrum raises by (d + 1)/m
-    # with deviation 2/m (Ledoit and Wolf 2002).
-    mean = sample.sum() / dimension
-    spread = float(sample.square().sum() / (dimension * mean.square())) - 1
-    return spread - (dimension + 1) / degrees < max(FLAT, 6 / degrees)
-
-
-def _effective_rank(eigenvalues: Tensor, multiplicities: Tensor | float = 1.0) -> float:
-    mass = multiplicities * eigenvalues.double()
-    second = (mass * eigenvalues.double()).sum()
-    return float(mass.sum().square() / second.clamp_min(1e-300))
-
-
-def _is_heavy_tailed(variance: float, rank: float) -> bool:
-    # Gaussian norms have relative variance 2 tr Σ² / (tr Σ)²; features of one scale a sample have
-    # several times that.
-    return variance > HEAVY_TAILED * 2 / max(rank, 1e-300)
-
-
-def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> None:
-    if relative_mass.dim() != 1 or (
-        components is not None and len(components) != len(relative_mass)
-    ):
-        raise ValueError(
-            "NoiseModel: expected one relative mass a sample, shape (n,), got "
-            f"{tuple(relative_mass.shape)}"
-            + ("" if components is None else f" for {len(components)} component ids")
-        )
-    if not bool((torch.isfinite(relative_mass) & (relative_mass >= 0)).all()):
-        raise ValueError("NoiseModel: relative masses must be finite and not negative")
-
-
-def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    values = inputs if isinstance(inputs, np.ndarray) else torch.as_tensor(inputs).detach()
-    if len(values.shape) != 2 or 0 in values.shape:
-        raise ValueError(
-            f"NoiseModel: expected inputs of shape (n, d), got {tuple(values.shape)}; "
-            "flatten each sample to one row"
-        )
-    return values
-
-
-def _as_components(components: Tensor | np.ndarray, n: int) -> Tensor:
-    ids = torch.as_tensor(components).detach()
-    if ids.shape != (n,) or ids.is_floating_point() or ids.is_complex():
-        raise ValueError(
-            f"NoiseModel: expected {n} integer component ids, one a sample, got shape "
-            f"{tuple(ids.shape)} of {ids.dtype}"
-        )
-    return torch.unique(ids, return_inverse=True)[1]

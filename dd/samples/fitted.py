@@ -166,3 +166,15 @@ def _times(found: Tensor, fitted: Tensor) -> str:
     if len(found) < _FEWEST or 0.8 < ratio < 1.25:
         return ""
     return f", and vary {ratio:.2g} times as much"
+
+
+def _fitted_on(noise: NoiseModel | None) -> int | None:
+    if noise is None or noise.fingerprints is None:
+        return None if noise is None else noise.num_samples
+    return len(noise.fingerprints)
+
+
+def _by_whom(known: Fingerprints, noise: NoiseModel | None) -> str:
+    if noise is not None and noise.fingerprints is not None and len(known) == _fitted_on(noise):
+        return ""
+    return ", which the first training forward made the whole training set"

@@ -1,85 +1,34 @@
 """Which training samples a batch holds, so that every one meets its own shadow."""
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dd.noise.model import NoiseModel
-from dd.samples.fitted import fitted_samples, refuse_others, require_spread, require_told
+from dd.samples.fitted import (
+    _by_whom,
+    _fitted_on,
+    fitted_samples,
+    refuse_others,
+    require_spread,
+    require_told,
+)
+from dd.samples.placement import Placement
+from dd.samples.repeated import LastBatch, identity
 from dd.support.fingerprint import Fingerprints, directions, fingerprint
 from dd.support.user_warning import warn_user
 
-__all__ = ["AugmentationWarning", "Placement", "Samples"]
+__all__ = ["AugmentationWarning", "Samples"]
 
-
-# Rows of a batch that came as the same tensor again which are looked at.
-_LOOKED_AT = 8
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class AugmentationWarning(UserWarning):
     """A training sample came with another input than before."""
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """The samples of one training batch.
-
-    Attributes:
-        fingerprints: of the rows, shape (m, 3).
-        index: sample of each row, shape (m,); None for all samples in their order.
-        rows: the distinct samples in ascending order, shape (u,), or None likewise.
-        position: where each row's sample stands in ``rows``, shape (m,), or None likewise.
-        rows_on_cpu: ``rows`` on the CPU, or None likewise.
-    """
-
-    fingerprints: Tensor
-    index: Tensor | None = None
-    rows: Tensor | None = None
-    position: Tensor | None = None
-    rows_on_cpu: Tensor | None = None
-
-    @classmethod
-    def of(cls, fingerprints: Tensor, index: Tensor, num_samples: int) -> "Placement":
-        """Place a batch by the sample of each row, on any device."""
-        index = index.to(fingerprints.device)
-        if len(index) == num_samples:
-            everything = torch.arange(num_samples, device=index.device)
-            if bool((index == everything).all()):
-                return cls(fingerprints)
-        on_cpu, position = torch.unique(index.cpu(), return_inverse=True)
-        device = index.device
-        return cls(fingerprints, index, on_cpu.to(device), position.to(device), on_cpu)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Placement"], num_samples: int) -> "Placement":
-        """Place the rows of several batches."""
-        found = torch.cat([part.fingerprints for part in parts])
-        if len(parts) == 1 and (parts[0].index is not None or len(found) == num_samples):
-            return parts[0]
-        # More samples may have come since a batch held all.
-        index = [
-            torch.arange(len(part.fingerprints), device=found.device)
-            if part.index is None
-            else part.index
-            for part in parts
-        ]
-        return cls.of(found, torch.cat(index), num_samples)
-
-    def by_sample(self, values: Tensor) -> Tensor:
-        """Sum rows (m, ...) that are of one sample, shape (u, ...)."""
-        if self.rows is None or self.position is None:
-            return values
-        total = values.new_zeros(len(self.rows), *values.shape[1:])
-        return total.index_add_(0, self.position, values)
 
 
 class Samples:
@@ -101,7 +50,7 @@ class Samples:
         self.known: Fingerprints | None = None
         self.directions: Tensor | None = None
         self.are_fitted = False
-        self._last: _LastBatch | None = None
+        self._last: LastBatch | None = None
         # Where the next batch begins if samples come in their order, None once they did not.
         self._end: int | None = 0
         self._waiting: list[Tensor] = []
@@ -252,7 +201,7 @@ class Samples:
             self.known = known
         if self.known is not None and not inputs.is_inference():
             assert self.directions is not None
-            self._last = _LastBatch(_identity(inputs), placement, self.directions)
+            self._last = LastBatch(identity(inputs), placement, self.directions)
         return placement
 
     def _recognised(
@@ -439,65 +388,3 @@ class Samples:
             self.directions = directions(inputs.shape[1])
         self.directions = self.directions.to(inputs.device, dtype)
         return fingerprint(inputs, self.directions)
-
-
-def _fitted_on(noise: NoiseModel | None) -> int | None:
-    if noise is None or noise.fingerprints is None:
-        return None if noise is None else noise.num_samples
-    return len(noise.fingerprints)
-
-
-def _by_whom(known: Fingerprints, noise: NoiseModel | None) -> str:
-    if noise is not None and noise.fingerprints is not None and len(known) == _fitted_on(noise):
-        return ""
-    return ", which the first training forward made the whole training set"
-
-
-@dataclass(frozen=True, eq=False)
-class _LastBatch:
-    """A batch that may come again as the very same tensor, which is then not looked at in full.
-
-    Attributes:
-        identity: of the tensor.
-        placement: of its samples.
-        directions: of the inputs, that the samples' fingerprints are along, shape (j, d).
-    """
-
-    identity: tuple[Any, ...]
-    placement: Placement
-    directions: Tensor
-
-    def is_of(self, inputs: Tensor) -> bool:
-        """Whether this batch came again.
-
-        Args:
-            inputs: of a batch, shape (m, d).
-        """
-        now, then = _identity(inputs), self.identity
-        owner = now[0]()
-        if owner is None or owner is not then[0]() or now[1:] != then[1:]:
-            return False
-        if not _changes_unseen(inputs):
-            return True
-        rows, directions, found, tolerance = self._some
-        off = inputs.detach()[rows].double() @ directions - found
-        return bool(torch.linalg.vector_norm(off, torch.inf) <= tolerance)
-
-    @cached_property
-    def _some(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Some rows, and their fingerprints, in double precision that no setting lowers."""
-        count = len(self.placement.fingerprints)
-        rows = torch.linspace(0, count - 1, min(count, _LOOKED_AT)).long()
-        found = self.placement.fingerprints[rows].double()
-        return rows, self.directions.double().mT, found, 1e-5 * found.abs().amax()
-
-
-def _identity(inputs: Tensor) -> tuple[Any, ...]:
-    owner = inputs if inputs._base is None else inputs._base
-    layout = (inputs._version, inputs.data_ptr(), inputs.shape, inputs.stride())
-    return (weakref.ref(owner), *layout)
-
-
-def _changes_unseen(inputs: Tensor) -> bool:
-    """Whether numpy may write to the memory of a tensor, which leaves its version as it is."""
-    return inputs.device.type == "cpu"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.head_choice import AUTO, worth_correcting
-from dd.curvature.estimators import has_leaky_kinks
-from dd.noise.model import LARGEST_GRAM, NoiseModel
+from dd.curvature.choice import has_leaky_kinks
+from dd.noise.measures import LARGEST_GRAM
+from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.trials.inputs import (
     MakeOptimizer,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dd.correction.head_choice import uncorrected_count
-from dd.curvature.estimators import Stein, has_leaky_kinks
+from dd.curvature.choice import has_leaky_kinks
+from dd.curvature.estimators import Stein
 from dd.noise.copies import CopyWatch, count_copies
-from dd.samples.recognition import Placement
+from dd.samples.placement import Placement
 from dd.support.user_warning import warn_user
 from dd.watch.audit import Audit, AuditedTensor, is_due, is_safe
 from dd.watch.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share

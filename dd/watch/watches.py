@@ -8,7 +8,7 @@ from torch import Tensor
 from dd.correction.attachment import Attachment
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
-from dd.samples.recognition import Placement
+from dd.samples.placement import Placement
 from dd.watch.divergence import DivergenceWatch, SharpnessWatch
 from dd.watch.oversight import Oversight
 

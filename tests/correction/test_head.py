@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dd
 import dd.data
 import dd.experiments.models
-from dd.correction.head import Scores
+from dd.correction.scores import Scores
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
 from dd.watch.divergence import SharpnessWatch
 from tests.reference import Head, decoupled_descent_with_head
@@ -364,7 +364,7 @@ def test_many_samples_take_memory_in_blocks(monkeypatch):
     p, jacobian = torch.randn(2, 9, C, C, generator=g), torch.randn(2, 9, C, K, generator=g)
     signal, features = torch.randn(2, 9, 2, generator=g), torch.randn(2, 9, 5, generator=g)
     whole = shared_curvature(p, jacobian, signal, features)
-    monkeypatch.setattr("dd.functional._AT_A_TIME", 2 * 5 * 5)
+    monkeypatch.setattr("dd.functional.head._AT_A_TIME", 2 * 5 * 5)
     torch.testing.assert_close(shared_curvature(p, jacobian, signal, features), whole)
 
 

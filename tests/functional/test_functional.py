@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dd.curvature import estimators as curvature
+from dd.curvature.choice import build
 from dd.functional import (
     centre_within_components,
     corrected_preactivation,
@@ -431,7 +432,7 @@ def test_stein_estimator_takes_components_from_the_noise_model():
     rows = gaussian_rows(400, 1)
     inputs = normal(0, 400, 2)
     noise = NoiseModel.isotropic(inputs, 10 * rows.cluster - 7)
-    estimator = curvature.build("stein", noise)
+    estimator = build("stein", noise)
     observed = estimator.observe(rows.r[0], 0)
     backward = curvature.Backward(rows.g[0] / 400, None, get_gradient_edge(_leaf(rows.r[0])))
     expected = stein_curvature(
@@ -503,7 +504,7 @@ def test_probe_estimators_agree_with_the_function():
     product = (matrices @ probe[..., None]).squeeze(-1)
     expected = probe_curvature(probe, product)
     for name in ("probe", "probe_create_graph"):
-        estimator = curvature.build(name, None)
+        estimator = build(name, None)
         observed = estimator.observe(r, 3)
         assert torch.equal(observed, probe)
         backward = curvature.Backward(g, product, get_gradient_edge(r))
@@ -518,14 +519,14 @@ def test_estimators_refuse_what_they_cannot_do():
         ("probe_create_graph", r"loss\.backward\(create_graph=True\)"),
         ("exact", r"loss\.backward\(create_graph=True\)"),
     ):
-        estimator = curvature.build(name, None)
+        estimator = build(name, None)
         observed = estimator.observe(r, 0)
         with pytest.raises(RuntimeError, match=message):
             estimator.estimate(observed, lost)
     with pytest.raises(ValueError, match=r"pass noise=dd\.NoiseModel"):
-        curvature.build("stein", None)
+        build("stein", None)
     with pytest.raises(ValueError, match="must be one of"):
-        curvature.build("hutchinson", None)
+        build("hutchinson", None)
 
 
 def test_second_differentiation_of_a_linear_loss_is_zero():
@@ -534,7 +535,7 @@ def test_second_differentiation_of_a_linear_loss_is_zero():
     (g,) = torch.autograd.grad((r @ head).mean(), r, create_graph=True)
     backward = curvature.Backward(g, None, get_gradient_edge(r))
     for name in ("exact", "probe_create_graph"):
-        estimator = curvature.build(name, None)
+        estimator = build(name, None)
         h = estimator.estimate(estimator.observe(r, 0), backward)
         assert torch.equal(h, torch.zeros(2, 2).double())
 
@@ -680,7 +681,7 @@ def test_which_modules_have_leaky_kinks():
         (torch.nn.PReLU(), True),
     ):
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Sequential(activation))
-        assert curvature.build("auto", None, model).leaky is leaky
+        assert build("auto", None, model).leaky is leaky
 
 
 # --- centring -------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_a_model_describes_itself_in_one_line():
 
 
 def test_spectra_beyond_memory_are_refused(monkeypatch):
-    monkeypatch.setattr("dd.noise.model.LARGEST_GRAM", 50)
+    monkeypatch.setattr("dd.noise.measures.LARGEST_GRAM", 50)
     sample = normal(6, 60, 70)
     with pytest.raises(ValueError, match=r"60 × 60 matrix.*NoiseModel.isotropic.*at most 50 rows"):
         NoiseModel.fit(sample)

@@ -14,7 +14,7 @@ from torch import nn
 
 import dd
 from dd.correction.capture import Pushes
-from dd.samples.recognition import Placement
+from dd.samples.placement import Placement
 from tests.optimizer.test_optimizer import C, D, K, N, create_graph_warns, make_model, make_problem
 from tests.optimizer.test_state import CASES, STEPS, require_identical, states_of
 

@@ -364,7 +364,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(module, no_keel, monke
     def full(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dd.tracking.history.os.replace", full)
+    monkeypatch.setattr("dd.support.files.os.replace", full)
     with pytest.raises(OSError, match="no space left"):
         tables.main([*quick, "--steps", "3"])
     assert figures.read_bytes() == before

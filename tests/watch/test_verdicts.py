@@ -33,7 +33,7 @@ def host_reads(monkeypatch):
 def stalling(monkeypatch):
     """The CPU as a device that stalls where a number is looked at."""
     monkeypatch.setattr(Attachment, "stalls", True)
-    monkeypatch.setattr("dd.samples.recognition._changes_unseen", lambda inputs: False)
+    monkeypatch.setattr("dd.samples.repeated._changes_unseen", lambda inputs: False)
 
 
 def attached(curvature="stein", bins=2, dtype=torch.float64, **settings):
