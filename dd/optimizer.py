@@ -15,6 +15,8 @@ from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate
 from dd.correction.evaluation import corrected_estimate, corrected_mean
 from dd.correction.head_choice import AUTO
+from dd.correction.head_form import follow_directions, leave_head
+from dd.correction.hook import Forward
 from dd.correction.shadow_step import ShadowStep
 from dd.correction.shadows import ShadowUpdate
 from dd.correction.store import HEAD_LEFT, Store
@@ -22,7 +24,6 @@ from dd.correction.training_forward import TrainingForward, full_precision, refu
 from dd.curvature.choice import check_name
 from dd.noise.model import NoiseModel
 from dd.rules.line_search.best_state import BestState
-from dd.rules.line_search.family import Trial
 from dd.rules.line_search.search import LineSearch, Policy
 from dd.rules.line_search.settings import (
     is_auto,
@@ -255,8 +256,8 @@ class DecoupledDescent(torch.optim.SGD):
             noise,
             self._curvature,
             head,
-            bins,
-            self._process_group,
+            bins=bins,
+            process_group=self._process_group,
             searches=self._policy is not None,
         )
         for parameter, _ in attachment.shadowed:
@@ -271,7 +272,7 @@ class DecoupledDescent(torch.optim.SGD):
             raise ValueError("DecoupledDescent: head=True needs damping=1")
         if any(group["differentiable"] for group in self.param_groups):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
-        attachment.register(self)
+        attachment.register(self._correct, self._correct_scores)
         self._attachment = attachment
         self._follow_head_as_state(attachment)
         # A gradient scaler must not leave the skipping of a step to the fused update.
@@ -461,10 +462,10 @@ class DecoupledDescent(torch.optim.SGD):
             return
         found = state.get("signal_shadow")
         if found is not None:
-            attachment.follow_directions(found.shape[2])
+            follow_directions(attachment, found.shape[2])
         elif attachment.head_is_optional:
             reason = "the state is of a run that gave it up."
-            attachment.leave_head(reason, begun=HEAD_LEFT in state)
+            leave_head(attachment, reason, begun=HEAD_LEFT in state)
 
     def _restore_values(self, state_dict: dict[str, Any]) -> None:
         # The base class casts every tensor of a state to the parameter's precision, or shares it
@@ -631,7 +632,7 @@ class DecoupledDescent(torch.optim.SGD):
         forward = self._forward()
         return None if forward is None else forward.at_head(head, inputs, output)
 
-    def _forward(self) -> TrainingForward | Trial | None:
+    def _forward(self) -> Forward | None:
         if self._attachment is None:
             return None
         if self._attachment.trial is not None:

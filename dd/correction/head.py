@@ -7,11 +7,11 @@ would be without it. Section 7 of ``docs/theory.md``.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from dd.correction.capture import Pushes
 from dd.correction.gradient_check import require_unedited, same_weight, weight_changed
 from dd.correction.head_choice import shared_count
 from dd.correction.layers import find_head
@@ -24,9 +24,6 @@ from dd.functional import (
 )
 from dd.samples.placement import Placement
 from dd.support.ranks import Ranks
-
-if TYPE_CHECKING:
-    from dd.correction.capture import Pushes
 
 __all__ = ["SharedParameters", "row_products"]
 
@@ -228,7 +225,7 @@ class SharedParameters:
                     more = found.new_zeros(num_samples - len(found), *size[1:])
                     write(parameter, name, torch.cat([found, more]))
 
-    def curvature(self, pushes: "Pushes", scale: float, ranks: Ranks) -> Tensor:
+    def curvature(self, pushes: Pushes, scale: float, ranks: Ranks) -> Tensor:
         """H_ψ of a step, equation (4), shape (p, p).
 
         Args:
@@ -248,7 +245,7 @@ class SharedParameters:
         return found if scale == 1.0 else scale * found
 
     def shadow_gradients(
-        self, pushes: "Pushes", curvature: Tensor, scale: float, read: Read
+        self, pushes: Pushes, curvature: Tensor, scale: float, read: Read
     ) -> list[tuple[Tensor, str, Tensor, Tensor]]:
         """Shadows and their gradients, equation (4).
 

@@ -5,7 +5,14 @@ from torch import nn
 from dd.correction.layers import find_head
 from dd.noise.model import NoiseModel
 
-__all__ = ["AUTO", "form_to_correct", "shared_count", "uncorrected_count", "worth_correcting"]
+__all__ = [
+    "AUTO",
+    "form_and_head",
+    "form_to_correct",
+    "shared_count",
+    "uncorrected_count",
+    "worth_correcting",
+]
 
 AUTO = "auto"
 
@@ -20,6 +27,37 @@ MOST_WORK, MOST_WORK_OF_SEARCH = 5e8, 2e9
 # not Gaussian (docs/theory.md, section 7).
 MANY_PER_INPUT = 20
 MOST_DIRECTIONS_PER_SAMPLE = 0.5
+
+
+def form_and_head(
+    module: nn.Module,
+    layer: nn.Linear,
+    noise: NoiseModel | None,
+    head: bool | nn.Module | str,
+    curvature: str,
+    *,
+    may_choose: bool,
+    searches: bool,
+) -> tuple[NoiseModel | None, bool | nn.Module | str]:
+    """The noise model in the form to follow, and which head to correct, settled.
+
+    Args:
+        module: the model.
+        layer: the decoupled layer.
+        noise: the noise model as given.
+        head: whether the head is corrected, which layer it is, or "auto".
+        curvature: as of :func:`worth_correcting`.
+        may_choose: whether a head that nobody asked for may be corrected.
+        searches: whether steps are searched for.
+    """
+    if head == AUTO:
+        chosen = None
+        if may_choose:
+            chosen = worth_correcting(module, layer, noise, curvature, searches=searches)
+        return chosen or noise, chosen is not None
+    if noise is not None and head is not False and noise.is_in_both_forms:
+        return form_to_correct(module, layer, head, noise, curvature, searches=searches), head
+    return noise, head
 
 
 def worth_correcting(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,6 @@ from dd.functional import (
     at_least_single,
     softmax_curvature,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Scores"]
 

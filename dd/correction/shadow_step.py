@@ -7,8 +7,16 @@ from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
 from dd.correction.capture import Pushes
+from dd.correction.head_form import leave_head
 from dd.correction.shadows import Piece, Push, ShadowUpdate, keeping
+from dd.correction.step_curvature import step_curvature
 from dd.correction.store import Store
+from dd.correction.weight_gradient import (
+    pending_pushes,
+    pushes_of_all_ranks,
+    seen_terms,
+    weight_edit,
+)
 from dd.functional import all_finite, damped_weight_gradient
 from dd.watch.watches import Watches
 
@@ -57,17 +65,17 @@ class ShadowStep:
             return self._idle()
         self.require_delivered()
         self._check_finite()
-        pushes = attachment.pushes()
-        edit = attachment.edit_scale(pushes)
+        pushes = pending_pushes(attachment)
+        edit = weight_edit(attachment, pushes)
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
         # First, as a head that cannot be followed leaves another noise model behind.
         shared = self._followed_head(pushes, edit, scale)
-        curvature = attachment.curvature(pushes, scale, self._store.of(attachment.weight))
+        curvature = step_curvature(attachment, pushes, scale, self._store.of(attachment.weight))
         if self._better is not None:
             curvature = self._better(curvature)
         self.layer_curvature = curvature
-        pushes = attachment.pushes_of_all_ranks(pushes)
+        pushes = pushes_of_all_ranks(attachment, pushes)
         updates = [
             self._of_layer(pushes, scale, curvature),
             *([] if shared is None else self._of_shared(pushes, scale, shared)),
@@ -98,8 +106,8 @@ class ShadowStep:
         if attachment.shared is None or not attachment.head_is_optional:
             return self._shared_curvature(pushes, edit, scale)
         if attachment.ranks.size > 1:
-            attachment.leave_head(
-                "it is followed on one process", begun=self._store.leave(attachment)
+            leave_head(
+                attachment, "it is followed on one process", begun=self._store.leave(attachment)
             )
             return None
         try:
@@ -107,7 +115,7 @@ class ShadowStep:
                 pushes.scores.require_weights_of_labels()
             return self._shared_curvature(pushes, edit, scale)
         except RuntimeError as error:
-            attachment.leave_head(error, begun=self._store.leave(attachment))
+            leave_head(attachment, error, begun=self._store.leave(attachment))
             return None
 
     def _shared_curvature(
@@ -124,7 +132,8 @@ class ShadowStep:
             )
         shared.check_gradients(pushes.gradient, pushes.scores, edit, attachment.ranks)
         curvature = shared.curvature(pushes, scale, attachment.ranks)
-        self._watches.look_at_edge(attachment, pushes.placement, curvature, self._store.groups)
+        if attachment.holds_all(pushes.placement):
+            self._watches.look_at_edge(curvature, self._store.groups)
         return curvature
 
     def _of_shared(
@@ -146,7 +155,8 @@ class ShadowStep:
         assert count is not None
         assert group is not None
         gradient = pushes.by_sample
-        self._watches.look(attachment, pushes.placement, gradient, scale, curvature, group)
+        if attachment.holds_all(pushes.placement):
+            self._watches.look(gradient, scale, curvature, group)
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
@@ -197,7 +207,7 @@ class ShadowStep:
         captured = [c.gradient for c in attachment.pending if c.gradient is not None]
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
         found = [_values(p.grad.detach()) for p in moved if p.grad is not None]
-        defers, terms = attachment.verdicts.defers, attachment.seen_terms()
+        defers, terms = attachment.verdicts.defers, seen_terms(attachment)
         # A number of G that is not finite leaves no term of ∂L/∂W that is.
         if terms and not defers and bool(all_finite(*(t.along for t in terms), *found).all()):
             return

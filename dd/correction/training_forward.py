@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from dd.correction.attachment import Attachment
 from dd.correction.contribution import product_node
 from dd.correction.head import SharedParameters
+from dd.correction.head_form import leave_head
+from dd.correction.layer_forward import begin, corrected, place
 from dd.correction.store import Store
 from dd.samples.placement import Placement
 from dd.watch.watches import Watches
@@ -81,7 +83,7 @@ class TrainingForward:
 
     def _corrected(self, inputs: Tensor, output: Tensor, *, leads_to_step: bool) -> Tensor:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
-        placement = attachment.place(inputs, state, binds=leads_to_step)
+        placement = place(attachment, inputs, state, binds=leads_to_step)
         attachment.now = placement
         attachment.rows_seen += len(inputs)
         if placement is not None and state.get("shadow") is not None:
@@ -91,23 +93,25 @@ class TrainingForward:
         looks = looks and state.get("shadow") is not None
         # What the shadows are added to in place.
         plain = None
-        if looks and attachment.oversight.looks_at_shadows(attachment):
+        if looks and attachment.oversight.looks_at_shadows(attachment.subject):
             plain = output.detach().clone()
-        corrected, signal = attachment.preactivation(placement, output, state), None
+        result, signal = corrected(attachment, placement, output, state), None
         if attachment.shared is not None:
             signal = self._signal(inputs, placement)
             index = None if placement is None else placement.index
-            corrected = attachment.shared.correct_preactivation(
-                corrected, signal, self._store.read, index
+            result = attachment.shared.correct_preactivation(
+                result, signal, self._store.read, index
             )
         if plain is not None and placement is not None:
-            attachment.oversight.look_at_shadows(attachment, corrected.detach() - plain, corrected)
+            moved = result.detach() - plain
+            attachment.oversight.look_at_shadows(attachment.subject, moved, result)
         if not leads_to_step:
-            return corrected
+            return result
         assert placement is not None
-        outgoing = self._captured(placement, inputs, corrected, product)
+        outgoing = self._captured(placement, inputs, result, product)
         attachment.pending[-1].signal = signal
-        self._watches.observe(attachment, placement, corrected)
+        if attachment.holds_all(placement):
+            self._watches.observe(attachment.noise, result)
         return outgoing
 
     def _require_same_head(self) -> None:
@@ -119,10 +123,10 @@ class TrainingForward:
         except RuntimeError as error:
             if not attachment.head_is_optional:
                 raise
-            attachment.leave_head(error, begun=self._store.leave(attachment))
+            leave_head(attachment, error, begun=self._store.leave(attachment))
 
     def _captured(
-        self, placement: Placement, inputs: Tensor, corrected: Tensor, product: Any
+        self, placement: Placement, inputs: Tensor, preactivation: Tensor, product: Any
     ) -> Tensor:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
         for parameter, _ in attachment.shadowed:
@@ -131,8 +135,14 @@ class TrainingForward:
         forward = len(attachment.pending) + attachment.repeats
         seed = probe_seed(self._seed, step, forward, attachment.ranks.rank)
         shadow = state.get("shadow")
-        outgoing = attachment.capture(
-            placement, inputs, corrected, seed, has_shadow=shadow is not None, product=product
+        outgoing = begin(
+            attachment,
+            placement,
+            inputs,
+            preactivation,
+            seed,
+            has_shadow=shadow is not None,
+            product=product,
         )
         if shadow is not None:
             self._require_fitting_state(len(shadow))
@@ -192,7 +202,7 @@ class TrainingForward:
             return self._corrected_scores(shared, inputs, output)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             # Whatever a head of the user's own does, nobody asked to follow it.
-            attachment.leave_head(error, begun=self._store.leave(attachment))
+            leave_head(attachment, error, begun=self._store.leave(attachment))
             return None
 
     def _corrected_scores(self, shared: SharedParameters, inputs: Tensor, output: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
 from dd.curvature.dual import DualLevel
@@ -27,12 +29,18 @@ from dd.functional import (
     stein_excess,
     stein_mismatch,
 )
+from dd.samples.placement import Placement
 from dd.support.user_warning import warn_user
 
-if TYPE_CHECKING:
-    from dd.correction.capture import Capture
-
-__all__ = ["Audit", "AuditedTensor", "ComponentWarning", "CurvatureWarning", "is_due", "is_safe"]
+__all__ = [
+    "Audit",
+    "AuditedForward",
+    "AuditedTensor",
+    "ComponentWarning",
+    "CurvatureWarning",
+    "is_due",
+    "is_safe",
+]
 
 # Right ids stayed above -0.20 of the curvature (kinks of ReLU, and finite size), XOR's two labels
 # for its four clusters and no ids at all fell below -0.45 within 50 steps of every run.
@@ -133,6 +141,21 @@ SEES_GRADIENTS = {
 }
 
 
+class AuditedForward(Protocol):
+    """A training forward as an audit takes it."""
+
+    @property
+    def placement(self) -> Placement:
+        """The samples of its batch."""
+
+    @property
+    def node(self) -> Any:
+        """Node of R in the autograd graph."""
+
+    def undisturbed(self) -> AbstractContextManager[tuple[Tensor, GradientEdge]]:
+        """Let gradients pass by R uncounted; yields what was observed, and R's place."""
+
+
 class Audit:
     """One training forward under audit.
 
@@ -150,7 +173,7 @@ class Audit:
 
     def __init__(
         self,
-        capture: "Capture",
+        capture: AuditedForward,
         estimator: Stein,
         relative_mass: Tensor | None,
         seed: int,

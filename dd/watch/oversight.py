@@ -2,34 +2,61 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dd.correction.head_choice import uncorrected_count
 from dd.curvature.choice import has_leaky_kinks
-from dd.curvature.estimators import Stein
+from dd.curvature.estimators import Curvature, Stein
 from dd.noise.copies import CopyWatch, count_copies
+from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
+from dd.samples.recognition import Samples
 from dd.support.user_warning import warn_user
-from dd.watch.audit import Audit, AuditedTensor, is_due, is_safe
+from dd.watch.audit import Audit, AuditedForward, AuditedTensor, is_due, is_safe
 from dd.watch.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
 from dd.watch.strain import StrainWarning, of_copies, of_head, strains
 
-if TYPE_CHECKING:
-    from dd.correction.attachment import Attachment
-    from dd.correction.capture import Capture
-
-__all__ = ["Oversight"]
+__all__ = ["Oversight", "Subject"]
 
 logger = logging.getLogger("dd")
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is looked after.
+
+    Attributes:
+        module: the model.
+        layer: its decoupled layer.
+        noise: the noise model in use, or None before it is fitted.
+        given_noise: the one that was given, or None.
+        estimator: of the curvature.
+        samples: the training samples of this process.
+        total: gives their number over all processes, or None before it is known.
+        stalls: whether to look at a number waits for work that is queued on a device.
+        corrected: trained numbers that all samples share and that are corrected.
+        uncorrected: gives the number of those that are not.
+    """
+
+    module: nn.Module
+    layer: nn.Linear
+    noise: NoiseModel | None
+    given_noise: NoiseModel | None
+    estimator: Curvature
+    samples: Samples
+    total: Callable[[], int | None]
+    stalls: bool
+    corrected: int
+    uncorrected: Callable[[], int]
+
+
 class Oversight:
-    """Looks after one attachment: its noise model, its sizes and Stein's curvature.
+    """Looks after one subject: its noise model, its sizes and Stein's curvature.
 
     Attributes:
         is_suspicious: set it to have the next training forward audited that can be, besides those
@@ -93,32 +120,28 @@ class Oversight:
         self._size.load_state_dict(state["size"])
         self._told = list(state["told"])
 
-    def looks_at_shadows(self, attachment: "Attachment") -> bool:
+    def looks_at_shadows(self, subject: Subject) -> bool:
         """Whether the size of shadows is looked at in the next training forward."""
         # To look at a number waits for an accelerator.
-        return not attachment.stalls or self._closely or is_due(self._forwards + 1)
+        return not subject.stalls or self._closely or is_due(self._forwards + 1)
 
-    def look_at_shadows(
-        self, attachment: "Attachment", shadow: Tensor, preactivation: Tensor
-    ) -> None:
+    def look_at_shadows(self, subject: Subject, shadow: Tensor, preactivation: Tensor) -> None:
         """Warn once of shadows that the theory cannot explain.
 
         Args:
-            attachment: with its noise model fitted and the samples known.
+            subject: with its noise model fitted and the samples known.
             shadow: what corrects some samples' pre-activations, shape (m, k).
             preactivation: R of these, shape (m, k).
 
         Warns:
             ShadowWarning: if there are.
         """
-        if not self.looks_at_shadows(attachment):
+        if not self.looks_at_shadows(subject):
             return
-        count = attachment.samples.count
-        if attachment.noise is None or count is None:
+        if subject.noise is None or (count := subject.total()) is None:
             return
-        count *= attachment.ranks.size
         if self._limit is None or self._limit_for != count:
-            self._limit, self._limit_for = largest_share(attachment.noise, count), count
+            self._limit, self._limit_for = largest_share(subject.noise, count), count
         found = self._size.look(shadow, preactivation, self._limit, count)
         if not self._has_grown and self._size.latest > self._limit / MARGIN:
             # What may still be chance deserves another look at Stein's curvature.
@@ -139,66 +162,61 @@ class Oversight:
         """Whether an audit has found Stein's curvature wrong; there are no more audits then."""
         return self._has_found
 
-    def look(self, attachment: "Attachment", placement: Placement, inputs: Tensor) -> None:
+    def look(self, subject: Subject, placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.
 
         Copies are told at the end of the first pass where nobody has seen all samples before.
 
         Args:
-            attachment: with its noise model fitted and the samples known.
+            subject: with its noise model fitted and the samples known.
             placement: of a batch.
             inputs: of the batch, shape (m, d).
         """
         if self._has_looked:
-            self._look_for_copies(attachment, placement, inputs)
+            self._look_for_copies(subject, placement, inputs)
             return
         self._has_looked = True
-        logger.info("%s", attachment.noise)
-        layer, head = attachment.layer, _uncorrected(attachment)
-        count = attachment.samples.count
-        assert count is not None
-        total = count * attachment.ranks.size
-        copies = self._copies_at_once(attachment, placement, inputs)
+        logger.info("%s", subject.noise)
+        layer, head = subject.layer, subject.uncorrected()
+        total = subject.total()
+        assert total is not None
+        copies = self._copies_at_once(subject, placement, inputs)
         if copies is None:
             self._copies = CopyWatch()
-            self._look_for_copies(attachment, placement, inputs)
+            self._look_for_copies(subject, placement, inputs)
         for sentence in strains(
             total,
             layer.in_features,
             layer.out_features,
             head,
             0 if copies is None else round(copies * total),
-            corrected=0 if attachment.shared is None else attachment.shared.count,
-            ignores_heavy_tails=attachment.noise is not None
-            and attachment.noise.ignores_heavy_tails,
+            corrected=subject.corrected,
+            ignores_heavy_tails=subject.noise is not None and subject.noise.ignores_heavy_tails,
         ):
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
-    def look_at_head(self, attachment: "Attachment") -> None:
+    def look_at_head(self, subject: Subject) -> None:
         """Warn of a large head whose correction has ended after :meth:`look`."""
-        count = attachment.samples.count
-        if not self._has_looked or count is None:
+        if not self._has_looked or (total := subject.total()) is None:
             return
-        sentence = of_head(_uncorrected(attachment), count * attachment.ranks.size)
+        sentence = of_head(subject.uncorrected(), total)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def _copies_at_once(
-        self, attachment: "Attachment", placement: Placement, inputs: Tensor
+        self, subject: Subject, placement: Placement, inputs: Tensor
     ) -> float | None:
         """Share of copies among the samples, or None where a first batch does not show it."""
-        noise, samples = attachment.noise, attachment.samples
-        of_samples = attachment.given_noise is None or samples.are_fitted
+        noise, samples = subject.noise, subject.samples
+        of_samples = subject.given_noise is None or samples.are_fitted
         if noise is not None and noise.copies is not None and noise.fitted_on and of_samples:
             return noise.copies / noise.fitted_on
-        if placement.index is not None or math.isinf(samples.total(attachment.given_noise)):
+        if placement.index is not None or math.isinf(samples.total(subject.given_noise)):
             return None
         return count_copies(placement.fingerprints, inputs.__getitem__) / len(inputs)
 
-    def _look_for_copies(
-        self, attachment: "Attachment", placement: Placement, inputs: Tensor
-    ) -> None:
-        known = attachment.samples.known
+    def _look_for_copies(self, subject: Subject, placement: Placement, inputs: Tensor) -> None:
+        known = subject.samples.known
         if self._copies is None or known is None:
             return
         index = placement.index
@@ -212,29 +230,29 @@ class Oversight:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def outgoing(
-        self, attachment: "Attachment", capture: "Capture", preactivation: Tensor, seed: int
+        self, subject: Subject, capture: AuditedForward, preactivation: Tensor, seed: int
     ) -> Tensor:
         """Return what the following layers receive, marked for an audit where one is due.
 
         Args:
-            attachment: with its noise model fitted.
+            subject: with its noise model fitted.
             capture: the training forward.
             preactivation: R, shape (m, k).
             seed: of the audit's probe.
         """
         self._forwards += 1
-        estimator = attachment.estimator
+        estimator = subject.estimator
         is_wanted = self.is_suspicious or is_due(self._forwards)
         if self._has_found or not isinstance(estimator, Stein) or not is_wanted:
             return preactivation
-        if not is_safe(attachment.module):
+        if not is_safe(subject.module):
             return preactivation
         self.is_suspicious = False
-        mass = None if attachment.noise is None else attachment.noise.relative_mass
+        mass = None if subject.noise is None else subject.noise.relative_mass
         index = capture.placement.index
         if mass is not None and index is not None:
             mass = mass[index]
-        leaky = has_leaky_kinks(attachment.module)
+        leaky = has_leaky_kinks(subject.module)
         self._audit = Audit(
             capture, estimator, mass, seed, self._forwards, self._found, leaky=leaky
         )
@@ -242,9 +260,3 @@ class Oversight:
 
     def _found(self) -> None:
         self._has_found = True
-
-
-def _uncorrected(attachment: "Attachment") -> int:
-    """Trained numbers that all samples share and that are not corrected."""
-    corrected = {id(parameter) for parameter, _ in attachment.shadowed}
-    return uncorrected_count(attachment.module, attachment.layer, attachment.noise, corrected)

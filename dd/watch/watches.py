@@ -5,10 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dd.correction.attachment import Attachment
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
-from dd.samples.placement import Placement
 from dd.watch.divergence import DivergenceWatch, SharpnessWatch
 from dd.watch.oversight import Oversight
 
@@ -16,7 +14,7 @@ __all__ = ["Watches"]
 
 
 class Watches:
-    """Follows training from step to step; on mini-batches and many processes it sees nothing."""
+    """Follows training from step to step, where a step is of all samples, on one process."""
 
     def __init__(self) -> None:
         self._feedback: DivergenceWatch | None = None
@@ -44,10 +42,9 @@ class Watches:
             self._edge = SharpnessWatch()
             self._edge.load_state_dict(state["edge"])
 
-    def observe(self, attachment: Attachment, placement: Placement, preactivation: Tensor) -> None:
-        """Keep R, shape (n, k), of a training forward."""
-        noise = attachment.noise
-        if noise is None or not _follow(attachment, placement):
+    def observe(self, noise: NoiseModel | None, preactivation: Tensor) -> None:
+        """Keep R, shape (n, k), of a training forward of all samples."""
+        if noise is None:
             return
         if self._feedback is None:
             self._feedback = DivergenceWatch(
@@ -62,8 +59,6 @@ class Watches:
 
     def look(
         self,
-        attachment: Attachment,
-        placement: Placement,
         gradient: Tensor,
         scale: float | Tensor,
         curvature: Tensor,
@@ -72,27 +67,17 @@ class Watches:
         """Take a step of the decoupled layer into account.
 
         Args:
-            attachment: with its noise model fitted.
-            placement: the samples of the step.
             gradient: G as delivered, shape (n, k).
             scale: what it is multiplied by.
             curvature: H, shape (k, k).
             settings: of the group that holds the decoupled weight.
         """
         watch = self._feedback
-        if watch is not None and watch.looks and _follow(attachment, placement):
+        if watch is not None and watch.looks:
             watch.look(scale * at_least_single(gradient), curvature, settings)
 
-    def look_at_edge(
-        self,
-        attachment: Attachment,
-        placement: Placement,
-        curvature: Tensor,
-        groups: Sequence[dict[str, Any]],
-    ) -> None:
+    def look_at_edge(self, curvature: Tensor, groups: Sequence[dict[str, Any]]) -> None:
         """Take a step of the shared parameters into account, with H_ψ, shape (p, p)."""
-        if not _follow(attachment, placement):
-            return
         if self._edge is None:
             self._edge = SharpnessWatch()
         self._edge.look(curvature, list(groups))
@@ -104,7 +89,3 @@ class Watches:
             if watch is not None and watch.is_due:
                 oversight.doubt("The correction feeds back on itself.")
                 watch.tell()
-
-
-def _follow(attachment: Attachment, placement: Placement) -> bool:
-    return placement.index is None and attachment.ranks.size == 1

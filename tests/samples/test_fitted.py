@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
+from dd.correction.layer_forward import place
 from dd.data import Split
 
 N, D = 120, 20
@@ -65,7 +66,7 @@ def test_other_precision_is_no_other_sample(dtype, order):
     noise = dd.NoiseModel.isotropic(inputs, targets if dtype != torch.float16 else None)
     model, optimizer = optimizer_of(noise, dtype if dtype == torch.float64 else torch.float32)
     given = inputs[order].to(dtype)
-    placement = optimizer._attachment.place(given, {}, binds=True)
+    placement = place(optimizer._attachment, given, {}, binds=True)
     index = order if placement.index is None else placement.index
     assert torch.equal(index, order)
     model.eval()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dd.correction.attachment import Attachment
+from dd.correction.layer_forward import place
 from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
 
@@ -88,7 +89,7 @@ class FirstForward:
         weight = attachment.layer.weight
         if weight is not attachment.weight or not torch.equal(mark_of(weight), state[MARK]):
             return None
-        placement = attachment.place(inputs, state, binds=True)
+        placement = place(attachment, inputs, state, binds=True)
         whole = placement is not None and placement.index is None
         return product if whole and len(product) == len(inputs) else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from dd.correction.attachment import UNTRACEABLE
+from dd.correction.hook import UNTRACEABLE
 
 __all__ = ["UNLIKE_FIRST", "Rewind", "batch_norms", "forward_replaced", "own_statistics"]
 

@@ -12,6 +12,7 @@ from dd.correction.capture import Capture
 from dd.correction.shadow_step import ShadowStep
 from dd.correction.store import Store
 from dd.correction.training_forward import full_precision
+from dd.correction.weight_gradient import pending_pushes, weight_edit
 from dd.functional import at_least_single
 from dd.rules.line_search.best_state import BestState
 from dd.rules.line_search.family import LineFamily
@@ -158,7 +159,7 @@ class LineStep:
         """
         ShadowStep(self._attachment, self._store, Watches(), 1.0).require_delivered()
         with full_precision(self._attachment.weight):
-            edit = self._attachment.edit_scale(self._attachment.pushes())
+            edit = weight_edit(self._attachment, pending_pushes(self._attachment))
         if edit != 1.0:
             raise RuntimeError(
                 f"DecoupledDescent: the closure multiplied its gradients by {edit:.4g}, as "

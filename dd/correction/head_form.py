@@ -1,0 +1,80 @@
+"""When the head is corrected no more, and in which form it is followed."""
+
+from dd.correction.attachment import Attachment
+from dd.correction.head import SharedParameters
+from dd.support.user_warning import warn_user
+from dd.watch.strain import StrainWarning
+
+__all__ = ["follow_directions", "leave_head"]
+
+
+def leave_head(attachment: Attachment, reason: Exception | str, *, begun: bool) -> None:
+    """Correct the head no more, which nobody asked for.
+
+    Before the first step all is as if it had not been chosen, and what over-fits is said; later
+    on displacements are given up, and the estimate is in doubt.
+
+    Args:
+        attachment: whose head it is.
+        reason: why it cannot be followed.
+        begun: whether there are displacements.
+
+    Warns:
+        StrainWarning: if there are, or the head is large for the samples.
+    """
+    attachment.release_head()
+    assert attachment.given_noise is not None
+    if not begun:
+        attachment.given_noise = attachment.noise_of_all
+    assert attachment.given_noise is not None
+    # As many bins as the shadows have, now for all directions.
+    if attachment.given_noise.is_followed_exactly:
+        assert attachment.noise_of_all is not None
+        attachment.given_noise = attachment.noise_of_all.in_one_bin()
+    elif attachment.given_noise.mean_directions is not None:
+        attachment.given_noise = attachment.given_noise.spread_over_means()
+    attachment.take_given_noise()
+    if not begun:
+        attachment.oversight.look_at_head(attachment.subject)
+        return
+    # First, as a warning may be an error.
+    attachment.oversight.doubt("The head, which over-fits, is corrected no more.")
+    warn_user(
+        "DecoupledDescent: the correction of the head, which was chosen by the sizes of model "
+        "and data, ends here: from now on the training error is too low by what the head "
+        f"over-fits. Train with head=False from the start, or mend this: {reason}",
+        StrainWarning,
+    )
+
+
+def follow_directions(attachment: Attachment, count: int) -> None:
+    """Follow as many directions of the decoupled layer as a state does.
+
+    Args:
+        attachment: whose head it is.
+        count: of directions.
+
+    Raises:
+        RuntimeError: if the noise model has no form with as many.
+    """
+    assert attachment.shared is not None
+    present = None if attachment.given_noise is None else attachment.given_noise.mean_directions
+    if count == (0 if present is None else present.shape[1]):
+        return
+    whole, forms = attachment.noise_of_all, []
+    if whole is not None and whole.is_in_both_forms:
+        forms = [whole.with_means_apart(), whole.with_every_direction_apart()]
+    for form in forms:
+        directions = form.mean_directions
+        if directions is not None and directions.shape[1] == count:
+            attachment.given_noise = form
+            attachment.shared = SharedParameters(
+                attachment.module, attachment.layer, attachment.shared.head, directions
+            )
+            attachment.take_given_noise()
+            return
+    raise RuntimeError(
+        f"DecoupledDescent: the state follows {count} directions of layer {attachment.name!r}, and "
+        "this noise model has no such form. Load a state into an optimizer of the noise model "
+        "that it was trained with."
+    )

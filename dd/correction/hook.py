@@ -1,0 +1,92 @@
+"""The hook at a corrected layer, and what it takes a forward to be."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook"]
+
+UNTRACEABLE = (
+    "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
+    "without fullgraph=True, or only what lies between the decoupled layer and the loss"
+)
+
+# Takes a layer, its inputs and its output; returns the corrected output, or None to leave it.
+Correct = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
+
+
+class Forward(Protocol):
+    """One forward of an attached model: what its hooks do to the outputs of the two layers."""
+
+    def at_layer(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        """Correct the output of the decoupled layer, shape (m, k); None where it stays."""
+
+    def at_head(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        """Correct the output of the head, shape (m, C); None where it stays."""
+
+
+class ForwardHook:
+    """Passes a layer's forward to whoever corrects it, and to no copy of either.
+
+    A deep copy or an unpickled copy of the model gets an inert hook, as does the model itself once
+    the owner of the correction is gone.
+
+    Args:
+        correct: a method, whose owner may be forgotten; None for an inert hook.
+
+    Attributes:
+        left: the weight along the first direction of the fingerprints as the last step left it,
+            shape (k,), or None; it outlives the owner.
+    """
+
+    left: Tensor | None = None
+
+    def __init__(self, correct: Correct | None = None) -> None:
+        self._is_inert = correct is None
+        self._method = None if correct is None else weakref.WeakMethod(correct)
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether the owner of the correction lives."""
+        return self._method is not None and self._method() is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardHook":
+        """Return an inert hook."""
+        copy = ForwardHook()
+        copy.left = self.left
+        return copy
+
+    def __reduce__(self) -> tuple[type["ForwardHook"], tuple[()]]:
+        """Pickle as an inert hook."""
+        return ForwardHook, ()
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Return the corrected output, or None to leave it as it is."""
+        # The compiler follows this far: nothing interrupts the graph of a copy, or in eval mode.
+        if self._is_inert or not layer.training:
+            return None
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNTRACEABLE)
+        return self._correct(layer, args, kwargs, output)
+
+    # The lazy form of torch.compiler.disable, as torch's optimizers use it: the public one imports
+    # the whole compiler with this module.
+    @_disable_dynamo
+    def _correct(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        correct = None if self._method is None else self._method()
+        if correct is None:
+            return None
+        inputs = args[0] if args else kwargs["input"]
+        if not torch.is_inference_mode_enabled():
+            return correct(layer, inputs, output)
+        # What is remembered of the samples must not be made of inference tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            return correct(layer, inputs, output)
