@@ -1,29 +1,23 @@
 """Decoupled descent as a drop-in replacement for :class:`torch.optim.SGD`."""
 
-import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
-from torch.optim.sgd import sgd
 
 from dd.correction.attachment import Attachment
-from dd.correction.estimate import Estimate
-from dd.correction.evaluation import corrected_estimate, corrected_mean
 from dd.correction.head_choice import AUTO
-from dd.correction.head_form import follow_directions, leave_head
+from dd.correction.head_form import follow_state
 from dd.correction.hook import Forward
-from dd.correction.shadow_step import ShadowStep
+from dd.correction.saved_state import bond_of, forget_own, require_no_shadow, restore_values
 from dd.correction.shadows import ShadowUpdate
-from dd.correction.store import HEAD_LEFT, Store
-from dd.correction.training_forward import TrainingForward, full_precision, refuse_capture
-from dd.curvature.choice import check_name
+from dd.correction.store import Store
+from dd.correction.tracker import Tracker
+from dd.correction.training_forward import TrainingForward, refuse_capture
 from dd.noise.model import NoiseModel
-from dd.rules.line_search.best_state import BestState
 from dd.rules.line_search.search import LineSearch, Policy
 from dd.rules.line_search.settings import (
     is_auto,
@@ -33,16 +27,17 @@ from dd.rules.line_search.settings import (
     without_rates,
 )
 from dd.rules.line_search.step import MEMORY, LineStep
-from dd.samples.loaders import tracked
+from dd.rules.searched import idle_step, restore_best
+from dd.rules.settings import check_settings, refuse_without_module, require_isotropic
+from dd.rules.sgd import Moved, Scaling, attached_step, check_rate, move_group
 from dd.watch.watches import Watches
 
 __all__ = ["DecoupledDescent"]
 
-_RATE_ROUNDING = 1e-12
 _SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed", "_stops")
 
 
-class DecoupledDescent(torch.optim.SGD):
+class DecoupledDescent(Tracker, torch.optim.SGD):
     """Gradient descent whose training loss is, at every step, an estimate of the test loss.
 
     Lovig, arXiv 2604.27883. Given a module, it attaches itself to the first linear layer: in train
@@ -135,47 +130,25 @@ class DecoupledDescent(torch.optim.SGD):
         self._stops = stops_itself(stop, searching=self._policy is not None)
         if isinstance(lr, str):
             lr = 0.0
-        _check_rate(lr)
-        if not 0.0 <= damping <= 1.0:
-            raise ValueError(f"DecoupledDescent: damping must lie in [0, 1], got {damping}")
-        check_name(curvature)
-        if process_group is True:
-            raise ValueError(
-                "DecoupledDescent: process_group must be a torch.distributed process group, None "
-                "for the default one, or False to train alone"
-            )
+        check_rate(lr)
+        check_settings(damping, curvature, process_group)
         module = params if isinstance(params, nn.Module) else None
-        if module is None and (layer is not None or noise is not None):
-            raise ValueError(
-                "DecoupledDescent: layer= and noise= need a module; pass the module in place of "
-                "its parameters, or give them to attach(module, layer=..., noise=...)"
-            )
+        if module is None:
+            refuse_without_module(layer, noise)
+        rule: dict[str, Any] = {
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
         if self._policy is not None:
-            require_plain_rule(
-                {
-                    "momentum": momentum,
-                    "dampening": dampening,
-                    "weight_decay": weight_decay,
-                    "nesterov": nesterov,
-                    "decoupled_weight_decay": decoupled_weight_decay,
-                    "maximize": maximize,
-                    "differentiable": differentiable,
-                    "damping": damping,
-                }
-            )
+            shrinks = {"decoupled_weight_decay": decoupled_weight_decay, "damping": damping}
+            require_plain_rule({**rule, **shrinks})
             params = without_rates(params)
-        super().__init__(
-            params.parameters() if isinstance(params, nn.Module) else params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        parameters = params.parameters() if isinstance(params, nn.Module) else params
+        super().__init__(parameters, lr=lr, foreach=foreach, fused=fused, **rule)
         self._curvature = curvature
         self._damping = damping
         self._head = head
@@ -188,34 +161,10 @@ class DecoupledDescent(torch.optim.SGD):
             self.attach(module, layer=layer, noise=noise)
 
     @property
-    def layer(self) -> nn.Linear | None:
-        """The decoupled layer, or None while unattached."""
-        return None if self._attachment is None else self._attachment.layer
-
-    @property
-    def noise(self) -> NoiseModel | None:
-        """The noise model in use, or None while unattached or before the first step fits one."""
-        return None if self._attachment is None else self._attachment.noise
-
-    @property
-    def shadow(self) -> Tensor | None:
-        """Q, shape (bins, n, k), or None while unattached or before the first step."""
-        layer = self.layer
-        if layer is None:
-            return None
-        self._settle()
-        return self.state[layer.weight].get("shadow")
-
-    @property
     def stopped(self) -> bool:
         """Whether ``stop="auto"`` has ended training; steps change nothing any more."""
         state = {} if self.layer is None else self.state[self.layer.weight]
         return bool(state.get(MEMORY, {}).get("stopped"))
-
-    @property
-    def needs_graph(self) -> bool:
-        """Whether a step needs ``loss.backward(create_graph=True)``."""
-        return self._attachment is not None and self._attachment.estimator.second_order
 
     def attach(
         self,
@@ -246,9 +195,8 @@ class DecoupledDescent(torch.optim.SGD):
                 f"DecoupledDescent: attached to layer {self._attachment.name!r} already; call "
                 "detach() before attaching again"
             )
-        bins = None if self._damping == 1.0 else 1
         head = self._head
-        if head == AUTO and not self._owns_all(module):
+        if head == AUTO and not self._store().owns_all(module):
             head = False
         attachment = Attachment(
             module,
@@ -256,133 +204,31 @@ class DecoupledDescent(torch.optim.SGD):
             noise,
             self._curvature,
             head,
-            bins=bins,
+            bins=None if self._damping == 1.0 else 1,
             process_group=self._process_group,
             searches=self._policy is not None,
         )
         for parameter, _ in attachment.shadowed:
             self._store().require_own(attachment, parameter)
-        if noise is not None and len(noise.eigenvalues) > 1 and self._damping != 1.0:
-            raise ValueError(
-                f"DecoupledDescent: damping={self._damping} is defined for isotropic noise, got a "
-                f"noise model of {len(noise.eigenvalues)} bins; use damping=1 or "
-                "NoiseModel.isotropic"
-            )
-        if attachment.shared is not None and self._damping != 1.0:
-            raise ValueError("DecoupledDescent: head=True needs damping=1")
+        require_isotropic(self._damping, noise, attachment)
         if any(group["differentiable"] for group in self.param_groups):
             raise ValueError("DecoupledDescent: differentiable=True works only while unattached")
         attachment.register(self._correct, self._correct_scores)
         self._attachment = attachment
-        self._follow_head_as_state(attachment)
+        follow_state(attachment, self._store().state)
         # A gradient scaler must not leave the skipping of a step to the fused update.
         self._step_supports_amp_scaling = False
-
-    def _owns_all(self, module: nn.Module) -> bool:
-        """Whether all trained parameters of a module are this optimizer's."""
-        trained = (p for p in module.parameters() if p.requires_grad)
-        return all(self._store().group_of(p) is not None for p in trained)
 
     def detach(self) -> None:
         """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
         attachment = self._attachment
         if attachment is not None:
             attachment.remove()
-        for state in self.state.values():
-            for key in [k for k in state if _is_own(k)]:
-                del state[key]
+        forget_own(self)
         self._attachment, self._watches = None, Watches()
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
         if attachment is not None:
             attachment.verdicts.settle(wait=True)
-
-    def track(self, loader: Any) -> Any:
-        """Tell the optimizer which samples every batch of a loader holds.
-
-        Needed for mini-batches of samples that the noise model was not fitted on.
-
-        Args:
-            loader: a ``torch.utils.data.DataLoader`` over a map-style dataset, or any sized
-                iterable of batches of sample indices.
-
-        Returns:
-            An iterable of the same batches in the same form; iterate over it in place of
-            ``loader``.
-
-        Raises:
-            ValueError: if unattached, or the loader's samples have no fixed index.
-            TypeError: if the loader is neither.
-        """
-        return tracked(loader, self._required("track()").samples)
-
-    @_disable_dynamo
-    def batch(self, indices: Any) -> None:
-        """Tell which samples the next training forward holds.
-
-        Args:
-            indices: integers from 0, one a row, shape (m,).
-
-        Raises:
-            ValueError: if unattached, or the indices are not integers in range.
-        """
-        samples = self._required("batch()").samples
-        try:
-            index = torch.as_tensor(indices)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"DecoupledDescent: batch() takes the integer indices of samples; {error}"
-            ) from error
-        samples.withdraw()
-        samples.announce(index)
-
-    @_disable_dynamo
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Tensor:
-        """Mean of the corrected loss over batches, an estimate of the test loss; changes nothing.
-
-        The model is in eval mode, but for the correction.
-
-        Args:
-            batches: training samples, such as the loader used in training.
-            loss: takes a batch, runs the model on it once, and returns the mean loss over its
-                samples, or several means in one tensor, such as loss and error.
-
-        Returns:
-            The mean over all samples, of the shape that ``loss`` returns.
-
-        Raises:
-            ValueError: if unattached, or there are no batches.
-            RuntimeError: if a batch did not pass through the decoupled layer.
-        """
-        self._settle()
-        return corrected_mean(self._required("evaluate()"), batches, loss)
-
-    @_disable_dynamo
-    @torch.no_grad()
-    def estimate(
-        self,
-        batches: Iterable[Any],
-        losses: Callable[[Any], Tensor],
-        confidence: float = 0.9,
-    ) -> Estimate:
-        """Estimate of the test loss from training samples, with a confidence interval.
-
-        As :meth:`evaluate`, but from the loss of every sample.
-
-        Args:
-            batches: training samples, such as the loader used in training; each sample once.
-            losses: takes a batch, runs the model on it once, and returns the loss of each of its
-                samples, shape (m,), or several figures of each, such as loss and error, shape
-                (m, j).
-            confidence: probability that the interval is meant to hold the test loss with.
-
-        Raises:
-            ValueError: if unattached, there are not at least two samples, ``losses`` does not
-                return a row a sample, or the confidence is out of range.
-            RuntimeError: if a batch did not pass through the decoupled layer.
-        """
-        self._settle()
-        return corrected_estimate(self._required("estimate()"), batches, losses, confidence)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -395,25 +241,8 @@ class DecoupledDescent(torch.optim.SGD):
             RuntimeError: if there are none: ``stop`` is not ``"auto"``, or no step was made from
                 weights that know of the signal.
         """
-        attachment = self._required("restore_best()")
-        best = BestState(self._store(), attachment.module, attachment.weight)
-        if not best.restore():
-            raise RuntimeError(
-                "DecoupledDescent: restore_best() found no best weights; they are kept by "
-                'lr="auto", stop="auto", once the weights know of the signal'
-            )
-        attachment.remember_weight(self.state[attachment.weight])
+        restore_best(self._required("restore_best()"), self._store())
         self.drop_forward()
-
-    @_disable_dynamo
-    def drop_forward(self) -> None:
-        """Forget training forwards that will get no step, after a skipped or interrupted one."""
-        if self._attachment is not None:
-            self._attachment.drop()
-            self._attachment.samples.release()
-            self._attachment.verdicts.withdraw()
-            if self._store().read(self._attachment.weight, "shadow") is None:
-                self._attachment.forget()
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -423,9 +252,7 @@ class DecoupledDescent(torch.optim.SGD):
             set_to_none: as in ``torch.optim.SGD``.
         """
         if self._attachment is not None:
-            self._attachment.drop_abandoned()
-            if not self._attachment.pending:
-                self._attachment.verdicts.withdraw()
+            self._attachment.drop_cleared()
         super().zero_grad(set_to_none)
 
     @_disable_dynamo
@@ -448,49 +275,16 @@ class DecoupledDescent(torch.optim.SGD):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._restore_values(given[-1])
+        restore_values(self, given[-1])
         if self._attachment is not None:
             self._attachment.forget()
             self._watches = Watches()
-            self._follow_head_as_state(self._attachment)
-
-    def _follow_head_as_state(self, attachment: Attachment) -> None:
-        """Follow the head, and as much of the decoupled layer, as the state does."""
-        shared = attachment.shared
-        state = self._store().state.get(attachment.weight, {})
-        if shared is None or state.get("shadow") is None:
-            return
-        found = state.get("signal_shadow")
-        if found is not None:
-            follow_directions(attachment, found.shape[2])
-        elif attachment.head_is_optional:
-            reason = "the state is of a run that gave it up."
-            leave_head(attachment, reason, begun=HEAD_LEFT in state)
-
-    def _restore_values(self, state_dict: dict[str, Any]) -> None:
-        # The base class casts every tensor of a state to the parameter's precision, or shares it
-        # with the optimizer that it came from: the momentum would then move with both, apart from
-        # the shadow's.
-        saved = [p for group in state_dict["param_groups"] for p in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for key, parameter in zip(saved, own, strict=True):
-            given = state_dict["state"].get(key, {})
-            for name, value in given.items():
-                if isinstance(value, Tensor):
-                    dtype = value.dtype if _is_own(name) else self.state[parameter][name].dtype
-                    value = value.to(parameter.device, dtype, copy=True)
-                    self.state[parameter][name] = value
+            follow_state(self._attachment, self._store().state)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: the settings, and the module that this is attached to."""
         self._settle()
-        bond = None
-        if self._attachment is not None:
-            attachment = self._attachment
-            left = attachment.has_left_head
-            noise = attachment.given_noise if left else attachment.noise_of_all
-            said = attachment.oversight.state_dict()
-            bond = (attachment.module, attachment.name, noise, said)
+        bond = None if self._attachment is None else bond_of(self._attachment)
         settings = {name: getattr(self, name) for name in _SETTINGS}
         if self._attachment is not None and self._attachment.has_left_head:
             settings["_head"] = False
@@ -555,33 +349,19 @@ class DecoupledDescent(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if loss is None and self._has_no_gradient():
+            if loss is None and self._store().lacks_gradients():
                 # A closure that skipped its batch.
                 self.drop_forward()
         for group in self.param_groups:
-            _check_rate(group["lr"])
+            check_rate(group["lr"])
         if self._attachment is None:
-            self._require_no_shadow()
-            self._step_groups([])
+            require_no_shadow(self)
+            self._move([])
             return loss
         refuse_capture("step()")
-        self._step_attached(self._attachment)
+        attached_step(self._attachment, self._store(), self._watches, self._damping, self._move)
         self._watches.tell(self._attachment.oversight)
         return loss
-
-    def _step_attached(self, attachment: Attachment) -> None:
-        verdicts, store = attachment.verdicts, self._store()
-        if verdicts.defers and (self._watches.looks or not store.may_defer(attachment)):
-            verdicts.end()
-        verdicts.settle(wait=not verdicts.defers)
-        try:
-            step = ShadowStep(attachment, store, self._watches, self._damping)
-            with full_precision(attachment.weight):
-                updates = step.updates()
-                self._step_groups(updates, verdicts.refusal)
-                attachment.remember_weight(self.state[attachment.weight])
-        finally:
-            verdicts.end()
 
     def _step_searched(self, closure: Callable[[], Any] | None, policy: Policy) -> Any:
         require_closure(closure)
@@ -590,144 +370,29 @@ class DecoupledDescent(torch.optim.SGD):
         assert closure is not None
         try:
             if self.stopped:
-                with torch.enable_grad():
-                    loss = closure()
-                self.drop_forward()
-                return loss
+                return idle_step(self.drop_forward, closure)
             return LineStep(attachment, self._store(), policy, stops=self._stops)(closure)
         except BaseException:
             self.drop_forward()
             raise
 
-    def _has_no_gradient(self) -> bool:
-        return all(p.grad is None for group in self.param_groups for p in group["params"])
-
-    def _required(self, what: str) -> Attachment:
-        if self._attachment is None:
-            raise ValueError(
-                f"DecoupledDescent: {what} needs an attached optimizer; construct it with the "
-                "module, or call attach(module)"
-            )
-        return self._attachment
-
-    def _require_no_shadow(self) -> None:
-        if any("shadow" in state for state in self.state.values()):
-            raise RuntimeError(
-                "DecoupledDescent: this optimizer is not attached, but its state holds shadows. "
-                "Call attach(module) to go on with them, or detach() to go on as plain SGD."
-            )
-
-    def _settle(self) -> None:
-        """Bring the shadows of all samples up to date, and raise what is still to be told."""
-        if self._attachment is not None:
-            self._attachment.verdicts.settle(wait=True)
-            with torch.no_grad():
-                self._attachment.shadows.flush(self.state[self._attachment.layer.weight])
-
-    def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
-        forward = self._forward()
-        return None if forward is None else forward.at_layer(layer, inputs, output)
-
-    def _correct_scores(self, head: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
-        forward = self._forward()
-        return None if forward is None else forward.at_head(head, inputs, output)
-
     def _forward(self) -> Forward | None:
-        if self._attachment is None:
-            return None
-        if self._attachment.trial is not None:
-            return self._attachment.trial
-        searched = self._policy is not None
-        return TrainingForward(
-            self._attachment, self._store(), self._watches, self._seed, defers=not searched
-        )
+        attachment, defers = self._attachment, self._policy is None
+        if attachment is None or attachment.trial is not None:
+            return None if attachment is None else attachment.trial
+        store, watches = self._store(), self._watches
+        return TrainingForward(attachment, store, watches, self._seed, defers=defers)
 
     def _store(self) -> Store:
         return Store(self.state, self.param_groups)
 
-    def _step_groups(self, updates: list[ShadowUpdate], refusal: Tensor | None = None) -> None:
+    def _move(self, updates: list[ShadowUpdate], refusal: Tensor | None = None) -> None:
+        scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        scaling = Scaling(refusal, *scales)
         for group in self.param_groups:
-            self._step_group(group, updates, refusal)
-
-    def _step_group(
-        self, group: dict[str, Any], updates: list[ShadowUpdate], refusal: Tensor | None
-    ) -> None:
-        params: list[Tensor] = []
-        gradients: list[Tensor] = []
-        buffers: list[Tensor | None] = []
-        sparse = self._init_group(group, params, gradients, buffers)
-        position = {id(parameter): i for i, parameter in enumerate(params)}
-        moving = [update for update in updates if id(update.parameter) in position]
-        for update in moving:
-            if update.parameter_gradient is not None:
-                gradients[position[id(update.parameter)]] = update.parameter_gradient
-        rule = partial(self._apply_rule, group, refusal=refusal)
-        rule(params, gradients, buffers, sparse=sparse)
-        momentum = group["momentum"] != 0
-        if momentum:
-            for parameter, buffer in zip(params, buffers, strict=True):
-                self.state[parameter]["momentum_buffer"] = buffer
-        # By the very call that moved the weights, so that whatever rule moves W moves Q.
-        dense = bool(group["fused"]) or refusal is not None
-        for update in moving:
-            for piece in update.pieces():
-                piece.move(rule, momentum=momentum, dense=dense)
-
-    def _apply_rule(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        gradients: list[Tensor],
-        buffers: list[Tensor | None],
-        *,
-        sparse: bool = False,
-        refusal: Tensor | None = None,
-    ) -> None:
-        # Torch's fused update changes nothing where it is told that something was infinite.
-        found_inf = getattr(self, "found_inf", None) if refusal is None else refusal
-        decay = group["weight_decay"]
-        if group["decoupled_weight_decay"]:
-            for parameter in params:
-                kept = 1 if found_inf is None else 1 - found_inf.to(parameter.dtype)
-                parameter.mul_(1 - group["lr"] * decay * kept)
-            decay = 0.0
-        sgd(
-            params,
-            gradients,
-            buffers,
-            weight_decay=decay,
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            has_sparse_grad=sparse,
-            foreach=group["foreach"] if refusal is None else False,
-            fused=group["fused"] if refusal is None else True,
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=found_inf,
-        )
-
-
-def _check_rate(lr: float | Tensor | str) -> None:
-    if isinstance(lr, str):
-        raise ValueError(
-            f'Invalid learning rate: {lr!r} in a parameter group; DecoupledDescent takes lr="auto" '
-            "for all parameters alone, as its own argument"
-        )
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    # A rate on a device is not read back: that would stall every step.
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return
-    value = float(lr.detach()) if isinstance(lr, Tensor) else lr
-    # A schedule that ends at 0 can round to just below it.
-    if not (math.isfinite(value) and value >= -_RATE_ROUNDING):
-        raise ValueError(
-            f"Invalid learning rate: {value}; DecoupledDescent expects a finite rate of at least "
-            "0. Check the learning-rate schedule if it came from one."
-        )
-
-
-def _is_own(key: str) -> bool:
-    return "shadow" in key
+            params: list[Tensor] = []
+            gradients: list[Tensor] = []
+            buffers: list[Tensor | None] = []
+            sparse = self._init_group(group, params, gradients, buffers)
+            moved = Moved(params, gradients, buffers, sparse)
+            move_group(group, moved, self.state, updates, scaling)

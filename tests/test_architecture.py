@@ -121,12 +121,12 @@ def test_functions_are_short():
 
 
 def lines_of_code(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring."""
+    """Lines of a function's body, its docstring apart."""
     own = node.body[0]
     documented = isinstance(own, ast.Expr) and isinstance(own.value, ast.Constant)
     assert node.end_lineno is not None
-    lines = node.end_lineno - node.lineno + 1
-    return lines - (own.end_lineno - own.lineno + 1) if documented and own.end_lineno else lines
+    assert own.end_lineno is not None
+    return node.end_lineno - (own.end_lineno if documented else own.lineno - 1)
 
 
 def test_arguments_are_few_or_named():

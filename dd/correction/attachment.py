@@ -293,6 +293,12 @@ class Attachment:
             capture.close()
             self.pending.remove(capture)
 
+    def drop_cleared(self) -> None:
+        """Forget the same, and the conditions of a step to which nothing leads any more."""
+        self.drop_abandoned()
+        if not self.pending:
+            self.verdicts.withdraw()
+
     @contextmanager
     def corrected_in_eval_mode(self) -> Iterator[None]:
         """Put the model in eval mode, but for the correction."""

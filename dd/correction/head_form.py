@@ -1,11 +1,17 @@
 """When the head is corrected no more, and in which form it is followed."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 from dd.correction.attachment import Attachment
 from dd.correction.head import SharedParameters
+from dd.correction.store import HEAD_LEFT
 from dd.support.user_warning import warn_user
 from dd.watch.strain import StrainWarning
 
-__all__ = ["follow_directions", "leave_head"]
+__all__ = ["follow_state", "leave_head"]
 
 
 def leave_head(attachment: Attachment, reason: Exception | str, *, begun: bool) -> None:
@@ -47,7 +53,7 @@ def leave_head(attachment: Attachment, reason: Exception | str, *, begun: bool) 
     )
 
 
-def follow_directions(attachment: Attachment, count: int) -> None:
+def _follow_directions(attachment: Attachment, count: int) -> None:
     """Follow as many directions of the decoupled layer as a state does.
 
     Args:
@@ -78,3 +84,24 @@ def follow_directions(attachment: Attachment, count: int) -> None:
         "this noise model has no such form. Load a state into an optimizer of the noise model "
         "that it was trained with."
     )
+
+
+def follow_state(attachment: Attachment, states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Follow the head, and as much of the decoupled layer, as a state does.
+
+    Args:
+        attachment: whose head it is.
+        states: of the optimizer, by parameter.
+
+    Raises:
+        RuntimeError: if the noise model has no such form.
+    """
+    state = states.get(attachment.weight, {})
+    if attachment.shared is None or state.get("shadow") is None:
+        return
+    found = state.get("signal_shadow")
+    if found is not None:
+        _follow_directions(attachment, found.shape[2])
+    elif attachment.head_is_optional:
+        reason = "the state is of a run that gave it up."
+        leave_head(attachment, reason, begun=HEAD_LEFT in state)

@@ -4,7 +4,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
 
@@ -63,6 +63,10 @@ class Store:
         gradients = (p.grad for group in self.groups for p in group["params"])
         return any(g is not None and bool(g.count_nonzero()) for g in gradients)
 
+    def lacks_gradients(self) -> bool:
+        """Whether no parameter has a gradient, not even of zero."""
+        return all(p.grad is None for group in self.groups for p in group["params"])
+
     def may_defer(self, attachment: Attachment) -> bool:
         """Whether a step may go on before its conditions are known (:mod:`dd.watch.verdicts`).
 
@@ -92,6 +96,11 @@ class Store:
 
     def _lacks(self, parameter: Tensor, key: str) -> bool:
         return self.read(parameter, key) is None
+
+    def owns_all(self, module: nn.Module) -> bool:
+        """Whether all trained parameters of a module are the optimizer's."""
+        trained = (p for p in module.parameters() if p.requires_grad)
+        return all(self.group_of(p) is not None for p in trained)
 
     def require_own(self, attachment: Attachment, parameter: Tensor) -> None:
         """Check that a parameter of the model is the optimizer's.

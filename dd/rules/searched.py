@@ -1,0 +1,44 @@
+"""Steps that are searched for, once training has stopped or ends before that."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dd.correction.attachment import Attachment
+from dd.correction.store import Store
+from dd.rules.line_search.best_state import BestState
+
+__all__ = ["idle_step", "restore_best"]
+
+
+def idle_step(drop: Callable[[], None], closure: Callable[[], Any]) -> Any:
+    """Call a closure after training has stopped, and change nothing.
+
+    Args:
+        drop: forgets its forward.
+        closure: of the step.
+    """
+    with torch.enable_grad():
+        loss = closure()
+    drop()
+    return loss
+
+
+def restore_best(attachment: Attachment, store: Store) -> None:
+    """Go back to the best state that was kept.
+
+    Args:
+        attachment: of the decoupled layer.
+        store: the optimizer's state.
+
+    Raises:
+        RuntimeError: if none was.
+    """
+    best = BestState(store, attachment.module, attachment.weight)
+    if not best.restore():
+        raise RuntimeError(
+            "DecoupledDescent: restore_best() found no best weights; they are kept by "
+            'lr="auto", stop="auto", once the weights know of the signal'
+        )
+    attachment.remember_weight(store.of(attachment.weight))
