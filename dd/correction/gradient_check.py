@@ -230,6 +230,7 @@ def require_unedited(
     direction: Tensor,
     projection: Tensor,
     name: str,
+    *,
     scale: float,
     ranks: Ranks,
 ) -> None:

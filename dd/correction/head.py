@@ -186,7 +186,9 @@ class SharedParameters:
             if parameter.grad is not None:
                 found = parameter.grad.reshape(len(parameter), -1)
                 name = f"a parameter of shape {tuple(parameter.shape)} followed by head=True"
-                require_unedited(found, delivered, along, projection, name, scale, ranks)
+                require_unedited(
+                    found, delivered, along, projection, name, scale=scale, ranks=ranks
+                )
 
     def remember_weight(self) -> None:
         """Remember the head's weight that a step leaves."""

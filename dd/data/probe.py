@@ -56,7 +56,7 @@ def probe(
             "data.path=... must name a file of features and labels, .npz, .csv or .parquet"
         )
     train, test = read_samples(path, label, drop)
-    train, test = _tested(train, test, test_path, test_share, label, drop, seed)
+    train, test = _tested(train, test, test_path, test_share, label=label, drop=drop, seed=seed)
     asked = sample_count("num_train", num_train, len(train.labels), "samples", REMEDY)
     order = torch.randperm(len(train.labels), generator=generator(seed, "data/subset/num_train"))
     # All of them in the order of the file.
@@ -73,6 +73,7 @@ def _tested(
     test: Samples | None,
     test_path: str | os.PathLike[str] | None,
     test_share: float | None,
+    *,
     label: str,
     drop: Sequence[str],
     seed: int,

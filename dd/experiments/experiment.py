@@ -1,25 +1,16 @@
 """One run of an experiment: from its configuration to its folder of results."""
 
 import itertools
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-
-import dd
 from dd.baselines.chosen import Chooser, rates
 from dd.experiments.assembly import (
     make_model,
     make_selection,
     make_split,
-    optimizer_settings,
-    settled,
     validate,
     with_seed,
 )
@@ -27,23 +18,20 @@ from dd.experiments.checkpoint import Checkpoint
 from dd.experiments.folder_lock import FolderTaken, alone_in
 from dd.experiments.jobs import Job, build_job, chooser
 from dd.experiments.notices import noted
-from dd.experiments.prediction import check_theory, curves, deviations, predicted
+from dd.experiments.output import Output
+from dd.experiments.prediction import check_theory, deviations, predicted
 from dd.experiments.recorder import Recorder
 from dd.experiments.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.optimizer import DecoupledDescent
 from dd.rules.line_search.settings import chooses_rate
 from dd.runs.fit import Fit
-from dd.runs.lineup import is_decoupled, lined_up
+from dd.runs.lineup import lined_up
 from dd.runs.results import Results
-from dd.runs.theory_file import write_theory
 from dd.support.checks import check_count
 from dd.support.device import choose_device
-from dd.support.files import remove_scratch, replacing, write_json, write_rows
-from dd.theory.state_evolution import StateEvolution
+from dd.support.files import remove_scratch
 from dd.tracking.console import ProgressDisplay
-from dd.tracking.history import History, Record
-from dd.tracking.wandb_comparison import compared, headline
-from dd.tracking.wandb_logging import WandbRun
+from dd.tracking.history import Record
 from dd.tracking.wandb_session import WandbSession, check_settings
 from dd.training.launch import Processes, process_group
 from dd.training.loop import Schedule, TrainingStopped, train
@@ -59,33 +47,18 @@ UNTESTED = (
 
 
 @dataclass
-class Experiment:
+class Experiment(Output):
     """Optimizers side by side: same data, same initial weights, trial after trial.
 
     Attributes:
-        config: a composed configuration of ``configs/``.
-        folder: the run folder; it must not hold another run.
-        kept: content of the checkpoint from which the run of this folder goes on, or None for a run
-            that begins.
         moves_aside: whether a folder that holds another run makes this one take the next of its
             name, ``..._2``.
-        results: what was found so far.
-        theory: predicted curves of each decoupled optimizer, where they are asked for.
-        wandb: starts the Weights & Biases runs.
-        report: path of the report; None where none was written.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
     """
 
-    config: DictConfig
-    folder: Path
-    kept: Mapping[str, Any] | None = None
     moves_aside: bool = False
-    results: Results = field(init=False)
-    theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
-    wandb: WandbSession = field(init=False)
-    report: Path | None = field(init=False, default=None)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -104,36 +77,6 @@ class Experiment:
         self.device = choose_device(self.processes.device(self.config.device))
         self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
         self.results.note(left_out)
-
-    @property
-    def history(self) -> History:
-        """Every record."""
-        return self.results.history
-
-    @property
-    def failures(self) -> list[str]:
-        """One sentence for each optimizer and trial that turned non-finite."""
-        return self.results.failures
-
-    @property
-    def notes(self) -> list[str]:
-        """What else the user should know of an optimizer and trial."""
-        return self.results.notes
-
-    @property
-    def noise(self) -> dict[str, str]:
-        """A line on the noise model of each decoupled optimizer, of the first trial."""
-        return self.results.noise
-
-    @property
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """The figures of each optimizer, as in ``summary.json``."""
-        return self.results.summary()
-
-    @property
-    def figure(self) -> Path:
-        """Path of the picture."""
-        return self.folder / "train_vs_test.png"
 
     def run(self) -> None:
         """Train, and write the run folder; what was recorded is written even after an error.
@@ -319,7 +262,10 @@ class Experiment:
             # What was chosen among candidates is kept only when it is through.
             if make_selection(config, name) is None or not self._is_through(name, trial):
                 state = states.get(name)
-                yield build_job(name, trial, config, initial, split, self._checkpoint, state)
+                checkpoint = self._checkpoint
+                yield build_job(
+                    name, trial, config, initial, split, checkpoint=checkpoint, kept=state
+                )
 
     def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
         label = self._label(job.name, job.trial)
@@ -375,8 +321,8 @@ class Experiment:
             self.schedule_auto if stops else self.schedule,
             recorder,
             job.batches,
-            kept,
-            self.processes,
+            kept=kept,
+            processes=self.processes,
         )
         recorder.finish(ends_at_best=stops)
 
@@ -402,100 +348,3 @@ class Experiment:
                 ]
             )
         recorder.take(chosen)
-
-    def _tracker(self, config: DictConfig, name: str, trial: int, *, resumes: bool) -> WandbRun:
-        settings: Any = OmegaConf.to_container(config, resolve=True)
-        settings["optimizer"] = own = optimizer_settings(config, name)
-        del settings["available"]
-        kind = "decoupled" if is_decoupled(own) else "plain"
-        return self.wandb.run(
-            name if config.trials == 1 else f"{name}-{trial}",
-            job_type=name,
-            config=settings,
-            tags=[name, kind, f"dd-{dd.__version__}"],
-            resumes=resumes,
-        )
-
-    def _compare(self) -> None:
-        """Log what all optimizers have shown, side by side; there is nothing more to lose."""
-        settings: Any = OmegaConf.to_container(self.config, resolve=True)
-        self.wandb.settle()
-        with self.wandb.run(
-            "comparison",
-            job_type="comparison",
-            config=settings,
-            tags=[f"dd-{dd.__version__}"],
-            resumes=self.kept is not None,
-        ) as run:
-            run.show(lambda wandb: compared(wandb, self.history, self.summary, self.figure))
-            run.summarise(headline(self.summary))
-        if set(self.wandb.notes) - set(self.notes):
-            self._write_summary(finished=True)
-
-    def _claim_folder(self) -> None:
-        target = self.folder / "config.yaml"
-        try:
-            target.touch(exist_ok=False)
-        except FileExistsError:
-            raise FolderTaken(
-                f"{self.folder} holds another run; choose another folder with hydra.run.dir=..."
-            ) from None
-        with replacing(target) as scratch:
-            scratch.write_text(OmegaConf.to_yaml(settled(self.config)), encoding="utf-8")
-
-    def _write_results(self, *, finished: bool) -> None:
-        if not self.history.records:
-            # Nothing began, so the folder is free for the mended command.
-            (self.folder / "config.yaml").unlink()
-            return
-        # Imported here, because matplotlib would double the time to an error message.
-        from dd.tracking.figures import train_vs_test
-
-        self.history.write_csv(self.folder / "history.csv")
-        if self.results.selection:
-            write_rows(self.folder / "selection.csv", self.results.selection)
-        self._write_summary(finished=finished)
-        if self.theory:
-            write_theory(self.theory, self.folder / "state_evolution.csv")
-        theory = {name: curves(found) for name, found in self.theory.items()}
-        validation = self.results.validation()
-        train_vs_test(self.history, self.figure, self.config.name, theory, validation)
-
-    def _write_report(self) -> None:
-        """Write the report from what is in the folder; without it the run has lost nothing."""
-        # A run of an earlier version has no such setting.
-        wanted = self.config.tracking.get("report", True) and self.processes.leads
-        if not wanted or not self.history.records:
-            return
-        try:
-            # Imported here, because it would double the time to an error message.
-            from dd.report.page import write_report
-
-            self.report = write_report(self.folder)
-        except Exception as error:
-            self.results.note([f"report.html could not be written: {error}"])
-
-    def _write_summary(self, *, finished: bool) -> None:
-        self.results.note(self.wandb.notes)
-        provenance = {"finished": finished, **self._provenance()}
-        write_json(self.folder / "summary.json", {**self.summary, **provenance})
-
-    def _provenance(self) -> dict[str, Any]:
-        return {
-            "experiment": self.config.name,
-            "seed": self.config.seed,
-            "trials": self.config.trials,
-            "device": _describe(self.device),
-            "processes": self.processes.size,
-            "torch": torch.__version__,
-            "dd_version": dd.__version__,
-            "failures": self.failures,
-            "noise": self.noise,
-            "notes": self.notes,
-        }
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads, {os.cpu_count()} cores)"

@@ -69,6 +69,7 @@ def build_job(
     config: DictConfig,
     initial: nn.Sequential,
     split: Split,
+    *,
     checkpoint: Checkpoint,
     kept: Mapping[str, Any] | None,
 ) -> Job:

@@ -57,6 +57,7 @@ def shadow_gradient(
     eigenvalues: Tensor,
     mass: Tensor,
     damping: float = 1.0,
+    *,
     relative_mass: Tensor | None = None,
 ) -> Tensor:
     """Gradient that drives the shadows: ∇Q_b = ρ λ_b Q_b H − τ_b G, equations (1) and (3).

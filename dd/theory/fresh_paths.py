@@ -77,6 +77,7 @@ class FreshPaths:
         eigenvalues: Tensor,
         noise_per_sample: Tensor,
         components: Tensor,
+        *,
         width: int,
         steps: int,
         dtype: torch.dtype,

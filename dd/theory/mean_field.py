@@ -130,10 +130,10 @@ class MeanField:
             mixture.eigenvalues,
             training.noise_per_sample,
             self._components,
-            weight.shape[0],
-            training.steps,
-            weight.dtype,
-            _on_device(generator, weight.device),
+            width=weight.shape[0],
+            steps=training.steps,
+            dtype=weight.dtype,
+            generator=_on_device(generator, weight.device),
         )
         others = [p for p in model.parameters() if p.requires_grad and p is not weight]
         self._optimizer = training.optimizer([self._paths.weight, *others])

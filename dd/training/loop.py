@@ -82,6 +82,7 @@ def train(
     schedule: Schedule,
     observer: Observer,
     batches: Batches,
+    *,
     kept: int = -1,
     processes: Processes | None = None,
 ) -> None:

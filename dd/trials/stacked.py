@@ -205,9 +205,9 @@ class Correction:
         """∇Q, shape (S, B, n, k)."""
         noise = self._noise
         values, mass, relative = noise.eigenvalues, noise.mass, noise.relative_mass
-        return shadow_gradient(
-            self.shadow, gradient.contiguous(), curvature, values, mass, self._damping, relative
-        )
+        gradient = gradient.contiguous()
+        moved = (self.shadow, gradient, curvature, values, mass, self._damping)
+        return shadow_gradient(*moved, relative_mass=relative)
 
     def weight_gradient(self, gradient: Tensor, weight: Tensor, curvature: Tensor) -> Tensor:
         """What the decoupled weight (S, k, d) descends in place of its gradient."""

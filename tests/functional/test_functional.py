@@ -116,7 +116,7 @@ def fast_trajectory(
         descent = damped_weight_gradient(g.T @ problem.inputs, weight, h, eigenvalues[0], damping)
         weight = weight - rate * descent
         shadow = shadow - rate * shadow_gradient(
-            shadow, g, h, eigenvalues, mass, damping, relative_mass
+            shadow, g, h, eigenvalues, mass, damping, relative_mass=relative_mass
         )
         head = Head(*(p - rate * dp.detach() for p, dp in zip(head, head_gradients, strict=True)))
         trajectory.append((weight.T, shadow.sum(0)))

@@ -150,7 +150,8 @@ def _paths(count=400, width=3, steps=6, bins=1, dtype=torch.float64):
     start = Start.measured(torch.randn(4, width, generator=generator, dtype=torch.float64), mixture)
     push = torch.tensor([0.7, 0.2][:bins], dtype=torch.float64)
     components = torch.arange(count) % 2
-    paths = FreshPaths(start, variances, push, components, width, steps, dtype, generator)
+    sizes = {"width": width, "steps": steps, "dtype": dtype, "generator": generator}
+    paths = FreshPaths(start, variances, push, components, **sizes)
     return paths, push, components
 
 

@@ -117,6 +117,7 @@ class LineFamily:
         closure: Callable[[], Any],
         rewind: Rewind,
         loss: float,
+        *,
         dtype: torch.dtype,
     ) -> None:
         self._attachment, self._responses = attachment, responses

@@ -270,7 +270,7 @@ class LineStep:
     ) -> tuple[Point, dict[str, float]]:
         attachment, dtype = self._attachment, self._first.dtype
         assert dtype is not None
-        family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype)
+        family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype=dtype)
         memory = dict(self._state.get(MEMORY, {}))
         try:
             if not memory.get("checked"):
