@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).parents[1]
 
 # From top to bottom: a room imports from itself and from rooms in lines below its own. Rooms of one
@@ -150,7 +148,3 @@ def test_import_is_light():
     found = set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())  # noqa: S603
     heavy = "hydra omegaconf jinja2 matplotlib pandas plotly pyarrow rich scipy sklearn torchvision"
     assert found & {*heavy.split(), "wandb", "PIL", "optuna"} == set()
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-n0"]))

@@ -1,4 +1,7 @@
-"""Data sets of the experiments: each builder returns one :class:`~dd.data.split.Split`."""
+"""Data sets of the experiments.
+
+In: where the data is, and how much of it. Out: one :class:`~dd.data.split.Split` of each builder.
+"""
 
 from dd.data.cifar10_probe import cifar10_probe
 from dd.data.gaussian_mixture import xor

@@ -38,6 +38,12 @@ __all__ = [
     "with_seed",
 ]
 
+# Modules that configurations of earlier versions name.
+MOVED = {
+    "dd.models": "dd.experiments.models",
+    "dd.penalised_lbfgs": "dd.baselines.penalised_lbfgs",
+}
+
 
 GROUPS = ("data", "model", "optimizer", "available", "tracking")
 COMPONENTS = ("none", "known", "labels", "found")
@@ -325,8 +331,20 @@ def _explained(part: str) -> Iterator[None]:
 
 
 def _build(settings: DictConfig) -> Any:
+    _refuse_moved(settings.get("_target_"))
     try:
         return hydra.utils.instantiate(settings)
     except InstantiationException as error:
         # The error of the part itself says what to mend; Hydra's says where it came from.
         raise error.__cause__ or error from None
+
+
+def _refuse_moved(target: Any) -> None:
+    """Refuse a ``_target_`` by the name of an earlier version.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    module, _, name = str(target).rpartition(".")
+    if module in MOVED:
+        raise ValueError(f"_target_: {target} has moved; write _target_: {MOVED[module]}.{name}")

@@ -182,6 +182,14 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, override,
         ("data.separation=null", "separation must be a number"),
         ("model.hidden_scale=abc", "hidden_scale must be a number"),
         ("model.activation=elu", "activation must be one of"),
+        (
+            "model._target_=dd.models.two_layer",
+            "dd.models.two_layer has moved; write _target_: dd.experiments.models.two_layer",
+        ),
+        (
+            "optimizer._target_=dd.penalised_lbfgs.LBFGS",
+            "has moved; write _target_: dd.baselines.penalised_lbfgs.LBFGS",
+        ),
         ("data.num_train=0", "num_train must be"),
     ],
 )
