@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dd.correction.attachment import Attachment
-from dd.samples import recognition as samples
+from dd.samples import repeated
 
 
 def _product(total: Any, left: Any, right: Any, **other: Any) -> int:
@@ -107,7 +107,7 @@ def as_on_a_device() -> Iterator[None]:
     """Let optimizers on the CPU take themselves for ones on an accelerator."""
     with (
         patch.object(Attachment, "stalls", True),
-        patch.object(samples, "_changes_unseen", lambda inputs: False),
+        patch.object(repeated, "_changes_unseen", lambda inputs: False),
     ):
         yield
 
