@@ -18,7 +18,8 @@ try:
     from omegaconf import DictConfig
 
     from dd.assembly import refuse_idle_overrides
-    from dd.console import print_report
+    from dd.console import print_reading, print_report
+    from dd.data.reading import DataWarning
     from dd.experiment import Experiment
     from dd.launch import Processes
     from dd.resume import named_folder, resumed
@@ -111,10 +112,14 @@ def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) ->
     logging.getLogger("dd").setLevel(logging.WARNING)
     # The loop clears the gradients before every step, which is what this warning asks for.
     warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle.*")
+    # What it says is in the table of what was read, and in the notes.
+    warnings.filterwarnings("ignore", category=DataWarning)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     expected = () if full_error else (OSError, RuntimeError, ValueError, KeyboardInterrupt)
     try:
         experiment = make()
+        if tells:
+            experiment.on_read = print_reading
         experiment.run()
     except expected as error:
         _report(_sentence(error, folder))

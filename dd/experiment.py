@@ -3,7 +3,7 @@
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from dd.checkpoint import Checkpoint
 from dd.checks import check_count
 from dd.chosen import Chooser, rates
 from dd.console import ProgressDisplay
+from dd.data.reading import Reading
 from dd.device import choose_device
 from dd.fit import Fit
 from dd.folder_lock import FolderTaken, alone_in
@@ -71,6 +72,7 @@ class Experiment:
         theory: predicted curves of each decoupled optimizer, where they are asked for.
         wandb: starts the Weights & Biases runs.
         report: path of the report; None where none was written.
+        on_read: is called with what was read of a user's files before anything is trained on it.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
@@ -84,6 +86,7 @@ class Experiment:
     theory: dict[str, StateEvolution] = field(init=False, default_factory=dict)
     wandb: WandbSession = field(init=False)
     report: Path | None = field(init=False, default=None)
+    on_read: Callable[[Mapping[str, Any]], None] | None = field(init=False, default=None)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -307,6 +310,8 @@ class Experiment:
         if config.get("theory", False):
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
+        if split.reading is not None:
+            self._take_reading(split.reading)
         if not split.is_tested:
             self.results.note([UNTESTED])
         initial = make_model(config, split)
@@ -318,6 +323,14 @@ class Experiment:
             if make_selection(config, name) is None or not self._is_through(name, trial):
                 state = states.get(name)
                 yield build_job(name, trial, config, initial, split, self._checkpoint, state)
+
+    def _take_reading(self, reading: Reading) -> None:
+        """Take down what was read in the first trial, and what was doubtful in any."""
+        self.results.note(reading.doubts)
+        if not self.results.data:
+            self.results.data = reading.as_dict()
+            if self.on_read is not None and self.processes.leads:
+                self.on_read(self.results.data)
 
     def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
         label = self._label(job.name, job.trial)
@@ -490,6 +503,7 @@ class Experiment:
             "failures": self.failures,
             "noise": self.noise,
             "notes": self.notes,
+            **({"data": self.results.data} if self.results.data else {}),
         }
 
 

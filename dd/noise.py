@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dd.centred import CentredInputs
+from dd.centred import CentredInputs, native
 from dd.checks import check_count
 from dd.quadrature import nodes
 from dd.spectrum import population_eigenvalues, sample_eigenvalues
@@ -23,6 +24,7 @@ FLAT = 0.02
 MOST_PER_COMPONENT = 10_000
 # Variance of ‖z‖² over that of Gaussian noise of the same spectrum.
 HEAVY_TAILED = 3
+NUMBERED = "numpy.unique(labels, return_inverse=True)[1] numbers labels of any kind"
 
 
 @dataclass(frozen=True, eq=False)
@@ -467,18 +469,39 @@ def _centred(
     if separate_means and ids is None:
         raise ValueError("NoiseModel: separate_means needs the component of every sample")
     centred = CentredInputs(values, ids)
+    _check_range(centred)
     norms = centred.squared_norms()
     rounding = torch.finfo(centred.dtype).eps
     variance = float(norms.sum()) / (centred.degrees * values.shape[1])
     if not variance > rounding**2 * centred.power:
         raise ValueError(
-            "NoiseModel: the inputs do not vary within their components; decoupled descent "
-            "needs noisy inputs"
+            "NoiseModel: the inputs do not vary within their components by more than the rounding "
+            f"of {str(centred.dtype).removeprefix('torch.')}; decoupled descent needs noisy "
+            "inputs. Where their mean is far larger than their noise, subtract it in float64 first"
         )
     if separate_means:
         centred.separate(_span(centred.means))
         norms = centred.squared_norms()
     return centred, norms
+
+
+def _check_range(centred: CentredInputs) -> None:
+    """Refuse inputs whose squares, summed over all samples, are beyond their precision.
+
+    Raises:
+        ValueError: if they are.
+    """
+    kind, double, size = torch.finfo(centred.dtype), torch.finfo(torch.float64), centred.largest
+    # Eigenvalues are squares in the inputs' precision; squares of these are formed in double.
+    lowest = max((kind.tiny / kind.eps) ** 0.5, (double.tiny / double.eps) ** 0.25)
+    highest = min((kind.max * kind.eps) ** 0.5, (double.max * double.eps) ** 0.25)
+    if size > 0 and not lowest < size < highest:
+        name = str(centred.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"NoiseModel: inputs as large as {size:.1e} have squares beyond the range of {name}; "
+            "divide them by one number, such as their standard deviation, so that the largest is "
+            f"between {lowest:.0e} and {highest:.0e}"
+        )
 
 
 def _may_separate(centred: CentredInputs) -> bool:
@@ -548,7 +571,15 @@ def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> No
 
 
 def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    values = inputs if isinstance(inputs, np.ndarray) else torch.as_tensor(inputs).detach()
+    values = inputs if isinstance(inputs, np.ndarray) else _as_tensor("inputs", inputs)
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "fiub":
+        raise ValueError(f"NoiseModel: inputs must be real numbers, got data type {values.dtype}")
+    if isinstance(values, Tensor) and values.is_complex():
+        raise ValueError(f"NoiseModel: inputs must be real numbers, got data type {values.dtype}")
+    if isinstance(values, Tensor) and values.layout != torch.strided:
+        raise ValueError(
+            f"NoiseModel: inputs must be dense, got {values.layout}; use inputs.to_dense()"
+        )
     if len(values.shape) != 2 or 0 in values.shape:
         raise ValueError(
             f"NoiseModel: expected inputs of shape (n, d), got {tuple(values.shape)}; "
@@ -558,10 +589,28 @@ def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 def _as_components(components: Tensor | np.ndarray, n: int) -> Tensor:
-    ids = torch.as_tensor(components).detach()
+    ids = _as_tensor("components", components)
     if ids.shape != (n,) or ids.is_floating_point() or ids.is_complex():
         raise ValueError(
             f"NoiseModel: expected {n} integer component ids, one a sample, got shape "
-            f"{tuple(ids.shape)} of {ids.dtype}"
+            f"{tuple(ids.shape)} of {ids.dtype}; {NUMBERED}"
         )
-    return torch.unique(ids, return_inverse=True)[1]
+    return torch.unique(ids.long(), return_inverse=True)[1]
+
+
+def _as_tensor(what: str, values: Any) -> Tensor:
+    """Return a tensor, of numpy's arrays and Python's lists too.
+
+    Raises:
+        ValueError: if they hold no numbers.
+    """
+    try:
+        if isinstance(values, np.ndarray):
+            values = native(values)
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = getattr(values, "dtype", type(values).__name__)
+        remedy = NUMBERED if what == "components" else "a table's are table.to_numpy(dtype=float)"
+        raise ValueError(
+            f"NoiseModel: {what} must be a tensor or array of numbers, got {kind}; {remedy}"
+        ) from error

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dd.assembly import make_split
 from dd.console import comparison, methods
 from dd.data import probe
+from dd.data.reading import DataWarning
 from dd.experiment import Experiment
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -114,7 +115,9 @@ def test_columns_of_a_table_are_chosen(tmp_path):
     path = csv_file(tmp_path, ["id", *HEADER[:-1], "species"], rows)
     split = probe(path=path, label="species", drop=["id", "f4"])
     assert split.dimension == 4
-    with pytest.raises(ValueError, match=r"columns 'id' hold no numbers; .*data\.drop=\[id\]"):
+    with pytest.raises(
+        ValueError, match=r"columns 'id' hold no numbers but text.*data\.drop=\[id\]"
+    ):
         probe(path=path, label="species")
 
 
@@ -136,7 +139,7 @@ def test_truth_values_are_labels(tmp_path):
 def test_test_classes_have_the_numbers_of_the_training_classes(tmp_path):
     features, _ = samples()
     names = np.array(["ant", "bee", "cat"])[np.arange(60) % 3]
-    arrays = {"X_train": features, "y_train": names, "X_test": features[:4]}
+    arrays = {"X_train": features, "y_train": names, "X_test": features[:4] + 1}
     split = probe(path=saved(tmp_path, **arrays, y_test=np.array(["cat", "bee", "cat", "cat"])))
     assert split.test_targets.tolist() == [2, 1, 2, 2]
 
@@ -171,7 +174,8 @@ def test_another_file_to_test_on(tmp_path):
     path = saved(tmp_path, features=features, labels=labels)
     (tmp_path / "test").mkdir()
     other = saved(tmp_path / "test", features=features[:7], labels=labels[:7])
-    split = probe(path=path, test_path=other)
+    with pytest.warns(DataWarning, match="7 of 7 test samples equal a training sample"):
+        split = probe(path=path, test_path=other)
     torch.testing.assert_close(split.test_inputs, split.train_inputs[:7])
 
 
@@ -254,7 +258,8 @@ def test_bad_arrays(tmp_path, arrays, message):
         ({"num_train": 61}, r"num_train.*60"),
         ({"num_train": 0}, r"num_train"),
         ({"scaling": "rank"}, r"scaling must be one of coordinate, global"),
-        ({"drop": ["f0"]}, r"data\.drop names columns of a table"),
+        ({"drop": ["f0"]}, r"no column 'f0' but '0', '1'.*correct data\.drop"),
+        ({"keep": ["7"]}, r"no column '7' but .*correct data\.keep"),
         ({"seed": -1}, r"seed"),
     ],
 )
@@ -274,9 +279,13 @@ def test_test_samples_of_two_places(tmp_path):
     [
         (["a", "b"], [[1, 0], [2, 1]], r"no column 'label', only 'a', 'b'.*data\.label"),
         (["a", "a", "label"], [[1, 1, 0]], r"more than one column 'a'"),
-        (["label"], [[0], [1]], r"0 columns beside 'label'"),
+        (["label"], [[0], [1]], r"0 columns of features beside 'label'"),
         (["a", "label"], [[1, 0], ["", 1], [2, 1], [3, 0]], r"row 1 'a'"),
-        (["a", "label"], [[1, 0], [2, ""], [2, 1]], r"1 of 3 rows have no 'label'"),
+        (
+            ["a", "label"],
+            [[1, 0], [2, ""], [2, 1]],
+            r"'label': 1 of 3 rows have no label but '' \(rows 1,",
+        ),
         (["a", "label"], [[1, 0], [2]], r"cannot be read as a table"),
     ],
 )

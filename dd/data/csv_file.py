@@ -1,0 +1,158 @@
+"""Tables in text: separators, encodings, decimal commas."""
+
+import codecs
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CsvTable", "read_csv"]
+
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+BLOCK_BYTES = 1 << 20
+# pyarrow takes the type of a column from its first block, and no larger ones.
+LARGEST_BLOCK = 1 << 30
+# What stands for a missing number, beside what pyarrow knows.
+NO_NUMBER = ("?", "-", "--", ".", "None", "none", "<NA>", "NaT", "missing")
+COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+WHOLE = re.compile(r"[+-]?\d+")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+\.\d*|[+-]?\d{1,3}(\.\d{3})+,\d*")
+
+
+@dataclass(frozen=True, eq=False)
+class CsvTable:
+    """A table as it was parsed.
+
+    Attributes:
+        names: of the columns, without spaces around them.
+        table: the columns, under their numbers; that of the labels is text as it was written.
+        notes: on how the file was understood.
+    """
+
+    names: list[str]
+    table: Any
+    notes: list[str]
+
+
+def read_csv(path: Path, label: str) -> CsvTable:
+    """Parse a table.
+
+    Args:
+        path: of the file, in UTF-8.
+        label: column whose cells are kept as they are written.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not in UTF-8, has no header, or numbers are written in two ways.
+    """
+    _check_encoding(path)
+    names, separator, lines = _header(path, label)
+    table = _parsed(path, names, separator, lines, label, ".")
+    notes = [] if separator == "," else [f"columns are separated by {SEPARATORS[separator]}s"]
+    if _has_decimal_commas(path, names, table, label):
+        table = _parsed(path, names, separator, lines, label, ",")
+        notes.append("numbers have decimal commas")
+    return CsvTable(names, table, notes)
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse what is not UTF-8.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            if b"\0" in block:
+                raise ValueError(
+                    f"{path} is no text in UTF-8, as it holds zero bytes (UTF-16 does); save it as "
+                    "UTF-8: iconv -f UTF-16 -t UTF-8"
+                )
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not in UTF-8 (byte 0x{error.object[error.start]:02x} near byte "
+                    f"{done + error.start}); save it as UTF-8, for example with iconv -f LATIN1 "
+                    "-t UTF-8 where it is in Latin-1"
+                ) from error
+            done += len(block)
+
+
+def _header(path: Path, label: str) -> tuple[list[str], str, int]:
+    """Names of the columns, what separates them, and the lines that they take.
+
+    Raises:
+        ValueError: if there is no line.
+    """
+    found = {}
+    for separator in SEPARATORS:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
+            try:
+                header = next((cells for cells in reader if cells), None)
+            except csv.Error as error:
+                raise ValueError(f"{path} cannot be read as a table: {error}") from error
+            if header is None:
+                raise ValueError(f"{path} cannot be read as a table: it is empty")
+            found[separator] = [name.strip() for name in header], reader.line_num
+    # Text of one column may hold what separates the columns of other files.
+    best = max(found, key=lambda each: (label in found[each][0], len(found[each][0])))
+    return found[best][0], best, found[best][1]
+
+
+def _parsed(
+    path: Path, names: Sequence[str], separator: str, lines: int, label: str, decimal: str
+) -> Any:
+    import pyarrow
+    from pyarrow import csv as arrow
+
+    size = min(max(path.stat().st_size + 1, BLOCK_BYTES), LARGEST_BLOCK)
+    text = {str(n): pyarrow.string() for n, name in enumerate(names) if name == label}
+    missing = [*arrow.ConvertOptions().null_values, *NO_NUMBER]
+    return arrow.read_csv(
+        path,
+        read_options=arrow.ReadOptions(
+            column_names=[str(n) for n in range(len(names))], skip_rows=lines, block_size=size
+        ),
+        parse_options=arrow.ParseOptions(delimiter=separator, newlines_in_values=True),
+        convert_options=arrow.ConvertOptions(
+            column_types=text, null_values=missing, decimal_point=decimal
+        ),
+    )
+
+
+def _has_decimal_commas(path: Path, names: Sequence[str], table: Any, label: str) -> bool:
+    """Whether numbers are written with a comma for the point.
+
+    Raises:
+        ValueError: if a comma may as well separate thousands.
+    """
+    import pyarrow.types as types
+
+    with_commas, certain = [], False
+    for name, column in zip(names, table.columns, strict=True):
+        if name == label or not types.is_string(column.type):
+            continue
+        cells = [each.strip() for each in column.drop_null().unique().to_pylist()]
+        if any(GROUPED.fullmatch(each) for each in cells):
+            raise ValueError(
+                f"{path}: column {name!r} separates thousands, as in "
+                f"{next(each for each in cells if GROUPED.fullmatch(each))!r}; write numbers "
+                "without"
+            )
+        numbers = all(COMMA.fullmatch(each) or WHOLE.fullmatch(each) for each in cells)
+        if numbers and any("," in each for each in cells):
+            with_commas.append((name, next(each for each in cells if "," in each)))
+            certain |= any("," in each and not THOUSANDS.fullmatch(each) for each in cells)
+    if with_commas and not certain:
+        name, example = with_commas[0]
+        raise ValueError(
+            f"{path}: column {name!r} has numbers as {example!r}, whose comma may be a decimal "
+            "point or separate thousands; write them with a point, and without separators"
+        )
+    return bool(with_commas)
