@@ -18,6 +18,7 @@ from dd.console import comparison, methods
 from dd.data import probe
 from dd.data.reading import DataWarning
 from dd.experiment import Experiment
+from dd.results import Results
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
@@ -360,6 +361,40 @@ def test_run_with_a_share_to_test_on(tmp_path):
     for found in experiment.summary.values():
         assert 0 <= found["reported_test_error"] <= 1
     assert experiment.summary["gd_holdout"]["samples"] == 36
+
+
+def test_what_was_read_is_told_first_and_kept(tmp_path):
+    rows = [[i, *row] for i, row in enumerate(table_rows(FEATURES, LABELS))]
+    path = csv_file(tmp_path, ["", *HEADER], [*rows, [60, *rows[0][1:]]])
+    settings = [f"data.path={path}", "data.test_share=0.3", "optimizers=[gd]", "seed=1"]
+    command = [sys.executable, "-m", "dd", *SMALL[:1], *SMALL[4:], *settings]
+    command += [f"hydra.run.dir={tmp_path / 'run'}"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)  # noqa: S603
+    assert found.returncode == 0, found.stderr
+    first = found.stdout.splitlines()[0]
+    assert first.startswith("read from")
+    told = " ".join(found.stdout.split())
+    assert "columns left out Unnamed: 0 (row numbers, 0 to 60)" in told
+    data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert data["left_out"] == {"Unnamed: 0": "row numbers, 0 to 60"}
+    assert data["train_samples"] + data["test_samples"] == 61
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What was read" in page
+    assert "Unnamed: 0 (row numbers, 0 to 60)" in page
+    assert page.index("What was read") < page.index("The answer")
+    assert "DataWarning" not in found.stdout + found.stderr
+
+
+def test_samples_on_both_sides_are_a_note_of_the_run(tmp_path):
+    features, labels = np.concatenate([FEATURES] * 2), np.concatenate([LABELS] * 2)
+    path = saved(tmp_path, features=features, labels=labels)
+    with pytest.warns(DataWarning, match="equal a training sample"):
+        experiment = ran(
+            tmp_path / "run", f"data.path={path}", "data.test_share=0.3", "optimizers=[gd]"
+        )
+    assert any("equal a training sample" in note for note in experiment.notes)
+    assert experiment.results.data["doubts"]
+    assert Results.restored(experiment.results.state_dict()).data == experiment.results.data
 
 
 def test_command_names_the_setting_that_is_missing(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from dd.copies import coincidences
 from dd.data.sample_file import Samples
 
-__all__ = ["aligned", "doubts_of"]
+__all__ = ["aligned", "doubts_of", "order_doubts"]
 
 Array = npt.NDArray[Any]
 
@@ -55,6 +55,28 @@ def aligned(train: Samples, test: Samples) -> Samples:
             f"leave them out with data.drop=[{','.join([*missing, *extra])}]"
         )
     return test.columns(train.names)
+
+
+def order_doubts(samples: Samples) -> list[str]:
+    """Say which features count the rows of a file that is sorted by its labels.
+
+    Args:
+        samples: all of a file, in its order.
+    """
+    labels = samples.labels.values
+    changes = int((labels[1:] != labels[:-1]).sum())
+    if len(labels) < FEWEST or changes >= len(np.unique(labels)):
+        return []
+    steps = np.diff(samples.features, axis=0)
+    places = np.nonzero((steps > 0).all(0) | (steps < 0).all(0))[0].tolist()
+    names = [samples.names[place] for place in places]
+    if not names:
+        return []
+    return [
+        f"rows are sorted by their labels, and {_listed(names)} by row: where that is the order in "
+        "which samples were written down, it tells their labels; leave it out with "
+        f"data.drop=[{','.join(names)}]"
+    ]
 
 
 def doubts_of(train: Samples, test: Samples, *, divided: bool) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dd.centred import native
 from dd.data.backbone import backbone_features
 from dd.data.cifar10_images import cifar10_images
 from dd.data.counts import sample_count
@@ -97,7 +98,7 @@ def cifar10_probe(
         )
         train_inputs, test_inputs = features.split([len(train), len(test)])
     else:
-        train_inputs, test_inputs = (torch.from_numpy(x).flatten(1) for x in (train, test))
+        train_inputs, test_inputs = (torch.from_numpy(native(x)).flatten(1) for x in (train, test))
     train_inputs, test_inputs = standardise(train_inputs, test_inputs, scaling)
     targets = torch.from_numpy(content.train_labels[train_rows])
     return Split(

@@ -74,7 +74,8 @@ class Labels:
         Raises:
             ValueError: if one is missing.
         """
-        written = np.char.strip(np.asarray(text, dtype=str))
+        # Quotes after a space are part of a cell to most readers.
+        written = np.char.strip(np.char.strip(np.asarray(text, dtype=str)), '"')
         _refuse_missing(source, written)
         distinct, where = np.unique(written, return_inverse=True)
         codes = any(CODE.fullmatch(each) for each in distinct.tolist())
@@ -132,6 +133,9 @@ def numbered(
     notes = [*_alike(train, names)]
     if test is None:
         return names, targets.astype(np.int64), np.zeros(0, np.int64), notes
+    if train.kind == "text" and test.written is not None and set(test.written) <= set(values):
+        # A file without types may hold numbers alone of labels that are not all numbers.
+        test = Labels(test.source, test.written, test.written)
     found, where = np.unique(test.values, return_inverse=True)
     index = _matched(train, classes.tolist(), test, found.tolist())
     if test.kind != train.kind:
@@ -152,27 +156,24 @@ def _matched(
     """
     known: dict[Key, int] = {_key(each): number for number, each in enumerate(classes)}
     if train.kind != test.kind and "text" in (train.kind, test.kind):
-        text, other = (classes, found) if train.kind == "text" else (found, classes)
-        numbers = _as_numbers(text)
-        if train.kind == "text":
-            # A file without types may hold fewer kinds of labels than the other, and look like
-            # numbers for that.
-            if test.written is not None and set(test.written.tolist()) <= set(classes):
-                by_value = dict(zip(test.values.tolist(), test.written.tolist(), strict=True))
-                found = [by_value[each] for each in other]
-            elif numbers is not None and len(set(numbers)) == len(numbers):
-                known = {each: number for number, each in enumerate(numbers)}
-        elif numbers is not None:
+        numbers = _as_numbers(classes if train.kind == "text" else found)
+        if numbers is not None and train.kind == "text" and len(set(numbers)) == len(numbers):
+            known = {each: number for number, each in enumerate(numbers)}
+        elif numbers is not None and train.kind != "text":
             found = numbers
     unknown = [each for each in found if _key(each) not in known]
     if unknown:
+        alike = {_name(each).casefold() for each in unknown} <= {
+            _name(each).casefold() for each in classes
+        }
         shown = ", ".join(_name(each) for each in unknown[:SHOWN])
         have = ", ".join(_name(each) for each in list(classes)[:SHOWN])
         more = ", ..." if len(classes) > SHOWN else ""
         raise ValueError(
             f"{test.source} has labels {shown}, which the training samples have not: these are "
-            f"{test.kind}, and those of {train.source} are {train.kind}: {have}{more}. Write both "
-            "alike, or leave these rows out"
+            f"{test.kind}, and those of {train.source} are {train.kind}: {have}{more}"
+            f"{' (other in upper and lower case alone)' if alike else ''}. Write both alike, or "
+            "leave these rows out"
         )
     return [known[_key(each)] for each in found]
 
@@ -183,7 +184,9 @@ def _alike(labels: Labels, names: Sequence[str]) -> list[str]:
     if labels.kind == "text":
         groups: dict[str, list[str]] = {}
         for name in names:
-            groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+            number = NUMBER.fullmatch(name) is not None
+            key = str(float(name)) if number else " ".join(name.split()).casefold()
+            groups.setdefault(key, []).append(name)
         for same in groups.values():
             if len(same) > 1:
                 notes.append(f"labels {', '.join(map(repr, same))} are classes of their own")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dd.data.agreement import aligned, doubts_of
+from dd.data.agreement import aligned, doubts_of, order_doubts
 from dd.data.constant import constant_columns
 from dd.data.counts import sample_count
 from dd.data.labels import numbered
@@ -74,6 +74,8 @@ def probe(
     check_finite(train)
     if test is not None:
         check_finite(test)
+    train, test = _centred(train, test)
+    doubts = order_doubts(train)
     if test_share is not None:
         train, test = _divided(train, test_share, seed)
     classes, targets, test_targets, label_notes = numbered(
@@ -85,8 +87,8 @@ def probe(
     chosen = order[:asked].sort().values.numpy()
     train, targets = train.rows(chosen), targets[chosen]
     counts = _counted(train.source, classes, targets, test_targets)
-    doubts = [] if test is None else doubts_of(train, test, divided=test_share is not None)
-    train, test = _centred(train, test)
+    if test is not None:
+        doubts += doubts_of(train, test, divided=test_share is not None)
     features = torch.from_numpy(train.features)
     empty = features[:0] if test is None else torch.from_numpy(test.features)
     inputs, test_inputs = standardise(features, empty, scaling)
@@ -234,7 +236,7 @@ def _shifted(samples: Samples, origins: Mapping[int, int]) -> Samples:
     features = samples.features.copy()
     for place, origin in origins.items():
         features[:, place] = (_integers(samples, place) - origin).astype(np.float64)
-    return replace(samples, features=features)
+    return replace(samples, features=features, exact={})
 
 
 def _integers(samples: Samples, place: int) -> npt.NDArray[np.object_]:

@@ -65,6 +65,11 @@ def read_table(path: Path, label: str, drop: Sequence[str] = (), keep: Sequence[
         raise ValueError(
             f"{path} has no column {label!r}, only {_listed(names)}{_hint(names, label)}"
         )
+    if _is_number(label) and not _are_numbers_from_0(names) and _are_numbers(names):
+        raise ValueError(
+            f"{path}: the first line, {_listed(names)}, looks like a row and would be taken for "
+            "the names of the columns; put a line of names above it"
+        )
     columns = {
         name: decoded(table.column(place))
         for place, name in enumerate(names)
@@ -218,13 +223,22 @@ def _labels(path: Path, column: Any, label: str) -> Labels:
 
 
 def _hint(names: Sequence[str], label: str) -> str:
-    if sum(_is_number(name) for name in names) > len(names) / 2:
+    if _are_numbers(names):
         return "; these look like the first row: the file needs a line of names above it"
     if len(names) == 1:
         return "; are columns separated by commas, semicolons or tabs? Name it with data.label=..."
     near = difflib.get_close_matches(label.lower(), [name.lower() for name in names], n=1)
     spelt = [name for name in names if near and name.lower() == near[0]]
     return f"; name it with data.label={spelt[0] if spelt else '...'}"
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return sum(_is_number(name) for name in names) > len(names) / 2
+
+
+def _are_numbers_from_0(names: Sequence[str]) -> bool:
+    """Whether columns are numbered, as pandas and polars do where they have no names."""
+    return [name for name in names if _is_number(name)] == [str(n) for n in range(len(names))]
 
 
 def _is_number(text: str) -> bool:
