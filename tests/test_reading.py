@@ -374,6 +374,8 @@ def test_whole_numbers_may_be_followed_by_others(tmp_path):
         ("12%", "no numbers but text, such as '12%'; .*a column of 0 and 1 for each category"),
         ("2026-01-31", r"no numbers but dates or times; .*seconds since.*data\.drop=\[x\]"),
         ("red", "such as 'red'"),
+        ("0xFFFFFFFFFFFFFFFF", "such as '0xFFFFFFFFFFFFFFFF'"),
+        ("0x1f", "such as '0x1f'"),
     ],
 )
 def test_what_is_no_number_gets_a_remedy(tmp_path, cell, message):

@@ -48,25 +48,32 @@ def read_csv(path: Path, label: str) -> CsvTable:
         OSError: if the file cannot be read.
         ValueError: if it is not in UTF-8, has no header, or numbers are written in two ways.
     """
-    _check_encoding(path)
+    has_hexadecimals = _check_encoding(path)
     names, separator, lines = _header(path, label)
-    table = _parsed(path, names, separator, lines, label, ".")
+    text = [place for place, name in enumerate(names) if name == label]
+    table = _parsed(path, names, separator, lines, text)
+    if has_hexadecimals:
+        # They would be taken for integers, those of 64 bits for negative ones.
+        text += _hexadecimals(_parsed(path, names, separator, lines, list(range(len(names)))))
+        table = _parsed(path, names, separator, lines, text)
     notes = [] if separator == "," else [f"columns are separated by {SEPARATORS[separator]}s"]
     if _has_decimal_commas(path, names, table, label):
-        table = _parsed(path, names, separator, lines, label, ",")
+        table = _parsed(path, names, separator, lines, text, ",")
         notes.append("numbers have decimal commas")
     return CsvTable(names, table, notes)
 
 
-def _check_encoding(path: Path) -> None:
-    """Refuse what is not UTF-8.
+def _check_encoding(path: Path) -> bool:
+    """Refuse what is not UTF-8, and tell whether there may be hexadecimal numbers.
 
     Raises:
         ValueError: if it is not.
     """
-    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, done, found = codecs.getincrementaldecoder("utf-8")(), 0, False
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
+            # One that is cut by the end of a block is seldom the only one.
+            found |= b"0x" in block.lower()
             if b"\0" in block:
                 raise ValueError(
                     f"{path} is no text in UTF-8, as it holds zero bytes (UTF-16 does); save it as "
@@ -81,6 +88,7 @@ def _check_encoding(path: Path) -> None:
                     "-t UTF-8 where it is in Latin-1"
                 ) from error
             done += len(block)
+    return found
 
 
 def _header(path: Path, label: str) -> tuple[list[str], str, int]:
@@ -105,14 +113,27 @@ def _header(path: Path, label: str) -> tuple[list[str], str, int]:
     return found[best][0], best, found[best][1]
 
 
+def _hexadecimals(table: Any) -> list[int]:
+    """Columns with a hexadecimal number, of a table of text."""
+    import pyarrow.compute as compute
+
+    found = [compute.match_substring_regex(each, r"^\s*0[xX]") for each in table.columns]
+    return [place for place, each in enumerate(found) if compute.any(each).as_py()]
+
+
 def _parsed(
-    path: Path, names: Sequence[str], separator: str, lines: int, label: str, decimal: str
+    path: Path,
+    names: Sequence[str],
+    separator: str,
+    lines: int,
+    text: Sequence[int],
+    decimal: str = ".",
 ) -> Any:
+    """Parse the rows, some columns as text whatever they hold."""
     import pyarrow
     from pyarrow import csv as arrow
 
     size = min(max(path.stat().st_size + 1, BLOCK_BYTES), LARGEST_BLOCK)
-    text = {str(n): pyarrow.string() for n, name in enumerate(names) if name == label}
     missing = [*arrow.ConvertOptions().null_values, *NO_NUMBER]
     return arrow.read_csv(
         path,
@@ -121,7 +142,9 @@ def _parsed(
         ),
         parse_options=arrow.ParseOptions(delimiter=separator, newlines_in_values=True),
         convert_options=arrow.ConvertOptions(
-            column_types=text, null_values=missing, decimal_point=decimal
+            column_types={str(place): pyarrow.string() for place in text},
+            null_values=missing,
+            decimal_point=decimal,
         ),
     )
 
