@@ -299,6 +299,9 @@ def test_text_that_differs_is_two_classes(tmp_path):
     # Where all are numbers, these two are one.
     split = read(tmp_path, columns(labels=np.array(["1", "1.0", "2"])[CLASSES]))
     assert split.num_classes == 2
+    # A code is no number.
+    split = read(tmp_path, columns(labels=np.array(["1", "01", "2"])[CLASSES]))
+    assert list(split.reading.classes) == ["01", "1", "2"]
 
 
 def test_unknown_labels_name_both_types(tmp_path):
@@ -357,9 +360,9 @@ def test_quotes_spaces_line_ends_and_a_mark_of_the_encoding_change_nothing(tmp_p
 
 
 def test_whole_numbers_may_be_followed_by_others(tmp_path):
-    """The first block that pyarrow would take the type from by default is a megabyte."""
+    """Types are inferred a megabyte at a time."""
     n = 200_000
-    values = np.r_[np.arange(n) % 1000, 0.5]
+    values = [*(np.arange(n) % 1000).tolist(), 0.5]
     split = read(tmp_path, {"a": values, "label": np.arange(n + 1) % 2})
     assert (tmp_path / "train.csv").stat().st_size > 1 << 20
     assert len(split.train_targets) == n + 1

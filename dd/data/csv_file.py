@@ -12,8 +12,6 @@ __all__ = ["CsvTable", "read_csv"]
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 BLOCK_BYTES = 1 << 20
-# pyarrow takes the type of a column from its first block, and no larger ones.
-LARGEST_BLOCK = 1 << 30
 # What stands for a missing number, beside what pyarrow knows.
 NO_NUMBER = ("?", "-", "--", ".", "None", "none", "<NA>", "NaT", "missing")
 COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
@@ -133,12 +131,11 @@ def _parsed(
     import pyarrow
     from pyarrow import csv as arrow
 
-    size = min(max(path.stat().st_size + 1, BLOCK_BYTES), LARGEST_BLOCK)
     missing = [*arrow.ConvertOptions().null_values, *NO_NUMBER]
     return arrow.read_csv(
         path,
         read_options=arrow.ReadOptions(
-            column_names=[str(n) for n in range(len(names))], skip_rows=lines, block_size=size
+            column_names=[str(n) for n in range(len(names))], skip_rows=lines
         ),
         parse_options=arrow.ParseOptions(delimiter=separator, newlines_in_values=True),
         convert_options=arrow.ConvertOptions(
