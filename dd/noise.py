@@ -595,7 +595,7 @@ def _as_components(components: Tensor | np.ndarray, n: int) -> Tensor:
             f"NoiseModel: expected {n} integer component ids, one a sample, got shape "
             f"{tuple(ids.shape)} of {ids.dtype}; {NUMBERED}"
         )
-    return torch.unique(ids.long(), return_inverse=True)[1]
+    return torch.unique(ids, return_inverse=True)[1]
 
 
 def _as_tensor(what: str, values: Any) -> Tensor:
