@@ -17,12 +17,13 @@ try:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
+    from dd.data.reading import DataWarning
     from dd.experiments.assembly import refuse_idle_overrides
     from dd.experiments.experiment import Experiment
     from dd.experiments.resume import named_folder, resumed
     from dd.experiments.sweep_callback import failures
     from dd.sweep.job import SweepJob, described, objective_of, tracked_loss
-    from dd.tracking.console import print_report
+    from dd.tracking.console import print_reading, print_report
     from dd.training.launch import Processes
 except ModuleNotFoundError as error:
     sys.exit(
@@ -111,10 +112,14 @@ def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) ->
     logging.getLogger("dd").setLevel(logging.WARNING)
     # The loop clears the gradients before every step, which is what this warning asks for.
     warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle.*")
+    # What it says is in the table of what was read, and in the notes.
+    warnings.filterwarnings("ignore", category=DataWarning)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     expected = () if full_error else (OSError, RuntimeError, ValueError, KeyboardInterrupt)
     try:
         experiment = make()
+        if tells:
+            experiment.on_read = print_reading
         experiment.run()
     except expected as error:
         _report(_sentence(error, folder))

@@ -80,7 +80,7 @@ def backbone_features(
 
     def compute() -> Tensor:
         trained = None if weights == UNTRAINED else _available(recipe, download, progress)
-        network = _headless(backbone, trained, seed).to(device)
+        network = _headless(backbone, trained, seed, **_size(backbone, trained, recipe)).to(device)
         label = f"{backbone} features"
         return _features(network, preprocess, images.split(batch_size), device, label, progress)
 
@@ -155,8 +155,21 @@ def _available(recipe: Any, download: bool, progress: bool) -> Any:
     )
 
 
-def _headless(backbone: str, weights: Any, seed: int) -> nn.Module:
+def _size(backbone: str, trained: Any, recipe: Any) -> dict[str, int]:
+    """What an untrained vision transformer has to know of the images that its recipe makes."""
+    if trained is not None or not backbone.startswith("vit_"):
+        return {}
+    return {"image_size": recipe.meta["min_size"][0]}
+
+
+def _headless(backbone: str, weights: Any, seed: int, **settings: Any) -> nn.Module:
     """Return the network in evaluation mode, its last linear layer replaced by the identity.
+
+    Args:
+        backbone: name of the network.
+        weights: torchvision's entry of them, or None for random ones.
+        seed: of random weights.
+        settings: what else the network is built with.
 
     Raises:
         ValueError: if its output is not that of a linear layer.
@@ -166,7 +179,7 @@ def _headless(backbone: str, weights: Any, seed: int) -> nn.Module:
     # Random weights come from torch's own global stream, which is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator(seed, "backbone").initial_seed())
-        network: nn.Module = models.get_model(backbone, weights=weights, progress=False)
+        network: nn.Module = models.get_model(backbone, weights=weights, progress=False, **settings)
     name, last = [(n, m) for n, m in network.named_modules() if _has_own_weights(m)][-1]
     if not isinstance(last, nn.Linear):
         raise ValueError(
@@ -193,6 +206,8 @@ def _features(
     """Return the network's outputs for all batches, on the CPU.
 
     Raises:
+        AcceleratorError: if the device fails.
+        OutOfMemoryError: if a batch does not fit on it.
         RuntimeError: if one is not finite.
         ValueError: if the network does not take images of this size.
     """
@@ -201,7 +216,10 @@ def _features(
             network(preprocess(batch.to(device))).float().cpu()
             for batch in track(batches, label, disable=not progress)
         ]
-    except AssertionError as error:
+    # These are of the device, and no other resolution is a remedy.
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"{label} cannot be computed ({one_line(error)}): resolution must be one that the "
             "backbone takes; null is that of its weights"

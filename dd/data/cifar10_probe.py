@@ -14,6 +14,7 @@ from dd.data.places import data_root
 from dd.data.seeding import generator
 from dd.data.split import Split
 from dd.data.standardise import check_scaling, standardise
+from dd.noise.centred import native
 from dd.support.device import choose_device
 
 __all__ = ["cifar10_probe"]
@@ -97,7 +98,7 @@ def cifar10_probe(
         )
         train_inputs, test_inputs = features.split([len(train), len(test)])
     else:
-        train_inputs, test_inputs = (torch.from_numpy(x).flatten(1) for x in (train, test))
+        train_inputs, test_inputs = (torch.from_numpy(native(x)).flatten(1) for x in (train, test))
     train_inputs, test_inputs = standardise(train_inputs, test_inputs, scaling)
     targets = torch.from_numpy(content.train_labels[train_rows])
     return Split(

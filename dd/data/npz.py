@@ -133,7 +133,10 @@ def _layout(member: BinaryIO | Any, size: int) -> dict[str, Any]:
         raise ValueError(f"version {version} of the .npy format is for records, not for numbers")
     shape, fortran_order, dtype = HEADERS[version](member)
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, which would have to be unpickled")
+        raise ValueError(
+            "it holds Python objects, which would have to be unpickled; labels.astype(str), or "
+            "features.astype(float), has none"
+        )
     offset = member.tell()
     if 0 in shape or dtype.itemsize == 0:
         raise ValueError(f"it is empty: shape {shape} of {dtype}")

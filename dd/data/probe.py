@@ -1,21 +1,30 @@
 """A user's own features and labels."""
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dd.data.constant import constant_columns
 from dd.data.counts import sample_count
-from dd.data.sample_file import Samples, read_samples
+from dd.data.reading import DataWarning, Reading
 from dd.data.seeding import generator
 from dd.data.split import Split
 from dd.data.standardise import check_scaling, standardise
+from dd.data.tables.agreement import aligned, doubts_of, order_doubts
+from dd.data.tables.labels import numbered
+from dd.data.tables.sample_file import Samples, check_finite, read_samples
 
 __all__ = ["probe"]
 
 REMEDY = "point data.path at a larger file"
+# Of fewer samples a class has no spread to speak of.
+FEW = 5
+SHOWN = 8
 
 
 def probe(
@@ -24,7 +33,8 @@ def probe(
     test_path: str | os.PathLike[str] | None = None,
     test_share: float | None = None,
     label: str = "label",
-    drop: Sequence[str] = (),
+    drop: Sequence[str | int] = (),
+    keep: Sequence[str | int] = (),
     num_train: int | None = None,
     scaling: str = "coordinate",
     seed: int = 0,
@@ -33,14 +43,16 @@ def probe(
 
     Test samples are those of ``test_path``, a random share of ``path``, or the test arrays of an
     .npz file; without any of them the test set is empty. Classes are numbered in the order of their
-    sorted labels, and are the mixture components.
+    sorted labels, and are the mixture components. Columns of two files are matched by their names.
+    What was read, and how it was understood, is the split's ``reading``.
 
     Args:
-        path: the file, .npz, .csv or .parquet (:func:`~dd.data.sample_file.read_samples`).
+        path: the file, .npz, .csv or .parquet (:func:`~dd.data.tables.sample_file.read_samples`).
         test_path: another file of the same features.
         test_share: share of the samples to test on, between 0 and 1.
         label: column of the labels in a table.
-        drop: columns of a table to leave out.
+        drop: columns to leave out.
+        keep: columns that are features although they look like row numbers.
         num_train: training samples; None takes all there are.
         scaling: see :func:`~dd.data.standardise.standardise`.
         seed: of the samples drawn; non-negative integer.
@@ -55,17 +67,57 @@ def probe(
         raise ValueError(
             "data.path=... must name a file of features and labels, .npz, .csv or .parquet"
         )
-    train, test = read_samples(path, label, drop)
-    train, test = _tested(train, test, test_path, test_share, label=label, drop=drop, seed=seed)
-    asked = sample_count("num_train", num_train, len(train.labels), "samples", REMEDY)
-    order = torch.randperm(len(train.labels), generator=generator(seed, "data/subset/num_train"))
+    train, test = read_samples(path, label, drop, keep)
+    train, test = _tested(train, test, test_path, test_share, label=label, drop=drop, keep=keep)
+    for setting, names in (("data.drop", drop), ("data.keep", keep)):
+        _check_named(setting, [str(each) for each in names], train, test)
+    check_finite(train)
+    if test is not None:
+        check_finite(test)
+    train, test = _centred(train, test)
+    doubts = order_doubts(train)
+    if test_share is not None:
+        train, test = _divided(train, test_share, seed)
+    classes, targets, test_targets, label_notes = numbered(
+        train.labels, None if test is None else test.labels
+    )
+    asked = sample_count("num_train", num_train, len(targets), "samples", REMEDY)
+    order = torch.randperm(len(targets), generator=generator(seed, "data/subset/num_train"))
     # All of them in the order of the file.
-    train = _rows(train, order[:asked].sort().values.numpy())
-    targets, test_targets = _numbered(train, test)
+    chosen = order[:asked].sort().values.numpy()
+    train, targets = train.rows(chosen), targets[chosen]
+    counts = _counted(train.source, classes, targets, test_targets)
+    if test is not None:
+        doubts += doubts_of(train, test, divided=test_share is not None)
     features = torch.from_numpy(train.features)
     empty = features[:0] if test is None else torch.from_numpy(test.features)
     inputs, test_inputs = standardise(features, empty, scaling)
-    return Split(inputs, targets, targets.clone(), test_inputs, test_targets)
+    others = () if test is None else (test.source, *test.notes)
+    files = [str(path)] if test_path is None else [str(path), str(test_path)]
+    constant = np.nonzero(constant_columns(train.features))[0].tolist()
+    few = [f"class {name!r} has {n} training samples" for name, (n, _) in counts.items() if n < FEW]
+    reading = Reading(
+        files=files,
+        train_samples=len(targets),
+        test_samples=len(test_targets),
+        features=train.features.shape[1],
+        left_out=dict(train.left_out),
+        constant=[train.names[place] for place in constant],
+        classes=counts,
+        notes=list(dict.fromkeys([*train.notes, *others[1:], *label_notes, *few])),
+        doubts=doubts,
+    )
+    for doubt in doubts:
+        warnings.warn(f"{train.source}: {doubt}", DataWarning, stacklevel=2)
+    components = torch.from_numpy(targets)
+    return Split(
+        inputs,
+        components.clone(),
+        components,
+        test_inputs,
+        torch.from_numpy(test_targets),
+        reading=reading,
+    )
 
 
 def _tested(
@@ -75,10 +127,10 @@ def _tested(
     test_share: float | None,
     *,
     label: str,
-    drop: Sequence[str],
-    seed: int,
+    drop: Sequence[str | int],
+    keep: Sequence[str | int],
 ) -> tuple[Samples, Samples | None]:
-    """Training and test samples.
+    """Training and test samples of the same features.
 
     Raises:
         ValueError: if more than one setting gives test samples, or they do not fit.
@@ -90,31 +142,43 @@ def _tested(
             f"data.test_path ({_is(given[1])}) or data.test_share ({_is(given[2])})"
         )
     if test_path is not None:
-        test, apart = read_samples(test_path, label, drop)
+        test, apart = read_samples(test_path, label, drop, keep)
         if apart is not None:
             raise ValueError(
                 f"data.test_path={test_path} holds training and test samples of its own; give it "
                 "as data.path, or name a file of features and labels alone"
             )
-    if test_share is not None:
-        train, test = _divided(train, test_share, seed)
-    if test is not None and test.features.shape[1] != train.features.shape[1]:
-        raise ValueError(
-            f"{test.source} has {test.features.shape[1]} features a sample, {train.source} has "
-            f"{train.features.shape[1]}"
-        )
-    return train, test
+    return train, None if test is None else aligned(train, test)
 
 
 def _is(given: bool) -> str:
     return "given" if given else "not given"
 
 
+def _check_named(setting: str, names: Sequence[str], train: Samples, test: Samples | None) -> None:
+    """Check that columns of a setting are there.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    there = {*train.names, *train.left_out}
+    if test is not None:
+        there |= {*test.names, *test.left_out}
+    for name in names:
+        if name not in there:
+            some = ", ".join(map(repr, list(train.names)[:SHOWN]))
+            more = "" if len(train.names) <= SHOWN else f" and {len(train.names) - SHOWN} more"
+            raise ValueError(
+                f"{train.source} has no column {name!r} but {some}{more}; correct {setting}"
+            )
+
+
 def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
     """Set a random share of the samples apart, of each class alike.
 
     Raises:
-        ValueError: if the share is not between 0 and 1, or leaves nothing on one side.
+        ValueError: if the share is not between 0 and 1, leaves nothing on one side, or a class has
+            a single sample.
     """
     total = len(samples.labels)
     valid = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < 1
@@ -125,49 +189,58 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
             f"on either side, got {share!r}"
         )
     shuffled = torch.randperm(total, generator=generator(seed, "data/test_share")).numpy()
-    by_class = shuffled[np.argsort(samples.labels[shuffled], kind="stable")]
+    by_class = shuffled[np.argsort(samples.labels.values[shuffled], kind="stable")]
     # Every (total/count)-th, so that each class gives its share.
     chosen = np.zeros(total, dtype=bool)
     chosen[by_class[np.floor((np.arange(count) + 0.5) * total / count).astype(int)]] = True
-    return _rows(samples, np.nonzero(~chosen)[0]), _rows(samples, np.nonzero(chosen)[0])
+    lost = np.setdiff1d(samples.labels.values[chosen], samples.labels.values[~chosen])
+    # Labels that are all different are no classes, as is said of them later.
+    if len(lost) and 2 * len(np.unique(samples.labels.values)) <= total:
+        raise ValueError(
+            f"{samples.source}: all samples of class {lost[0]!s} would be tested on, and none "
+            "trained on; leave out or merge classes of so few samples, or lower data.test_share"
+        )
+    return samples.rows(np.nonzero(~chosen)[0]), samples.rows(np.nonzero(chosen)[0])
 
 
-def _rows(samples: Samples, rows: npt.NDArray[np.int64]) -> Samples:
-    return Samples(samples.source, samples.features[rows], samples.labels[rows])
-
-
-def _numbered(train: Samples, test: Samples | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes numbered from 0, of training and test samples.
+def _counted(
+    source: str,
+    classes: Sequence[str],
+    targets: npt.NDArray[np.int64],
+    test_targets: npt.NDArray[np.int64],
+) -> Mapping[str, tuple[int, int]]:
+    """Training and test samples of each class.
 
     Raises:
-        ValueError: if the labels are no classes, or the test set has one that is not trained on.
+        ValueError: if there are no training samples of one.
     """
-    labels = train.labels
-    whole = labels.dtype.kind in "iubUS" or (
-        labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
-    )
-    classes, targets = np.unique(labels, return_inverse=True)
-    if not whole or 2 * len(classes) > len(labels):
+    both = [np.bincount(each, minlength=len(classes)).tolist() for each in (targets, test_targets)]
+    empty = [name for name, n in zip(classes, both[0], strict=True) if n == 0]
+    if empty:
         raise ValueError(
-            f"{train.source}: labels must name classes, each of several samples, got "
-            f"{len(classes)} different values of type {labels.dtype} in {len(labels)} samples"
+            f"{source}: the num_train={len(targets)} samples drawn have none of class "
+            f"{', '.join(empty[:SHOWN])}; raise num_train"
         )
-    if len(classes) < 2:
-        raise ValueError(f"{train.source}: all labels are {classes[0]!s}; it takes two classes")
-    if test is None:
-        return torch.from_numpy(targets.astype(np.int64)), torch.zeros(0, dtype=torch.int64)
-    unknown = sorted({str(each) for each in test.labels} - {str(each) for each in classes})
-    if unknown or test.labels.dtype.kind not in _kinds(labels):
-        raise ValueError(
-            f"{test.source} has labels {', '.join(unknown[:5]) or test.labels.dtype}, which the "
-            "training samples have not"
-        )
-    found = np.searchsorted(classes, test.labels)
-    return (
-        torch.from_numpy(targets.astype(np.int64)),
-        torch.from_numpy(found.astype(np.int64)),
-    )
+    return dict(zip(classes, zip(*both, strict=True), strict=True))
 
 
-def _kinds(labels: npt.NDArray[np.generic]) -> str:
-    return "US" if labels.dtype.kind in "US" else "iubf"
+def _centred(train: Samples, test: Samples | None) -> tuple[Samples, Samples | None]:
+    """Shift whole numbers that float64 rounds to where it does not."""
+    columns = set(train.exact) | (set() if test is None else set(test.exact))
+    if not columns:
+        return train, test
+    origins = {place: _integers(train, place)[0] for place in columns}
+    return _shifted(train, origins), None if test is None else _shifted(test, origins)
+
+
+def _shifted(samples: Samples, origins: Mapping[int, int]) -> Samples:
+    features = samples.features.copy()
+    for place, origin in origins.items():
+        features[:, place] = (_integers(samples, place) - origin).astype(np.float64)
+    return replace(samples, features=features, exact={})
+
+
+def _integers(samples: Samples, place: int) -> npt.NDArray[np.object_]:
+    if place in samples.exact:
+        return samples.exact[place]
+    return samples.features[:, place].astype(object)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dd.data.reading import Reading
 from dd.theory.mixture import GaussianMixture
 
 __all__ = ["Split"]
@@ -22,6 +23,7 @@ class Split:
         test_inputs: shape (n_test, d), float32.
         test_targets: class of each test sample, shape (n_test,), int64.
         mixture: the law that all inputs were drawn from, where it is known.
+        reading: what was read of a user's files, where they come from there.
 
     Raises:
         TypeError: if a tensor has the wrong data type.
@@ -35,6 +37,7 @@ class Split:
     test_inputs: Tensor
     test_targets: Tensor
     mixture: GaussianMixture | None = None
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         """Check that the tensors fit together.
@@ -82,13 +85,13 @@ class Split:
     def to(self, device: torch.device | str) -> "Split":
         """Return the same split with every tensor on the device."""
         components = self.train_components
-        return Split(
+        return replace(
+            self,
             train_inputs=self.train_inputs.to(device),
             train_targets=self.train_targets.to(device),
             train_components=None if components is None else components.to(device),
             test_inputs=self.test_inputs.to(device),
             test_targets=self.test_targets.to(device),
-            mixture=self.mixture,
         )
 
 

@@ -2,11 +2,13 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dd.baselines.chosen import Chooser, rates
+from dd.data.reading import Reading
 from dd.experiments.assembly import (
     make_model,
     make_selection,
@@ -53,12 +55,14 @@ class Experiment(Output):
     Attributes:
         moves_aside: whether a folder that holds another run makes this one take the next of its
             name, ``..._2``.
+        on_read: is called with what was read of a user's files before anything is trained on it.
 
     Raises:
         ValueError: if the configuration asks for what cannot be.
     """
 
     moves_aside: bool = False
+    on_read: Callable[[Mapping[str, Any]], None] | None = field(init=False, default=None)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -252,6 +256,8 @@ class Experiment(Output):
         if config.get("theory", False):
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
+        if split.reading is not None:
+            self._take_reading(split.reading)
         if not split.is_tested:
             self.results.note([UNTESTED])
         initial = make_model(config, split)
@@ -266,6 +272,14 @@ class Experiment(Output):
                 yield build_job(
                     name, trial, config, initial, split, checkpoint=checkpoint, kept=state
                 )
+
+    def _take_reading(self, reading: Reading) -> None:
+        """Take down what was read in the first trial, and what was doubtful in any."""
+        self.results.note(reading.doubts)
+        if not self.results.data:
+            self.results.data = reading.as_dict()
+            if self.on_read is not None and self.processes.leads:
+                self.on_read(self.results.data)
 
     def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
         label = self._label(job.name, job.trial)

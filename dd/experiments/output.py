@@ -176,6 +176,7 @@ class Output:
             "failures": self.failures,
             "noise": self.noise,
             "notes": self.notes,
+            **({"data": self.results.data} if self.results.data else {}),
         }
 
 

@@ -1,8 +1,14 @@
 """Inputs and component ids as users give them, checked."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from dd.noise.centred import native
+
+NUMBERED = "numpy.unique(labels, return_inverse=True)[1] numbers labels of any kind"
 
 
 def _check_bins(eigenvalues: Tensor, multiplicities: Tensor) -> None:
@@ -32,7 +38,15 @@ def _check_relative_mass(relative_mass: Tensor, components: Tensor | None) -> No
 
 
 def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    values = inputs if isinstance(inputs, np.ndarray) else torch.as_tensor(inputs).detach()
+    values = inputs if isinstance(inputs, np.ndarray) else _as_tensor("inputs", inputs)
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "fiub":
+        raise ValueError(f"NoiseModel: inputs must be real numbers, got data type {values.dtype}")
+    if isinstance(values, Tensor) and values.is_complex():
+        raise ValueError(f"NoiseModel: inputs must be real numbers, got data type {values.dtype}")
+    if isinstance(values, Tensor) and values.layout != torch.strided:
+        raise ValueError(
+            f"NoiseModel: inputs must be dense, got {values.layout}; use inputs.to_dense()"
+        )
     if len(values.shape) != 2 or 0 in values.shape:
         raise ValueError(
             f"NoiseModel: expected inputs of shape (n, d), got {tuple(values.shape)}; "
@@ -42,10 +56,28 @@ def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 def _as_components(components: Tensor | np.ndarray, n: int) -> Tensor:
-    ids = torch.as_tensor(components).detach()
+    ids = _as_tensor("components", components)
     if ids.shape != (n,) or ids.is_floating_point() or ids.is_complex():
         raise ValueError(
             f"NoiseModel: expected {n} integer component ids, one a sample, got shape "
-            f"{tuple(ids.shape)} of {ids.dtype}"
+            f"{tuple(ids.shape)} of {ids.dtype}; {NUMBERED}"
         )
     return torch.unique(ids, return_inverse=True)[1]
+
+
+def _as_tensor(what: str, values: Any) -> Tensor:
+    """Return a tensor, of numpy's arrays and Python's lists too.
+
+    Raises:
+        ValueError: if they hold no numbers.
+    """
+    try:
+        if isinstance(values, np.ndarray):
+            values = native(values)
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = getattr(values, "dtype", type(values).__name__)
+        remedy = NUMBERED if what == "components" else "a table's are table.to_numpy(dtype=float)"
+        raise ValueError(
+            f"NoiseModel: {what} must be a tensor or array of numbers, got {kind}; {remedy}"
+        ) from error

@@ -11,7 +11,7 @@ from dd.functional import at_least_single, component_sums
 from dd.noise.copies import count_copies
 from dd.support.fingerprint import PROJECTIONS, fingerprint
 
-__all__ = ["CentredInputs"]
+__all__ = ["CentredInputs", "native"]
 
 # Numbers of a block in double precision: in cache where that leaves products of enough rows, and
 # never more than 128 MB.
@@ -35,6 +35,7 @@ class CentredInputs:
         directions: orthonormal, shape (d, m), float64; what lies along them is taken out. None
             until :meth:`separate`.
         power: mean of ‖x_i‖² over d.
+        largest: of all |x_ij|.
 
     Raises:
         ValueError: if a number is not finite.
@@ -53,14 +54,17 @@ class CentredInputs:
         # Results are put where they belong: kept between the blocks, they would keep their memory
         # from being used again.
         self.fingerprints = like.new_empty(n, PROJECTIONS)
-        power = 0.0
+        power, self.largest = 0.0, 0.0
         for rows in self._blocks(n, d):
             block = self._single(rows)
             if not bool(block.isfinite().all()):
                 raise ValueError("NoiseModel: the inputs contain NaN or infinity; clean them first")
             self.fingerprints[rows] = fingerprint(block)
-            power += float(block.square().sum(dtype=torch.float64))
-            sums += self._sums(block.double(), rows, count)
+            self.largest = max(self.largest, float(block.abs().max()))
+            # The squares of single precision leave its range long before the inputs do.
+            block = block.double()
+            power += float(block.square().sum())
+            sums += self._sums(block, rows, count)
         self.means = sums / self.sizes.clamp_min(1).unsqueeze(1)
         self.power = power / (n * d)
 
@@ -96,7 +100,7 @@ class CentredInputs:
         """Some x, not centred, shape (m, d), by their indices, shape (m,)."""
         if isinstance(self.source, Tensor):
             return self._single(index)
-        return at_least_single(torch.from_numpy(np.asarray(self.source[index.cpu().numpy()])))
+        return at_least_single(torch.from_numpy(native(self.source[index.cpu().numpy()])))
 
     def separate(self, directions: Tensor) -> None:
         """Take out what lies along orthonormal directions, shape (d, m)."""
@@ -148,8 +152,17 @@ class CentredInputs:
         if isinstance(self.source, Tensor):
             return self.source[where].detach()
         # A copy, as torch warns of arrays that are not to be written to.
-        return torch.from_numpy(np.array(self.source[where]))
+        return torch.from_numpy(native(np.array(self.source[where])))
 
     def _blocks(self, count: int, width: int) -> Iterator[slice]:
         length = max(1, _CACHED // width, min(_ROWS, _MOST // width))
         return (slice(start, start + length) for start in range(0, count, length))
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """Return an array in a byte order, precision and layout that torch takes."""
+    kind = array.dtype.newbyteorder("=")
+    if kind.kind == "f" and kind.itemsize > 8:
+        kind = np.dtype(np.float64)
+    # Negative strides are none of torch's.
+    return np.ascontiguousarray(array, dtype=kind)

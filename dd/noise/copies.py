@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dd.support.fingerprint import Fingerprints
 
-__all__ = ["CopyWatch", "count_copies"]
+__all__ = ["CopyWatch", "coincidences", "count_copies"]
 
 # Returns the inputs of some samples, shape (m, d), by their indices, shape (m,).
 Rows = Callable[[Tensor], Tensor]
@@ -77,29 +77,37 @@ def _exact(order: Tensor, first: Tensor, rows: Rows, held: Tensor | None) -> int
     pairs = share * float((sizes * (sizes - 1)).sum()) / 2
     sample = _shuffled(n, order.device) if held is None else held
     some = sample[: min(_ROWS, math.isqrt(_IN_ALL // rows(sample[:1]).shape[1]))]
-    explained = _UNEXPLAINED * _coincidences(rows(some).double()) * n**2 / 2
+    explained = _UNEXPLAINED * coincidences(rows(some).double()) * n**2 / 2
     # Few pairs vary by the square root of their number.
     by_chance = pairs <= explained + 3 * math.sqrt(explained)
     return 0 if by_chance else round(share * len(again))
 
 
-def _coincidences(inputs: Tensor) -> float:
+def coincidences(inputs: Tensor) -> float:
     """Upper estimate of the probability that two independent draws are equal.
 
-    Pairs that differ in j columns number N_j. For independent columns these are as elementary
-    symmetric polynomials of odds, so that N_0 ≤ N_1² / (2 N_2). A shell of several j stands for one
-    where few pairs differ in as little as a single column.
+    Equal draws are equal in every column, so that they are no more frequent than equal values of
+    the column that has fewest of them. Pairs that differ in j columns number N_j. For independent
+    columns these are as elementary symmetric polynomials of odds, so that N_0 ≤ N_1² / (2 N_2). A
+    shell of several j stands for one where few pairs differ in as little as a single column.
 
     Args:
         inputs: of some samples, shape (m, d).
     """
+    inputs = inputs[:, (inputs != inputs[:1]).any(0)]
     columns = inputs.shape[1]
+    if columns == 0:
+        return 1.0
     differ = torch.cdist(inputs, inputs, p=0.0).round().long()
     differ = differ[torch.ones_like(differ, dtype=torch.bool).triu(1)]
+    bound = _rarest_equality(inputs, int((differ == 0).sum()))
+    if columns == 1:
+        # What is seen in no pair may happen once in a third of them.
+        return max(bound, 3 / len(differ))
     up_to = torch.bincount(differ[differ > 0], minlength=columns + 1).cumsum(0)
     enough = (up_to >= _PAIRS).nonzero().squeeze(1)
-    if len(enough) == 0 or columns == 1:
-        return 1.0
+    if len(enough) == 0:
+        return bound
     shell = int(enough[0])
     if shell == columns:
         return 0.0
@@ -109,7 +117,17 @@ def _coincidences(inputs: Tensor) -> float:
         one, two = int(up_to[width]), int(up_to[last])
         # The second shell may be cut off by the number of columns.
         most = max(most, one / 2 * (one / max(two - one, 1)) ** (width / max(last - width, 1)))
-    return most / len(differ)
+    return min(most / len(differ), bound)
+
+
+def _rarest_equality(inputs: Tensor, equal: int) -> float:
+    """Share of pairs that are equal in one column and differ in another, the smallest of all."""
+    m, smallest = len(inputs), 1.0
+    for column in inputs.mT:
+        sizes = column.unique(return_counts=True)[1].double()
+        pairs = float((sizes * (sizes - 1)).sum()) / 2 - equal
+        smallest = min(smallest, pairs / (m * (m - 1) / 2 - equal))
+    return smallest
 
 
 def _near_share(fingerprints: Tensor, index: Tensor, rows: Rows) -> float:

@@ -86,18 +86,39 @@ def _centred(
     if separate_means and ids is None:
         raise ValueError("NoiseModel: separate_means needs the component of every sample")
     centred = CentredInputs(values, ids)
+    _check_range(centred)
     norms = centred.squared_norms()
     rounding = torch.finfo(centred.dtype).eps
     variance = float(norms.sum()) / (centred.degrees * values.shape[1])
     if not variance > rounding**2 * centred.power:
         raise ValueError(
-            "NoiseModel: the inputs do not vary within their components; decoupled descent "
-            "needs noisy inputs"
+            "NoiseModel: the inputs do not vary within their components by more than the rounding "
+            f"of {str(centred.dtype).removeprefix('torch.')}; decoupled descent needs noisy "
+            "inputs. Where their mean is far larger than their noise, subtract it in float64 first"
         )
     if separate_means:
         centred.separate(_span(centred.means))
         norms = centred.squared_norms()
     return centred, norms
+
+
+def _check_range(centred: CentredInputs) -> None:
+    """Refuse inputs whose squares, summed over all samples, are beyond their precision.
+
+    Raises:
+        ValueError: if they are.
+    """
+    kind, double, size = torch.finfo(centred.dtype), torch.finfo(torch.float64), centred.largest
+    # Eigenvalues are squares in the inputs' precision; squares of these are formed in double.
+    lowest = max((kind.tiny / kind.eps) ** 0.5, (double.tiny / double.eps) ** 0.25)
+    highest = min((kind.max * kind.eps) ** 0.5, (double.max * double.eps) ** 0.25)
+    if size > 0 and not lowest < size < highest:
+        name = str(centred.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"NoiseModel: inputs as large as {size:.1e} have squares beyond the range of {name}; "
+            "divide them by one number, such as their standard deviation, so that the largest is "
+            f"between {lowest:.0e} and {highest:.0e}"
+        )
 
 
 def _may_separate(centred: CentredInputs) -> bool:

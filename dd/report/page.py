@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from plotly.offline import get_plotlyjs
 
 import dd
+from dd.data.reading import described
 from dd.report.charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
 from dd.report.words import GLOSSARY, best, is_tested, labels_of, verdicts
 from dd.runs.folder import RunFolder, read_run
@@ -35,7 +36,7 @@ GENERATOR = "decoupled-descent"
 
 CHOSEN = (("chosen learning rate", "chosen_lr"), ("chosen weight decay", "chosen_weight_decay"))
 # What has a section of its own.
-APART = ("failures", "finished", "noise", "notes")
+APART = ("data", "failures", "finished", "noise", "notes")
 NAMES = {"dd_version": "dd"}
 # Figures of the methods whose lowest value stands out.
 COMPARED = ("reported_test_error", "reported_gap")
@@ -134,6 +135,7 @@ def _page(run: RunFolder) -> dict[str, Any]:
     return {
         "title": f"{run.config.name}: train and test error",
         "subtitle": f"{run.path.resolve().name}, {', '.join(names)}",
+        "read": _read(run),
         "finished": run.provenance.get("finished", True),
         "failures": run.results.failures,
         "headline": _headline(run),
@@ -152,6 +154,15 @@ def _page(run: RunFolder) -> dict[str, Any]:
         "config": OmegaConf.to_yaml(run.config),
         "provenance": _provenance(run),
     }
+
+
+def _read(run: RunFolder) -> Table | None:
+    """What was read of a user's files; None for other data, and runs of earlier versions."""
+    reading = run.provenance.get("data")
+    if not reading:
+        return None
+    rows = [Row(label, [Cell(words, text=True)]) for label, words in described(reading)]
+    return Table([], rows)
 
 
 def _headline(run: RunFolder) -> str:

@@ -28,6 +28,7 @@ class Results:
         failures: one sentence for each optimizer and trial that turned non-finite.
         notes: what else the user should know of an optimizer and trial.
         noise: a line on the noise model of each decoupled optimizer, of the first trial.
+        data: what was read of a user's files in the first trial (:class:`dd.data.reading.Reading`).
         fits: of each optimizer and trial that was completed, what it took and what it reports.
         selection: validation curves of all candidates of optimizers that choose among several.
         num_train: number of training samples.
@@ -44,6 +45,7 @@ class Results:
     num_train: int = 0
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     doubts: dict[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def complete(self, name: str, trial: int, fit: Fit) -> None:
         """Take down that an optimizer and trial is completed."""
@@ -158,6 +160,7 @@ class Results:
             "num_train": self.num_train,
             "token": self.token,
             "doubts": [(*key, list(said)) for key, said in self.doubts.items()],
+            "data": self.data,
         }
 
     @classmethod
@@ -175,6 +178,7 @@ class Results:
             state["token"],
             # A run of an earlier version has none.
             {(name, trial): tuple(said) for name, trial, said in state.get("doubts", ())},
+            dict(state.get("data", {})),
         )
 
 

@@ -16,7 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from dd.data.reading import described
 from dd.tracking.history import Record
 from dd.tracking.mark import mark
 
@@ -27,6 +29,7 @@ __all__ = [
     "comparison",
     "method_cells",
     "number",
+    "print_reading",
     "print_report",
 ]
 
@@ -88,6 +91,22 @@ class ProgressDisplay:
         """Let a bar end at the step where it is."""
         (done,) = [known.completed for known in self._progress.tasks if known.id == task]
         self._progress.update(task, total=done)
+
+
+def print_reading(reading: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what was read of a user's files.
+
+    Args:
+        reading: what :meth:`dd.data.reading.Reading.as_dict` returned.
+        console: where to print; None is the standard output.
+    """
+    table = Table(box=SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for label, words in described(reading):
+        # What files call their columns is no markup.
+        table.add_row(Text(label), Text(words))
+    (console or Console()).print(table)
 
 
 def print_report(

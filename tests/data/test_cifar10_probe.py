@@ -628,6 +628,45 @@ def test_a_resolution_that_the_backbone_refuses_is_named(extract, monkeypatch):
         extract(IMAGES)
 
 
+@pytest.mark.parametrize(("backbone", "resolution"), [("alexnet", 32), ("convnext_tiny", 16)])
+def test_an_image_too_small_for_the_backbone_is_named(extract, backbone, resolution):
+    with pytest.raises(ValueError, match=rf"^{backbone} features cannot be computed .*resolution"):
+        extract(IMAGES[:1], backbone=backbone, resolution=resolution)
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_failures_of_the_device_are_no_matter_of_resolution(extract, monkeypatch, failure):
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            raise failure("of the device")
+
+    monkeypatch.setattr(models, "get_model", lambda *_, **__: Failing())
+    with pytest.raises(failure, match="of the device"):
+        extract(IMAGES)
+
+
+def test_untrained_transformers_take_the_images_of_their_recipe(extract, monkeypatch):
+    """The recipe of vit_h_14's weights makes images of 518 pixels, and it is built for 224."""
+    asked = {}
+
+    class Asked(Exception):
+        pass
+
+    def get_model(name, **settings):
+        asked[name] = settings.get("image_size")
+        raise Asked
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    for name in ("vit_h_14", "vit_b_16", "resnet18"):
+        with pytest.raises(Asked):
+            extract(IMAGES, backbone=name, resolution=None)
+    assert asked == {"vit_h_14": 518, "vit_b_16": 224, "resnet18": None}
+
+
 def test_features_that_are_not_finite_are_neither_returned_nor_kept(extract, tmp_path, monkeypatch):
     class Broken(nn.Module):
         def __init__(self) -> None:

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dd.data import probe
+from dd.data.reading import DataWarning
 from dd.experiments.assembly import make_split
 from dd.experiments.experiment import Experiment
+from dd.runs.results import Results
 from dd.tracking.console import comparison, methods
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -114,7 +116,9 @@ def test_columns_of_a_table_are_chosen(tmp_path):
     path = csv_file(tmp_path, ["id", *HEADER[:-1], "species"], rows)
     split = probe(path=path, label="species", drop=["id", "f4"])
     assert split.dimension == 4
-    with pytest.raises(ValueError, match=r"columns 'id' hold no numbers; .*data\.drop=\[id\]"):
+    with pytest.raises(
+        ValueError, match=r"columns 'id' hold no numbers but text.*data\.drop=\[id\]"
+    ):
         probe(path=path, label="species")
 
 
@@ -136,7 +140,7 @@ def test_truth_values_are_labels(tmp_path):
 def test_test_classes_have_the_numbers_of_the_training_classes(tmp_path):
     features, _ = samples()
     names = np.array(["ant", "bee", "cat"])[np.arange(60) % 3]
-    arrays = {"X_train": features, "y_train": names, "X_test": features[:4]}
+    arrays = {"X_train": features, "y_train": names, "X_test": features[:4] + 1}
     split = probe(path=saved(tmp_path, **arrays, y_test=np.array(["cat", "bee", "cat", "cat"])))
     assert split.test_targets.tolist() == [2, 1, 2, 2]
 
@@ -171,7 +175,8 @@ def test_another_file_to_test_on(tmp_path):
     path = saved(tmp_path, features=features, labels=labels)
     (tmp_path / "test").mkdir()
     other = saved(tmp_path / "test", features=features[:7], labels=labels[:7])
-    split = probe(path=path, test_path=other)
+    with pytest.warns(DataWarning, match="7 of 7 test samples equal a training sample"):
+        split = probe(path=path, test_path=other)
     torch.testing.assert_close(split.test_inputs, split.train_inputs[:7])
 
 
@@ -254,7 +259,8 @@ def test_bad_arrays(tmp_path, arrays, message):
         ({"num_train": 61}, r"num_train.*60"),
         ({"num_train": 0}, r"num_train"),
         ({"scaling": "rank"}, r"scaling must be one of coordinate, global"),
-        ({"drop": ["f0"]}, r"data\.drop names columns of a table"),
+        ({"drop": ["f0"]}, r"no column 'f0' but '0', '1'.*correct data\.drop"),
+        ({"keep": ["7"]}, r"no column '7' but .*correct data\.keep"),
         ({"seed": -1}, r"seed"),
     ],
 )
@@ -274,9 +280,13 @@ def test_test_samples_of_two_places(tmp_path):
     [
         (["a", "b"], [[1, 0], [2, 1]], r"no column 'label', only 'a', 'b'.*data\.label"),
         (["a", "a", "label"], [[1, 1, 0]], r"more than one column 'a'"),
-        (["label"], [[0], [1]], r"0 columns beside 'label'"),
+        (["label"], [[0], [1]], r"0 columns of features beside 'label'"),
         (["a", "label"], [[1, 0], ["", 1], [2, 1], [3, 0]], r"row 1 'a'"),
-        (["a", "label"], [[1, 0], [2, ""], [2, 1]], r"1 of 3 rows have no 'label'"),
+        (
+            ["a", "label"],
+            [[1, 0], [2, ""], [2, 1]],
+            r"'label': 1 of 3 rows have no label but '' \(rows 1,",
+        ),
         (["a", "label"], [[1, 0], [2]], r"cannot be read as a table"),
     ],
 )
@@ -351,6 +361,40 @@ def test_run_with_a_share_to_test_on(tmp_path):
     for found in experiment.summary.values():
         assert 0 <= found["reported_test_error"] <= 1
     assert experiment.summary["gd_holdout"]["samples"] == 36
+
+
+def test_what_was_read_is_told_first_and_kept(tmp_path):
+    rows = [[i, *row] for i, row in enumerate(table_rows(FEATURES, LABELS))]
+    path = csv_file(tmp_path, ["", *HEADER], [*rows, [60, *rows[0][1:]]])
+    settings = [f"data.path={path}", "data.test_share=0.3", "optimizers=[gd]", "seed=1"]
+    command = [sys.executable, "-m", "dd", *SMALL[:1], *SMALL[4:], *settings]
+    command += [f"hydra.run.dir={tmp_path / 'run'}"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)  # noqa: S603
+    assert found.returncode == 0, found.stderr
+    first = found.stdout.splitlines()[0]
+    assert first.startswith("read from")
+    told = " ".join(found.stdout.split())
+    assert "columns left out Unnamed: 0 (row numbers, 0 to 60)" in told
+    data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert data["left_out"] == {"Unnamed: 0": "row numbers, 0 to 60"}
+    assert data["train_samples"] + data["test_samples"] == 61
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What was read" in page
+    assert "Unnamed: 0 (row numbers, 0 to 60)" in page
+    assert page.index("What was read") < page.index("The answer")
+    assert "DataWarning" not in found.stdout + found.stderr
+
+
+def test_samples_on_both_sides_are_a_note_of_the_run(tmp_path):
+    features, labels = np.concatenate([FEATURES] * 2), np.concatenate([LABELS] * 2)
+    path = saved(tmp_path, features=features, labels=labels)
+    with pytest.warns(DataWarning, match="equal a training sample"):
+        experiment = ran(
+            tmp_path / "run", f"data.path={path}", "data.test_share=0.3", "optimizers=[gd]"
+        )
+    assert any("equal a training sample" in note for note in experiment.notes)
+    assert experiment.results.data["doubts"]
+    assert Results.restored(experiment.results.state_dict()).data == experiment.results.data
 
 
 def test_command_names_the_setting_that_is_missing(tmp_path):

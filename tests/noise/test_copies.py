@@ -111,3 +111,23 @@ def test_a_noise_model_knows_of_copies():
         assert noise.copies == 30
         assert noise.to(torch.device("cpu"), torch.float64).copies == 30
         assert noise.of(torch.arange(10)).copies == 30
+
+
+@pytest.mark.parametrize(
+    "column",
+    [torch.zeros(500, 1), (draws(3, 500, [30]) == 0).float(), draws(3, 500, [2])],
+    ids=["constant", "rare", "even"],
+)
+def test_columns_of_few_values_hide_no_copies(column):
+    """Rows that differ in all other columns are no draws of few values."""
+    inputs = torch.cat([normal(0, 500, 10), column], 1)
+    assert counted(inputs) == 0
+    assert counted(shuffled(torch.cat([inputs, inputs[:60]]))) == 60
+
+
+def test_no_more_coincidences_than_the_rarest_value_allows():
+    inputs = draws(0, 400, [2, 2, 20])
+    pairs = torch.cdist(inputs[:, 2:], inputs[:, 2:], p=0.0)
+    equal = float((pairs == 0).sum() - 400) / (400 * 399)
+    assert copies.coincidences(inputs) <= equal
+    assert copies.coincidences(torch.ones(9, 3)) == 1.0

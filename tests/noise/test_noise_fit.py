@@ -332,3 +332,83 @@ def test_mass_of_a_sample_does_not_depend_on_the_size_of_its_component():
     pairs = noise.relative_mass[500:700].mean()
     assert abs(pairs - 1) < 4 * (2 / 50 / 100) ** 0.5
     assert noise.relative_mass[-1] == 1
+
+
+# --- The ends of floating point, and inputs of other kinds ------------------------------------
+
+GAUSSIAN = normal(0, 200, 20)
+HALVES = torch.arange(200) % 2
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        *((scale, torch.float32) for scale in (1e-14, 1e-6, 1e6, 1e14)),
+        *((scale, torch.float64) for scale in (1e-70, 1e-25, 1e20, 1e70)),
+    ],
+)
+def test_the_model_is_of_the_scale_of_its_inputs(scale, dtype):
+    plain = NoiseModel.fit(GAUSSIAN * torch.linspace(0.1, 2, 20), HALVES)
+    inputs = (GAUSSIAN.double() * torch.linspace(0.1, 2, 20) * scale).to(dtype)
+    model = NoiseModel.fit(inputs, HALVES)
+    assert str(model) == str(plain)
+    relative = model.eigenvalues.double() / scale / scale
+    torch.testing.assert_close(relative.to(plain.eigenvalues), plain.eigenvalues, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        *((scale, torch.float32) for scale in (1e-44, 1e-25, 1e20, 1e37)),
+        *((scale, torch.float64) for scale in (1e-300, 1e-100, 1e100, 1e300)),
+    ],
+)
+@pytest.mark.parametrize("fit", [NoiseModel.fit, NoiseModel.isotropic])
+def test_squares_out_of_range_are_an_error(fit, scale, dtype):
+    with pytest.raises(ValueError, match=r"squares beyond the range of float.*divide them by"):
+        fit((GAUSSIAN.double() * scale).to(dtype), HALVES)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e6, 1e12])
+def test_a_large_mean_takes_nothing_of_the_noise(mean):
+    plain = NoiseModel.fit(GAUSSIAN.double(), HALVES)
+    model = NoiseModel.fit(GAUSSIAN.double() + mean, HALVES)
+    # Each input is rounded by half a unit of its mean at most.
+    rounding = mean * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(model.mass, plain.mass, rtol=1e-9 + 8 * rounding, atol=0)
+    assert model.copies == 0
+
+
+def test_noise_lost_in_the_rounding_of_its_mean_is_an_error():
+    with pytest.raises(ValueError, match=r"by more than the rounding of float32.*subtract it in"):
+        NoiseModel.fit(GAUSSIAN.float() + 1e9, HALVES)
+
+
+TEXT = np.array(["cat", "dog"])[HALVES.numpy()]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "components", "message"),
+    [
+        (GAUSSIAN, TEXT, r"components must be .* got <U3; numpy\.unique"),
+        (GAUSSIAN, TEXT.tolist(), r"components must be .* got list; numpy\.unique"),
+        (GAUSSIAN, TEXT.astype(object), r"components must be .* got object"),
+        (GAUSSIAN, HALVES.double(), r"integer component ids.*float64; numpy\.unique"),
+        (GAUSSIAN.numpy().astype(str), None, "inputs must be real numbers, got data type <U"),
+        (GAUSSIAN + 1j, None, "inputs must be real numbers, got data type torch.complex"),
+        (GAUSSIAN.to_sparse(), None, "inputs must be dense"),
+        ({"a": 1}, None, r"inputs must be .* got dict; .*to_numpy"),
+        (torch.where(GAUSSIAN > 2, torch.inf, GAUSSIAN), None, "NaN or infinity"),
+    ],
+)
+def test_inputs_that_are_no_numbers_are_named(inputs, components, message):
+    with pytest.raises(ValueError, match=f"NoiseModel: .*{message}"):
+        NoiseModel.fit(inputs, components)
+
+
+def test_arrays_of_any_kind_make_the_same_model():
+    expected = str(NoiseModel.fit(GAUSSIAN, HALVES))
+    values, ids = GAUSSIAN.numpy(), HALVES.numpy()
+    for other in (values.astype(">f8"), values.astype(np.longdouble), np.asfortranarray(values)):
+        assert str(NoiseModel.fit(other, ids.astype(">i4"))) == expected
+    assert str(NoiseModel.fit(values[::-1], ids[::-1].astype(np.uint16))) == expected
