@@ -2,6 +2,11 @@
 
 Lovig, *Decoupled Descent: Exact Test Error Tracking Via Approximate Message Passing*,
 arXiv 2604.27883 (2026). This import needs torch and numpy alone.
+
+Examples in docstrings begin with ``torch``, ``dd``, 500 training inputs ``X`` of dimension 50 in
+two Gaussian classes ``y``, 2000 samples of the same law ``X_test`` and ``y_test``, an untrained
+``model`` of layers ``Linear(50, 4)``, ``Tanh()``, ``Linear(4, 2)``, and
+``criterion = torch.nn.CrossEntropyLoss()``.
 """
 
 from dd.correction.estimate import Estimate

@@ -98,6 +98,17 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
     Raises:
         ValueError: if an argument is out of range, or the module has no layer to decouple.
         TypeError: if ``layer`` is not an ``nn.Linear``.
+
+    Example:
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+        >>> for step in range(10):
+        ...     optimizer.zero_grad()
+        ...     train_loss = criterion(model(X), y)
+        ...     train_loss.backward()
+        ...     optimizer.step()
+        >>> test_loss = criterion(model.eval()(X_test), y_test)
+        >>> bool((train_loss - test_loss).abs() < 0.05)
+        True
     """
 
     def __init__(
@@ -189,6 +200,12 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
                 decouple, its weight is not among the optimizer's parameters, or the noise model
                 does not fit it.
             TypeError: if ``layer`` is not an ``nn.Linear``.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model.parameters(), lr=0.5)  # SGD so far
+            >>> optimizer.attach(model, noise=dd.NoiseModel.fit(X, y))
+            >>> optimizer.layer is model[0]
+            True
         """
         if self._attachment is not None:
             raise ValueError(
@@ -220,7 +237,14 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
         self._step_supports_amp_scaling = False
 
     def detach(self) -> None:
-        """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
+        """Remove every trace from the module; from here on this is ``torch.optim.SGD``.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5)
+            >>> optimizer.detach()
+            >>> print(optimizer.layer)
+            None
+        """
         attachment = self._attachment
         if attachment is not None:
             attachment.remove()
@@ -240,6 +264,18 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
         Raises:
             RuntimeError: if there are none: ``stop`` is not ``"auto"``, or no step was made from
                 weights that know of the signal.
+
+        Example:
+            >>> noise = dd.NoiseModel.fit(X, y)
+            >>> optimizer = dd.DecoupledDescent(model, lr="auto", stop="auto", noise=noise)
+            >>> def closure():
+            ...     optimizer.zero_grad()
+            ...     loss = criterion(model(X), y)
+            ...     loss.backward()
+            ...     return loss
+            >>> for step in range(4):
+            ...     loss = optimizer.step(closure)
+            >>> optimizer.restore_best()
         """
         restore_best(self._required("restore_best()"), self._store())
         self.drop_forward()
@@ -250,6 +286,13 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
 
         Args:
             set_to_none: as in ``torch.optim.SGD``.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+            >>> criterion(model(X), y).backward()
+            >>> optimizer.zero_grad()
+            >>> print(model[0].weight.grad)
+            None
         """
         if self._attachment is not None:
             self._attachment.drop_cleared()
@@ -257,7 +300,15 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with the shadows of all samples up to date."""
+        """Return the state, with the shadows of all samples up to date.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+            >>> criterion(model(X), y).backward()
+            >>> optimizer.step()
+            >>> optimizer.state_dict()["state"][0]["shadow"].shape  # (bins, samples, width)
+            torch.Size([1, 500, 4])
+        """
         self._settle()
         return super().state_dict()
 
@@ -267,6 +318,22 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
 
         Args:
             state_dict: of an optimizer attached to the same layer and samples, or unattached.
+
+        Example:
+            >>> import io
+            >>> noise = dd.NoiseModel.fit(X, y)
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise)
+            >>> criterion(model(X), y).backward()
+            >>> optimizer.step()
+            >>> shadow, file = optimizer.shadow, io.BytesIO()
+            >>> torch.save(optimizer.state_dict(), file)
+            >>> optimizer.detach()
+            >>> file.seek(0)
+            0
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise)
+            >>> optimizer.load_state_dict(torch.load(file, weights_only=True))
+            >>> torch.equal(optimizer.shadow, shadow)
+            True
         """
         given = [state_dict]
         # Last of the hooks that may exchange the state for another.
@@ -342,6 +409,18 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
 
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
+
+        Example:
+            >>> noise = dd.NoiseModel.fit(X, y)
+            >>> optimizer = dd.DecoupledDescent(model, lr="auto", noise=noise)
+            >>> def closure():
+            ...     optimizer.zero_grad()
+            ...     loss = criterion(model(X), y)
+            ...     loss.backward()
+            ...     return loss
+            >>> losses = [optimizer.step(closure).item() for step in range(3)]
+            >>> losses[-1] < losses[0]
+            True
         """
         if self._policy is not None:
             return self._step_searched(closure, self._policy)

@@ -33,6 +33,18 @@ class Estimate:
         confidence: probability that the interval is meant to have.
         num_samples: n.
         doubts: why it is not to be believed, a sentence each; empty where no check has failed.
+
+    Example:
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+        >>> for step in range(10):
+        ...     optimizer.zero_grad()
+        ...     criterion(model(X), y).backward()
+        ...     optimizer.step()
+        >>> losses = torch.nn.CrossEntropyLoss(reduction="none")
+        >>> found = optimizer.estimate([(X, y)], lambda batch: losses(model(batch[0]), batch[1]))
+        >>> test_loss = criterion(model.eval()(X_test), y_test)
+        >>> bool(found.lower < test_loss < found.upper), found.num_samples, found.doubts
+        (True, 500, ())
     """
 
     value: Tensor
@@ -56,6 +68,11 @@ class Estimate:
             squares: sum of their squares.
             num_samples: n, at least 2.
             confidence: between 0 and 1.
+
+        Example:
+            >>> wrong = torch.tensor([1.0, 0.0, 0.0, 0.0])
+            >>> print(dd.Estimate.of_sums(wrong.sum(), wrong.square().sum(), 4, confidence=0.9))
+            0.25 (90 %: 0.02... to 0.8..., n = 4)
         """
         n, z = num_samples, _WIDENING * NormalDist().inv_cdf((1 + confidence) / 2)
         mean = total / n

@@ -71,6 +71,18 @@ class Tracker:
         Raises:
             ValueError: if unattached, or the loader's samples have no fixed index.
             TypeError: if the loader is neither.
+
+        Example:
+            >>> from torch.utils.data import DataLoader, TensorDataset
+            >>> noise = dd.NoiseModel(torch.tensor([1.0]), torch.tensor([50.0]))  # I, of no samples
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+            >>> loader = DataLoader(TensorDataset(X, y), batch_size=100, shuffle=True)
+            >>> for inputs, labels in optimizer.track(loader):
+            ...     optimizer.zero_grad()
+            ...     criterion(model(inputs), labels).backward()
+            ...     optimizer.step()
+            >>> optimizer.shadow.shape
+            torch.Size([1, 500, 4])
         """
         return tracked(loader, self._required("track()").samples)
 
@@ -83,6 +95,15 @@ class Tracker:
 
         Raises:
             ValueError: if unattached, or the indices are not integers in range.
+
+        Example:
+            >>> noise = dd.NoiseModel(torch.tensor([1.0]), torch.tensor([50.0]))  # I, of no samples
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.1, noise=noise)
+            >>> for indices in torch.randperm(500).split(100):
+            ...     optimizer.batch(indices)
+            ...     optimizer.zero_grad()
+            ...     criterion(model(X[indices]), y[indices]).backward()
+            ...     optimizer.step()
         """
         samples = self._required("batch()").samples
         try:
@@ -112,6 +133,19 @@ class Tracker:
         Raises:
             ValueError: if unattached, or there are no batches.
             RuntimeError: if a batch did not pass through the decoupled layer.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+            >>> for step in range(10):
+            ...     optimizer.zero_grad()
+            ...     criterion(model(X), y).backward()
+            ...     optimizer.step()
+            >>> halves = [(X[:250], y[:250]), (X[250:], y[250:])]
+            >>> loss = lambda batch: criterion(model(batch[0]), batch[1])
+            >>> tracked = optimizer.evaluate(halves, loss)
+            >>> plain = criterion(model.eval()(X), y)  # which the samples have made too low
+            >>> bool(plain < tracked)
+            True
         """
         self._settle()
         return corrected_mean(self._required("evaluate()"), batches, loss)
@@ -139,13 +173,31 @@ class Tracker:
             ValueError: if unattached, there are not at least two samples, ``losses`` does not
                 return a row a sample, or the confidence is out of range.
             RuntimeError: if a batch did not pass through the decoupled layer.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+            >>> for step in range(10):
+            ...     optimizer.zero_grad()
+            ...     criterion(model(X), y).backward()
+            ...     optimizer.step()
+            >>> wrong = lambda batch: (model(batch[0]).argmax(1) != batch[1]).float()
+            >>> print(optimizer.estimate([(X, y)], wrong))  # of the test error
+            0.0... (90 %: 0.0... to 0..., n = 500)
         """
         self._settle()
         return corrected_estimate(self._required("estimate()"), batches, losses, confidence)
 
     @_disable_dynamo
     def drop_forward(self) -> None:
-        """Forget training forwards that will get no step, after a skipped or interrupted one."""
+        """Forget training forwards that will get no step, after a skipped or interrupted one.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+            >>> loss = criterion(model(X), y)
+            >>> loss.backward()
+            >>> if not loss > 100:  # a step that is not to be made
+            ...     optimizer.drop_forward()
+        """
         if self._attachment is not None:
             self._attachment.drop()
             self._attachment.samples.release()

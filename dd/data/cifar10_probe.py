@@ -76,6 +76,22 @@ def cifar10_probe(
         RuntimeError: if images or weights are damaged, or weights cannot be had.
         ValueError: if an argument is out of range, a file is not of its form, or more samples are
             asked for than exist.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from dd.data import cifar10_probe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(
+        ...         f"{folder}/features.npz",
+        ...         train_features=X.numpy(),
+        ...         train_labels=y.numpy(),
+        ...         test_features=X_test.numpy(),
+        ...         test_labels=y_test.numpy(),
+        ...     )
+        ...     split = cifar10_probe(path=f"{folder}/features.npz", num_train=100, num_test=200)
+        >>> split.train_inputs.shape, split.test_inputs.shape
+        (torch.Size([100, 50]), torch.Size([200, 50]))
     """
     check_scaling(scaling)
     source = _resolve(source, path, data_root(root))

@@ -35,6 +35,12 @@ def xor(
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> from dd.data import xor
+        >>> split = xor(dimension=50, num_train=500, num_test=100, seed=0)
+        >>> split.train_inputs.shape, split.train_components.unique().tolist()
+        (torch.Size([500, 50]), [0, 1, 2, 3])
     """
     check_count("dimension", dimension, least=2)
     check_count("num_train", num_train)

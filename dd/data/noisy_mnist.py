@@ -68,6 +68,14 @@ def noisy_mnist(
         FileNotFoundError: if the data set is missing and was not, or could not be, downloaded.
         RuntimeError: if its files are incomplete or damaged.
         ValueError: if an argument is out of range or more digits are asked for than exist.
+
+    Example:
+        >>> from dd.data import noisy_mnist
+        >>> split = noisy_mnist(num_train=2000, num_test=5000)  # doctest: +SKIP
+        >>> noisy_mnist(root="no_digits_here", download=False)
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: ...
     """
     check_number("noise", noise)
     images, labels, official = _load(data_root(root), download)

@@ -61,6 +61,16 @@ def probe(
         FileNotFoundError: if a file is missing.
         RuntimeError: if a table is to be read without the package that reads it.
         ValueError: if an argument is out of range, or a file cannot be trained on.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from dd.data import probe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/mine.npz", features=X.numpy(), labels=y.numpy())
+        ...     split = probe(path=f"{folder}/mine.npz", test_share=0.2)
+        >>> split.train_inputs.shape, split.test_inputs.shape
+        (torch.Size([400, 50]), torch.Size([100, 50]))
     """
     check_scaling(scaling)
     if path is None:

@@ -36,6 +36,12 @@ def generator(seed: int, stream: str) -> torch.Generator:
 
     Raises:
         ValueError: if the seed is not a non-negative integer.
+
+    Example:
+        >>> from dd.data import generator
+        >>> first, again = generator(0, "weights"), generator(0, "weights")
+        >>> torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=again))
+        True
     """
     # Python's own hash of a string changes from one process to the next.
     digest = hashlib.sha256(stream.encode()).digest()

@@ -29,6 +29,12 @@ class Split:
         TypeError: if a tensor has the wrong data type.
         ValueError: if shapes disagree, there are no training samples, an input is not finite or an
             id negative.
+
+    Example:
+        >>> from dd.data import Split
+        >>> split = Split(X, y, None, X_test, y_test)  # components unknown
+        >>> split.dimension, split.num_classes, split.is_tested
+        (50, 2, True)
     """
 
     train_inputs: Tensor
@@ -73,7 +79,14 @@ class Split:
         return 1 + int(torch.cat([self.train_targets, self.test_targets]).max())
 
     def fitted_on(self, rows: Tensor) -> "Split":
-        """Return the same split with some of the training samples, rows of shape (m,)."""
+        """Return the same split with some of the training samples, rows of shape (m,).
+
+        Example:
+            >>> from dd.data import Split
+            >>> split = Split(X, y, y, X_test, y_test)
+            >>> split.fitted_on(torch.arange(0, 500, 5)).train_inputs.shape
+            torch.Size([100, 50])
+        """
         components = self.train_components
         return replace(
             self,
@@ -83,7 +96,13 @@ class Split:
         )
 
     def to(self, device: torch.device | str) -> "Split":
-        """Return the same split with every tensor on the device."""
+        """Return the same split with every tensor on the device.
+
+        Example:
+            >>> from dd.data import Split
+            >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+            >>> split = Split(X, y, y, X_test, y_test).to(device)
+        """
         components = self.train_components
         return replace(
             self,

@@ -13,10 +13,22 @@ __all__ = ["ACTIVATIONS", "TanhSquared", "informed_two_layer", "two_layer"]
 
 
 class TanhSquared(nn.Module):
-    """The activation tanh²: even, smooth and bounded."""
+    """The activation tanh²: even, smooth and bounded.
+
+    Example:
+        >>> from dd.experiments.models import TanhSquared
+        >>> TanhSquared()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.5800, 0.0000, 0.5800])
+    """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return tanh² of every entry."""
+        """Return tanh² of every entry.
+
+        Example:
+            >>> from dd.experiments.models import TanhSquared
+            >>> TanhSquared().forward(torch.zeros(2))
+            tensor([0., 0.])
+        """
         return inputs.tanh().square()
 
 
@@ -54,6 +66,15 @@ def two_layer(
 
     Raises:
         ValueError: if an argument is out of range or the activation unknown.
+
+    Example:
+        >>> from dd.experiments.models import two_layer
+        >>> two_layer(dimension=50, width=4, num_outputs=2, activation="tanh")
+        Sequential(
+          (0): Linear(in_features=50, out_features=4, bias=True)
+          (1): Tanh()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
     """
     for name, size in (("dimension", dimension), ("width", width), ("num_outputs", num_outputs)):
         check_count(name, size)
@@ -100,6 +121,15 @@ def informed_two_layer(
     Raises:
         ValueError: if an argument is out of range, the activation unknown, or the mixture of
             another dimension.
+
+    Example:
+        >>> from dd.experiments.models import informed_two_layer
+        >>> mixture = dd.GaussianMixture(3.0 * torch.eye(2, 50), targets=torch.arange(2))
+        >>> some, other = (
+        ...     informed_two_layer(50, 4, 2, mixture=mixture, overlap=0.5) for _ in range(2)
+        ... )
+        >>> torch.allclose(some[0](mixture.means), other[0](mixture.means), atol=1e-5)
+        True
     """
     check_number("overlap", overlap)
     check_count("start_seed", start_seed, least=0)

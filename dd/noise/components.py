@@ -49,6 +49,15 @@ def find_components(
         ModuleNotFoundError: if scikit-learn is not installed.
         ValueError: if the inputs are not a finite (n, d) matrix, the labels are not n integers, or
             a number is not a positive integer.
+
+    Example:
+        >>> clusters = torch.arange(500) % 4
+        >>> centres = torch.tensor([[6.0, 0.0], [-6.0, 0.0], [0.0, 6.0], [0.0, -6.0]])
+        >>> inputs = centres[clusters] + torch.randn(500, 2)
+        >>> found = dd.find_components(inputs, labels=clusters // 2, max_per_class=3)
+        >>> int(found.max()) + 1
+        4
+        >>> noise = dd.NoiseModel.fit(inputs, found)
     """
     check_count("find_components: max_per_class", max_per_class)
     check_count("find_components: dimensions", dimensions)

@@ -50,10 +50,8 @@ class NoiseModel:
             of the inputs' space, where they describe nothing. None where they describe all.
         fitted_on: number of samples that the model was fitted on, or None.
         norm_variation: standard deviation of ‖z_i‖² over its mean, or None where not measured.
-        fingerprints: of the samples that the model was fitted on, shape (n, 3), by which a training
-            batch of some of them is recognised; or None.
-        copies: how many of the samples that the model was fitted on are copies of others, or nearly
-            so; None where not looked for.
+        fingerprints: of the samples fitted on, shape (n, 3), to know batches of them by; or None.
+        copies: how many of them are copies of others, or nearly so; None where not looked for.
         separated: the same noise with the directions of the component means kept out of the bins,
             for an optimizer that follows these exactly (``head=``); or None.
         separated_from: what ``separated`` goes with: a model whose noise was replaced afterwards
@@ -61,6 +59,14 @@ class NoiseModel:
 
     Raises:
         ValueError: if a shape or value cannot describe a covariance.
+
+    Example:
+        >>> noise = dd.NoiseModel.fit(X, y)
+        >>> print(noise)
+        noise model: 1 bin, effective rank 50 of 50, n/d 10, norm variation 0.2..., 2 components
+        >>> bool((noise.eigenvalues - 1).abs() < 0.05)  # the noise has covariance I
+        True
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise)
     """
 
     eigenvalues: Tensor
@@ -115,6 +121,11 @@ class NoiseModel:
         Raises:
             ValueError: if the inputs are not a finite (n, d) matrix that varies within components,
                 or the components are not n integers.
+
+        Example:
+            >>> noise = dd.NoiseModel.isotropic(X, y)
+            >>> noise.eigenvalues.shape, noise.multiplicities.tolist()
+            (torch.Size([1]), [50.0])
         """
         centred, norms = _centred(inputs, components)
         return cls._of(centred, _one_bin(centred, norms), _relative_mass(centred, norms))
@@ -161,6 +172,12 @@ class NoiseModel:
                 beyond 20 000, where the matrix behind the spectrum would take gigabytes; or if the
                 means of unknown components, or of as many as there are dimensions, are to be
                 separated.
+
+        Example:
+            >>> X[:, 25:] *= 2  # half of the inputs vary more
+            >>> noise = dd.NoiseModel.fit(X, y, bins=2)
+            >>> noise.eigenvalues.round()
+            tensor([4., 1.])
         """
         if bins is not None:
             check_count("NoiseModel: bins", bins)
@@ -226,6 +243,11 @@ class NoiseModel:
 
         Raises:
             ValueError: if this model was not fitted in both forms.
+
+        Example:
+            >>> noise = dd.NoiseModel.fit(X, y).with_means_apart()
+            >>> noise.mean_directions.shape, noise.dimension
+            (torch.Size([50, 2]), 50)
         """
         if self.separated is None or not self.is_in_both_forms:
             raise ValueError(
@@ -244,6 +266,11 @@ class NoiseModel:
 
         What follows the directions knows each sample's own place there, so that nothing is assumed
         of the noise.
+
+        Example:
+            >>> noise = dd.NoiseModel.fit(X, y).with_every_direction_apart()
+            >>> noise.is_followed_exactly, float(noise.mass.sum())
+            (True, 0.0)
         """
         like = self.eigenvalues
         return replace(
@@ -261,6 +288,13 @@ class NoiseModel:
 
         Raises:
             ValueError: if there is nothing in the bins.
+
+        Example:
+            >>> noise = dd.NoiseModel.fit(X, y, separate_means=True)
+            >>> round(float(noise.multiplicities.sum()))
+            48
+            >>> round(float(noise.spread_over_means().multiplicities.sum()))
+            50
         """
         if self.is_followed_exactly:
             raise ValueError(
@@ -271,7 +305,13 @@ class NoiseModel:
         return replace(self, multiplicities=share * self.multiplicities, mean_directions=None)
 
     def in_one_bin(self) -> "NoiseModel":
-        """The same noise as if it were isotropic."""
+        """The same noise as if it were isotropic.
+
+        Example:
+            >>> noise = dd.NoiseModel(torch.tensor([4.0, 1.0]), torch.tensor([10.0, 30.0]))
+            >>> noise.in_one_bin().eigenvalues  # 70 / 40
+            tensor([1.7500])
+        """
         total = self.multiplicities.sum().reshape(1)
         return replace(self, eigenvalues=self.mass.sum() / total, multiplicities=total)
 
@@ -286,6 +326,12 @@ class NoiseModel:
 
         Raises:
             ValueError: if the indices are not integers in range.
+
+        Example:
+            >>> rank, processes = 0, 2  # as torch.distributed numbers them
+            >>> mine = torch.arange(rank, 500, processes)
+            >>> dd.NoiseModel.fit(X, y).of(mine).num_samples
+            250
         """
         rows = torch.as_tensor(rows)
         known = self.fingerprints
@@ -369,7 +415,12 @@ class NoiseModel:
         return self.multiplicities * self.eigenvalues
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "NoiseModel":
-        """Return a copy with eigenvalues in ``dtype`` and every tensor on ``device``."""
+        """Return a copy with eigenvalues in ``dtype`` and every tensor on ``device``.
+
+        Example:
+            >>> dd.NoiseModel.fit(X, y).to(torch.device("cpu"), torch.float64).eigenvalues.dtype
+            torch.float64
+        """
         moved = replace(
             self,
             eigenvalues=self.eigenvalues.to(device, dtype),

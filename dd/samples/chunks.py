@@ -19,13 +19,7 @@ class Chunks(Dataset[tuple[Tensor, ...]]):
     """Arrays as a data set of chunks of consecutive rows, each read when it is asked for.
 
     One full-batch step is one pass over the chunks, the gradient of every chunk's share of the loss
-    added up before ``optimizer.step()``::
-
-        chunks = dd.Chunks(inputs, labels, rows=8192)
-        for x, y in chunks:
-            loss = F.cross_entropy(model(x), y, reduction="sum") / chunks.num_samples
-            loss.backward()
-        optimizer.step()
+    added up before ``optimizer.step()``.
 
     The noise model, fitted on the same arrays, tells the optimizer which samples a chunk holds:
     ``dd.NoiseModel.fit(inputs, labels)`` reads a ``numpy.memmap`` in blocks as well. A file opened
@@ -43,6 +37,16 @@ class Chunks(Dataset[tuple[Tensor, ...]]):
     Raises:
         ValueError: if there are no arrays, or their lengths differ or are 0, or ``rows`` is not a
             positive integer.
+
+    Example:
+        >>> chunks = dd.Chunks(X, y, rows=200)
+        >>> [tuple(inputs.shape) for inputs, _ in chunks]
+        [(200, 50), (200, 50), (100, 50)]
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+        >>> for inputs, labels in chunks:
+        ...     loss = torch.nn.functional.cross_entropy(model(inputs), labels, reduction="sum")
+        ...     (loss / chunks.num_samples).backward()
+        >>> optimizer.step()
     """
 
     def __init__(self, *arrays: np.ndarray[Any, Any] | Tensor, rows: int = 8192) -> None:

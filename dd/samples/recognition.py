@@ -28,7 +28,21 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class AugmentationWarning(UserWarning):
-    """A training sample came with another input than before."""
+    """A training sample came with another input than before.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.AugmentationWarning)  # end such a run at once
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+        >>> for inputs in (X, X + 0.1):
+        ...     optimizer.batch(range(500))
+        ...     optimizer.zero_grad()
+        ...     criterion(model(inputs), y).backward()
+        ...     optimizer.step()
+        Traceback (most recent call last):
+            ...
+        dd.samples.recognition.AugmentationWarning: DecoupledDescent: 500 of 500 samples ...
+    """
 
 
 class Samples:

@@ -29,6 +29,12 @@ class GaussianMixture:
         TypeError: if means, targets or weights are no tensors.
         ValueError: if shapes disagree, a number is not finite, the weights are no probabilities, or
             the noise model is not that of one Gaussian around each mean.
+
+    Example:
+        >>> means = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+        >>> mixture = dd.GaussianMixture(means, targets=torch.tensor([0, 0, 1, 1]), noise=0.5)
+        >>> mixture.dimension, mixture.probabilities.tolist()
+        (2, [0.25, 0.25, 0.25, 0.25])
     """
 
     means: Tensor
@@ -104,6 +110,12 @@ class GaussianMixture:
 
         Raises:
             ValueError: if the count is not a positive integer.
+
+        Example:
+            >>> mixture = dd.GaussianMixture(torch.eye(2, 50), targets=torch.arange(2))
+            >>> inputs, targets, components = mixture.sample(500, torch.Generator().manual_seed(0))
+            >>> inputs.shape, torch.equal(targets, components)
+            (torch.Size([500, 50]), True)
         """
         check_count("GaussianMixture: count", count)
         p = self.probabilities

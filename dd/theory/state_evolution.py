@@ -27,6 +27,12 @@ class MonteCarlo:
 
     Attributes:
         values: one of each simulation, shape (replicates, ...).
+
+    Example:
+        >>> from dd.theory.state_evolution import MonteCarlo
+        >>> loss = MonteCarlo(torch.tensor([[0.7, 0.5], [0.7, 0.3]]))  # two simulations, two steps
+        >>> loss.mean, loss.standard_error
+        (tensor([0.7000, 0.4000]), tensor([0.0000, 0.1000]))
     """
 
     values: Tensor
@@ -61,6 +67,12 @@ class StateEvolution:
         overlaps: M, mean of the pre-activation (bias not counted in) of each of the A components,
             shape (T, A, k).
         covariance: K, covariance of the pre-activation within components, shape (T, k, k).
+
+    Example:
+        >>> mixture = dd.GaussianMixture(1.5 * torch.eye(2, 50), targets=torch.arange(2))
+        >>> predicted = dd.state_evolution(model, mixture, alpha=10, steps=3, lr=0.5, paths=200)
+        >>> predicted.steps.tolist(), predicted.covariance.mean.shape
+        ([0, 1, 2, 3], torch.Size([4, 4, 4]))
     """
 
     steps: Tensor
@@ -152,6 +164,12 @@ def state_evolution(
             does not fit the mixture, changes its inputs before the decoupled layer or uses them
             elsewhere, uses the decoupled weight elsewhere, or has dropout.
         FloatingPointError: if the loss or a gradient is not finite.
+
+    Example:
+        >>> mixture = dd.GaussianMixture(3.0 * torch.eye(2, 50), targets=torch.arange(2))
+        >>> predicted = dd.state_evolution(model, mixture, alpha=10, steps=5, lr=0.5, paths=800)
+        >>> bool(predicted.error.mean[-1] < predicted.error.mean[0])
+        True
     """
     if not isinstance(mixture, GaussianMixture):
         raise TypeError(f"state_evolution: expected a dd.GaussianMixture, got {type(mixture)}")

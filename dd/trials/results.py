@@ -64,6 +64,22 @@ class Trials:
         failures: the trials that turned non-finite.
         seconds: spent on updates, of all trials and optimizers together.
         doubts: the trials whose training error is not to be believed.
+
+    Example:
+        >>> from functools import partial
+        >>> from dd.data import xor
+        >>> from dd.experiments.models import two_layer
+        >>> trials = dd.run_trials(
+        ...     lambda seed: xor(dimension=20, num_train=200, num_test=200, seed=seed),
+        ...     lambda seed, split: two_layer(20, 4, 2),
+        ...     {"gd": partial(torch.optim.SGD, lr=0.5)},
+        ...     seeds=range(2),
+        ...     steps=3,
+        ... )
+        >>> trials.seeds, trials.steps.tolist(), trials.failures
+        ((0, 1), [0, 1, 2, 3], ())
+        >>> trials.metrics["gd"]["test_error"].shape
+        torch.Size([2, 4])
     """
 
     seeds: tuple[int, ...]
@@ -95,6 +111,23 @@ class Trials:
         Raises:
             ValueError: if there are none, or they were recorded at other steps or of other
                 optimizers.
+
+        Example:
+            >>> from functools import partial
+            >>> from dd.data import xor
+            >>> from dd.experiments.models import two_layer
+            >>> some, others = (
+            ...     dd.run_trials(
+            ...         lambda seed: xor(dimension=20, num_train=200, num_test=200, seed=seed),
+            ...         lambda seed, split: two_layer(20, 4, 2),
+            ...         {"gd": partial(torch.optim.SGD, lr=0.5)},
+            ...         seeds=seeds,
+            ...         steps=3,
+            ...     )
+            ...     for seeds in ([0, 1], [2])
+            ... )
+            >>> dd.Trials.joined([some, others]).seeds
+            (0, 1, 2)
         """
         if not parts:
             raise ValueError("Trials: nothing to join, got no parts")

@@ -46,15 +46,6 @@ def run_trials(
     every pass over its inputs. Of the warnings of :class:`DecoupledDescent` one is given: of
     shadows that the theory cannot explain, once an optimizer; :attr:`Trials.doubts` has all.
 
-        trials = dd.run_trials(
-            lambda seed: xor(dimension=500, num_train=2000, seed=seed),
-            lambda seed, split: two_layer(500, 8, 2, generator=generator(seed, "start")),
-            {"gd": partial(torch.optim.SGD, lr=0.5), "dd": partial(dd.DecoupledDescent, lr=0.5)},
-            seeds=range(100),
-            steps=200,
-        )
-        trials.metrics["dd"]["test_error"].mean(0)
-
     Args:
         make_split: makes the data of a seed, such as a :class:`dd.data.Split`; of one shape in all
             trials.
@@ -84,6 +75,20 @@ def run_trials(
     Warns:
         ShadowWarning: of the first trial of an optimizer whose training error is not to be
             believed.
+
+    Example:
+        >>> from functools import partial
+        >>> from dd.data import generator, xor
+        >>> from dd.experiments.models import two_layer
+        >>> trials = dd.run_trials(
+        ...     lambda seed: xor(dimension=20, num_train=200, num_test=200, seed=seed),
+        ...     lambda seed, split: two_layer(20, 4, 2, generator=generator(seed, "start")),
+        ...     {"gd": partial(torch.optim.SGD, lr=1), "dd": partial(dd.DecoupledDescent, lr=1)},
+        ...     seeds=range(3),
+        ...     steps=5,
+        ... )
+        >>> trials.metrics["dd"]["test_error"].mean(0).shape  # of every step
+        torch.Size([6])
     """
     return Trials.joined(
         list(
@@ -128,6 +133,22 @@ def trial_chunks(
 
     Warns:
         ShadowWarning: as :func:`run_trials`.
+
+    Example:
+        >>> from functools import partial
+        >>> from dd.data import xor
+        >>> from dd.experiments.models import two_layer
+        >>> from dd.trials import trial_chunks
+        >>> chunks = trial_chunks(
+        ...     lambda seed: xor(dimension=20, num_train=200, num_test=200, seed=seed),
+        ...     lambda seed, split: two_layer(20, 4, 2),
+        ...     {"gd": partial(torch.optim.SGD, lr=0.5)},
+        ...     seeds=range(3),
+        ...     steps=3,
+        ...     memory=1,  # no room for two trials at once
+        ... )
+        >>> [found.seeds for found in chunks]
+        [(0,), (1,), (2,)]
     """
     if not isinstance(seeds, Iterable):
         raise TypeError(

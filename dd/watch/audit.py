@@ -61,11 +61,41 @@ ROWS_A_UNIT = 8
 
 
 class CurvatureWarning(UserWarning):
-    """Stein's curvature is not that of the loss: its lemma does not hold for these inputs."""
+    """Stein's curvature is not that of the loss: its lemma does not hold for these inputs.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.CurvatureWarning)  # end such a run at once
+        >>> inputs = torch.cat([X[:, :1], X[:, :1].square() - 1], 1)  # no Gaussian
+        >>> noise = dd.NoiseModel.fit(inputs, y)
+        >>> model[0] = torch.nn.Linear(2, 4)
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, curvature="stein")
+        >>> for step in range(5):
+        ...     optimizer.zero_grad()
+        ...     criterion(model(inputs), y).backward()
+        ...     optimizer.step()
+        Traceback (most recent call last):
+            ...
+        dd.watch.audit.CurvatureWarning: DecoupledDescent: at training forward ...
+    """
 
 
 class ComponentWarning(CurvatureWarning):
-    """The component ids of the noise model are not the mixture components of the inputs."""
+    """The component ids of the noise model are not the mixture components of the inputs.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.ComponentWarning)  # end such a run at once
+        >>> noise = dd.NoiseModel.isotropic(3 * X, torch.zeros_like(y))  # one id for two clusters
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, curvature="stein")
+        >>> for step in range(5):
+        ...     optimizer.zero_grad()
+        ...     criterion(model(3 * X), y).backward()
+        ...     optimizer.step()
+        Traceback (most recent call last):
+            ...
+        dd.watch.audit.ComponentWarning: DecoupledDescent: at training forward ...
+    """
 
 
 def is_due(forward: int) -> bool:

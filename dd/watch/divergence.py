@@ -17,7 +17,23 @@ PATIENCE = 5
 
 
 class DivergenceWarning(UserWarning):
-    """The recursion of decoupled descent grows without bound on this loss and these samples."""
+    """The recursion of decoupled descent grows without bound on this loss and these samples.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.DivergenceWarning)  # end such a run at once
+        >>> warnings.simplefilter("ignore", dd.StrainWarning)  # 25 samples of 50 inputs
+        >>> warnings.simplefilter("ignore", dd.ShadowWarning)
+        >>> linear = torch.nn.Linear(50, 1)
+        >>> optimizer = dd.DecoupledDescent(linear, lr=0.05)
+        >>> for step in range(100):
+        ...     optimizer.zero_grad()
+        ...     (linear(X[:25]).squeeze(1) - y[:25]).square().mean().backward()
+        ...     optimizer.step()
+        Traceback (most recent call last):
+            ...
+        dd.watch.divergence.DivergenceWarning: DecoupledDescent: with 25 samples of 50 inputs ...
+    """
 
 
 def feedback_growth(eigenvalues: Tensor, multiplicities: Tensor, num_samples: int) -> float:

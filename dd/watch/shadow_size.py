@@ -21,7 +21,21 @@ ROWS, FEWEST = 2048, 256
 
 
 class ShadowWarning(UserWarning):
-    """Shadows larger than the theory can explain: the training error is not to be believed."""
+    """Shadows larger than the theory can explain: the training error is not to be believed.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.ShadowWarning)  # end such a run at once
+        >>> noise = dd.NoiseModel(torch.tensor([30.0]), torch.tensor([50.0]))  # 30 times too much
+        >>> optimizer = dd.DecoupledDescent(model, lr=1.0, noise=noise)
+        >>> for step in range(10):
+        ...     optimizer.zero_grad()
+        ...     criterion(model(X), y).backward()
+        ...     optimizer.step()
+        Traceback (most recent call last):
+            ...
+        dd.watch.shadow_size.ShadowWarning: DecoupledDescent: at training forward ...
+    """
 
 
 def largest_share(noise: NoiseModel, num_samples: int) -> float:

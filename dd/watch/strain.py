@@ -15,7 +15,17 @@ MAX_COPIES_PER_SAMPLE = 0.01
 
 
 class StrainWarning(UserWarning):
-    """The training error may be off, because the sizes are far from those of the theory."""
+    """The training error may be off, because the sizes are far from those of the theory.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.StrainWarning)  # end such a run at once
+        >>> optimizer = dd.DecoupledDescent(model, lr=0.5)
+        >>> model(X[:30])
+        Traceback (most recent call last):
+            ...
+        dd.watch.strain.StrainWarning: DecoupledDescent: 30 samples of dimension 50 ...
+    """
 
 
 def strains(

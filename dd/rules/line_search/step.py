@@ -54,11 +54,41 @@ EXCEEDED = (
 
 
 class SearchWarning(UserWarning):
-    """A search went where the tracked loss cannot be that of new samples."""
+    """A search went where the tracked loss cannot be that of new samples.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.SearchWarning)  # end such a run at once
+        >>> optimizer = dd.DecoupledDescent(model, lr="auto", noise=dd.NoiseModel.fit(X, y))
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(model(X), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)  # nothing to warn of
+    """
 
 
 class NoSignalWarning(UserWarning):
-    """No step that ``lr="auto"`` tried told more than a constant prediction."""
+    """No step that ``lr="auto"`` tried told more than a constant prediction.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.NoSignalWarning)  # end such a run at once
+        >>> inputs, labels = X[:200, :10], torch.randint(2, (200,))  # labels of nothing
+        >>> linear = torch.nn.Linear(10, 2)
+        >>> optimizer = dd.DecoupledDescent(linear, lr="auto", noise=dd.NoiseModel.fit(inputs))
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(linear(inputs), labels)
+        ...     loss.backward()
+        ...     return loss
+        >>> for step in range(30):
+        ...     loss = optimizer.step(closure)
+        Traceback (most recent call last):
+            ...
+        dd.rules.line_search.step.NoSignalWarning: DecoupledDescent: lr="auto" found no signal: ...
+    """
 
 
 class LineStep:
