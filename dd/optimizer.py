@@ -29,6 +29,7 @@ from dd.line_settings import (
 from dd.line_step import MEMORY, LineStep
 from dd.loaders import tracked
 from dd.noise import NoiseModel
+from dd.plain_numbers import as_plain
 from dd.shadow_step import ShadowStep
 from dd.shadows import ShadowUpdate
 from dd.store import HEAD_LEFT, Store
@@ -427,11 +428,27 @@ class DecoupledDescent(torch.optim.SGD):
                 self._attachment.verdicts.withdraw()
         super().zero_grad(set_to_none)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; numbers of numpy become Python's.
+
+        Args:
+            param_group: as in ``torch.optim.SGD``.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.update({key: as_plain(value) for key, value in group.items() if key != "params"})
+
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with the shadows of all samples up to date."""
+        """Return the state, with the shadows of all samples up to date.
+
+        Numbers of numpy in the groups become Python's, which ``torch.load(weights_only=True)``
+        reads.
+        """
         self._settle()
-        return super().state_dict()
+        state = super().state_dict()
+        state["param_groups"] = [as_plain(group) for group in state["param_groups"]]
+        return state
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
