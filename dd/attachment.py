@@ -16,6 +16,7 @@ from dd.capture import Capture, Pushes, joined
 from dd.contribution import Contribution
 from dd.curvature import Rows, build
 from dd.fingerprint import Fingerprints
+from dd.fitted import require_same_order
 from dd.functional import (
     all_finite,
     at_least_single,
@@ -458,7 +459,7 @@ class Attachment:
                 f"DecoupledDescent: layer {self.name!r} must receive one row a sample, shape "
                 f"(n, {self.layer.in_features}), in training; got {tuple(inputs.shape)}"
             )
-        self.samples.resume(state.get("shadow_samples"))
+        self.bind(state, inputs.dtype)
         if self.noise is None and state.get("shadow_noise") is not None:
             eigenvalues, multiplicities = state["shadow_noise"]
             self.noise = NoiseModel(eigenvalues, multiplicities)
@@ -476,6 +477,22 @@ class Attachment:
                 "all samples, or use optimizer.track(loader)."
             )
         return placement
+
+    def bind(self, state: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+        """Take up the samples of a loaded state, where none are known yet.
+
+        Args:
+            state: of the decoupled weight.
+            dtype: of the inputs, where known.
+
+        Raises:
+            ValueError: if they are not those of the noise model in their order.
+        """
+        values = state.get("shadow_samples")
+        if self.samples.known is None and values is not None and not values.is_meta:
+            require_same_order(values, self.given_noise, dtype)
+            if dtype is not None:
+                self.samples.resume(values)
 
     def preactivation(
         self, placement: Placement | None, output: Tensor, state: dict[str, Any]

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import dd
+from dd.any_backend import any_backend
 from dd.assembly import (
     make_model,
     make_selection,
@@ -35,6 +36,7 @@ from dd.line_settings import chooses_rate
 from dd.lineup import is_decoupled, lined_up
 from dd.notices import noted
 from dd.optimizer import DecoupledDescent
+from dd.origin import changed_versions, origin_of, require_same_data
 from dd.prediction import check_theory, curves, deviations, predicted, write_theory
 from dd.recorder import Recorder
 from dd.results import Results
@@ -46,7 +48,7 @@ from dd.training import Schedule, TrainingStopped, train
 from dd.trial_results import Trials
 from dd.wandb_comparison import compared, headline
 from dd.wandb_logging import WandbRun
-from dd.wandb_session import WandbSession, check_settings
+from dd.wandb_session import WandbSession, check_settings, first_token
 
 __all__ = ["Experiment"]
 
@@ -85,6 +87,7 @@ class Experiment:
     wandb: WandbSession = field(init=False)
     report: Path | None = field(init=False, default=None)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
+    _has_begun: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -100,7 +103,11 @@ class Experiment:
         self.schedule_auto = replace(self.schedule, record_every=every)
         check_settings(tracking.wandb)
         self.device = choose_device(self.processes.device(self.config.device))
-        self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
+        if self.kept is None:
+            self.results = Results(token=first_token(self.folder))
+        else:
+            self.results = Results.restored(self.kept["run"])
+            self.results.note(changed_versions(self.kept["origin"]))
         self.results.note(left_out)
 
     @property
@@ -130,7 +137,7 @@ class Experiment:
 
     @property
     def figure(self) -> Path:
-        """Path of the picture."""
+        """Path of the picture, which may be missing."""
         return self.folder / "train_vs_test.png"
 
     def run(self) -> None:
@@ -178,13 +185,16 @@ class Experiment:
             if self.config.get("theory", False) and self.processes.leads:
                 self._predict()
         except BaseException:
-            # On a full disk this fails too, and the first error says more.
-            with suppress(OSError):
-                self._write_results(finished=False)
-                self._write_report()
+            # On a full disk this fails too, and the first error says more. A run that could not go
+            # on leaves its folder as it was.
+            written = (self._write_results, self._draw, self._write_report)
+            for write in written if self.kept is None or self._has_begun else ():
+                with suppress(OSError):
+                    write()
             raise
         self._write_results(finished=True)
         try:
+            self._draw(finished=True)
             self._compare()
         finally:
             self._write_report()
@@ -234,6 +244,7 @@ class Experiment:
         self, group: Together, left: list[int], display: ProgressDisplay | None
     ) -> None:
         """Train a group in the trials left, and keep what each chunk of them found."""
+        self._has_begun = True
         last = self.config.trials
         label = f"trials {left[0] + 1} to {last}" if len(left) > 1 else f"trial {last}"
         verb = "were computed at once" if len(left) > 1 else "was batched"
@@ -270,7 +281,7 @@ class Experiment:
                     self.results.fail(f"{self._label(name, trial)}: {failure}")
                 self._log(name, trial, records)
         self._note_progress()
-        self.history.write_csv(self.folder / "history.csv")
+        self._write_results()
 
     def _note_progress(self) -> None:
         if self._checkpoint is not None:
@@ -303,16 +314,22 @@ class Experiment:
         if not names:
             return
         config = with_seed(self.config, self.config.seed + trial)
-        split = make_split(config).to(self.device)
+        split = make_split(config)
+        kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
+        origin = origin_of(self.config, split) if kept is None else kept["origin"]
+        if kept is not None:
+            require_same_data(origin, split, _source(config))
+        elif self.kept is not None:
+            origin["directory"] = self.kept["origin"]["directory"]
+        split = split.to(self.device)
         if config.get("theory", False):
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
         if not split.is_tested:
             self.results.note([UNTESTED])
         initial = make_model(config, split)
-        kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
         states = {} if kept is None else kept["optimizers"]
-        self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, states)
+        self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, origin, states)
         for name in names if kept is None else names[names.index(kept["optimizer"]) :]:
             # What was chosen among candidates is kept only when it is through.
             if make_selection(config, name) is None or not self._is_through(name, trial):
@@ -320,12 +337,14 @@ class Experiment:
                 yield build_job(name, trial, config, initial, split, self._checkpoint, state)
 
     def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
+        self._has_begun = True
         label = self._label(job.name, job.trial)
         with noted() as sentences:
             recorder = self._recorder(job, display, sentences)
             try:
                 chosen_among = chooser(job, self.schedule)
                 with recorder.tracker:
+                    recorder.log_again()
                     if chosen_among is None:
                         self._train(job, recorder)
                     else:
@@ -333,10 +352,11 @@ class Experiment:
             except TrainingStopped as error:
                 self.results.fail(f"{label}: {error}")
                 recorder.doubt()
+            finally:
+                if isinstance(job.optimizer, DecoupledDescent):
+                    self.noise.setdefault(job.name, str(job.optimizer.noise))
         # What is said of the sizes is the same in every trial.
         self.results.note([f"{job.name}: {sentence}" for sentence in sentences])
-        if isinstance(job.optimizer, DecoupledDescent):
-            self.noise.setdefault(job.name, str(job.optimizer.noise))
         if recorder.edge.crossing is not None:
             self.results.note([f"{label}: {recorder.edge.crossing}"])
 
@@ -350,6 +370,7 @@ class Experiment:
             results=self.results,
             tracker=self._tracker(job.config, job.name, job.trial, resumes=self.kept is not None),
             checkpoint=job.checkpoint,
+            write=self._write_results,
             edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
             optimizer=optimizer,
             sentences=sentences,
@@ -425,7 +446,8 @@ class Experiment:
             tags=[f"dd-{dd.__version__}"],
             resumes=self.kept is not None,
         ) as run:
-            run.show(lambda wandb: compared(wandb, self.history, self.summary, self.figure))
+            figure = self.figure if self.figure.is_file() else None
+            run.show(lambda wandb: compared(wandb, self.history, self.summary, figure))
             run.summarise(headline(self.summary))
         if set(self.wandb.notes) - set(self.notes):
             self._write_summary(finished=True)
@@ -441,23 +463,36 @@ class Experiment:
         with replacing(target) as scratch:
             scratch.write_text(OmegaConf.to_yaml(settled(self.config)), encoding="utf-8")
 
-    def _write_results(self, *, finished: bool) -> None:
+    def _write_results(self, *, finished: bool = False) -> None:
+        """Write what was found so far, the tables before the summary that speaks of them."""
         if not self.history.records:
             # Nothing began, so the folder is free for the mended command.
-            (self.folder / "config.yaml").unlink()
+            (self.folder / "config.yaml").unlink(missing_ok=True)
             return
-        # Imported here, because matplotlib would double the time to an error message.
-        from dd.figures import train_vs_test
-
         self.history.write_csv(self.folder / "history.csv")
         if self.results.selection:
             write_rows(self.folder / "selection.csv", self.results.selection)
-        self._write_summary(finished=finished)
         if self.theory:
             write_theory(self.theory, self.folder / "state_evolution.csv")
+        self._write_summary(finished=finished)
+
+    def _draw(self, *, finished: bool = False) -> None:
+        """Write the picture; without it the run has lost nothing, but for a picture."""
+        if not self.history.records:
+            return
         theory = {name: curves(found) for name, found in self.theory.items()}
         validation = self.results.validation()
-        train_vs_test(self.history, self.figure, self.config.name, theory, validation)
+        try:
+            # Imported here, because matplotlib would double the time to an error message.
+            with any_backend():
+                from dd.figures import train_vs_test
+
+            train_vs_test(self.history, self.figure, self.config.name, theory, validation)
+        except Exception as error:
+            # One of an earlier state would be taken for this one's.
+            self.figure.unlink(missing_ok=True)
+            self.results.note([f"{self.figure.name} could not be drawn: {error}"])
+            self._write_summary(finished=finished)
 
     def _write_report(self) -> None:
         """Write the report from what is in the folder; without it the run has lost nothing."""
@@ -467,10 +502,13 @@ class Experiment:
             return
         try:
             # Imported here, because it would double the time to an error message.
-            from dd.report_page import write_report
+            with any_backend():
+                from dd.report_page import write_report
 
             self.report = write_report(self.folder)
         except Exception as error:
+            with suppress(OSError):
+                (self.folder / "report.html").unlink(missing_ok=True)
             self.results.note([f"report.html could not be written: {error}"])
 
     def _write_summary(self, *, finished: bool) -> None:
@@ -491,6 +529,12 @@ class Experiment:
             "noise": self.noise,
             "notes": self.notes,
         }
+
+
+def _source(config: DictConfig) -> str:
+    """Where the data come from, to the user."""
+    path = config.data.get("path")
+    return config.data["_target_"] if path is None else f"data.path={path}"
 
 
 def _describe(device: torch.device) -> str:

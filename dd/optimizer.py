@@ -275,6 +275,7 @@ class DecoupledDescent(torch.optim.SGD):
         attachment.register(self)
         self._attachment = attachment
         self._follow_head_as_state(attachment)
+        attachment.bind(self.state.get(attachment.weight, {}))
         # A gradient scaler must not leave the skipping of a step to the fused update.
         self._step_supports_amp_scaling = False
 
@@ -456,6 +457,10 @@ class DecoupledDescent(torch.optim.SGD):
 
         Args:
             state_dict: of an optimizer attached to the same layer and samples, or unattached.
+
+        Raises:
+            ValueError: if the noise model knows the samples one by one, and the state is of others
+                or of another order; the next forward raises it too.
         """
         given = [state_dict]
         # Last of the hooks that may exchange the state for another.
@@ -469,6 +474,7 @@ class DecoupledDescent(torch.optim.SGD):
             self._attachment.forget()
             self._watches = Watches()
             self._follow_head_as_state(self._attachment)
+            self._attachment.bind(self.state.get(self._attachment.weight, {}))
 
     def _follow_head_as_state(self, attachment: Attachment) -> None:
         """Follow the head, and as much of the decoupled layer, as the state does."""

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dd.any_backend import any_backend
 from dd.doubts import mark
 from dd.run_folder import RunFolder, read_run
 from dd.sweep_job import FILE, SweepJob, read_job
@@ -26,6 +28,7 @@ __all__ = [
     "Sweep",
     "SweepRow",
     "gather",
+    "job_folders",
     "main",
     "settings_label",
     "short",
@@ -65,6 +68,11 @@ class SweepRow:
     failed: str = ""
     run: RunFolder | None = None
     doubts: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job came to its end, with or without this optimizer."""
+        return self.run is not None and bool(self.run.provenance.get("finished", True))
 
 
 @dataclass(frozen=True)
@@ -136,17 +144,28 @@ def gather(folder: Path) -> Sweep:
 
     Raises:
         FileNotFoundError: if there are no jobs in it.
-        ValueError: if a job's files are damaged.
+        ValueError: if a ``job.json`` is damaged, or the jobs are of several multiruns.
     """
-    folders = sorted(path.parent for path in folder.glob(f"*/{FILE}"))
+    folders = job_folders(folder)
     if not folders:
         raise FileNotFoundError(
             f"{folder} holds no jobs; multiruns are outputs/<experiment>/<date>_<time>_sweep_..."
         )
     found = [(read_job(path), path) for path in folders]
     found.sort(key=lambda pair: (pair[0].number, str(pair[1])))
+    for (job, path), (after, other) in pairwise(found):
+        if job.number == after.number:
+            raise ValueError(
+                f"{path} and {other} are both job {job.number}: these are jobs of several "
+                "multiruns; move those of each to a folder of its own"
+            )
     rows = [row for job, path in found for row in _rows(job, path)]
     return Sweep(folder, swept([job for job, _ in found]), rows)
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """Return the folders of jobs in that of a multirun, in the order of their names."""
+    return sorted(path.parent for path in folder.rglob(FILE))
 
 
 def swept(jobs: Sequence[SweepJob]) -> list[str]:
@@ -178,7 +197,10 @@ def settings_label(settings: Mapping[str, str], keys: Sequence[str]) -> str:
 def _rows(job: SweepJob, path: Path) -> list[SweepRow]:
     if not (path / "summary.json").is_file():
         return [SweepRow(job, failed=job.failed or f"{path} has no results: it is not through")]
-    run = read_run(path)
+    try:
+        run = read_run(path)
+    except (OSError, ValueError) as error:
+        return [SweepRow(job, failed=job.failed or str(error))]
     return [_row(job, run, name) for name in run.optimizers]
 
 
@@ -187,7 +209,7 @@ def _row(job: SweepJob, run: RunFolder, name: str) -> SweepRow:
     figures = {column: _known(summary.get(key)) for column, key in FIGURES.items()}
     own = [f for f in run.provenance.get("failures", []) if f.split(":")[0].split(" ")[0] == name]
     if not own and not run.provenance.get("finished", True):
-        own = [job.failed or "interrupted"]
+        own = [job.failed or "it did not come to its end"]
     return SweepRow(job, name, figures, "; ".join(own), run, mark(summary))
 
 
@@ -201,16 +223,24 @@ def _number(value: float) -> str:
 
 def show(sweep: Sweep, console: Console | None = None) -> None:
     """Write table and picture of a multirun, and print the table."""
-    # Imported here, because matplotlib would double the time to an error message.
-    from dd.sweep_figure import draw
-
     console = console or Console()
-    table, picture = sweep.write_csv(), draw(sweep)
+    table = sweep.write_csv()
     console.print(sweep.table())
-    for failure in sweep.failures:
-        console.print(f"failed: {failure}", markup=False, highlight=False)
-    for label, path in (("table", table), ("picture", picture)):
-        console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
+    said = [("failed", failure) for failure in sweep.failures]
+    for label, what in (*said, ("table", table), ("picture", _drawn(sweep))):
+        console.print(f"{label}: {what}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _drawn(sweep: Sweep) -> Path | str:
+    """Path of the picture, or why there is none, which costs nothing else."""
+    try:
+        # Imported here, because matplotlib would double the time to an error message.
+        with any_backend():
+            from dd.sweep_figure import draw
+
+        return draw(sweep)
+    except Exception as error:
+        return f"could not be drawn: {error}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
