@@ -422,6 +422,16 @@ def kill_helpers():
         time.sleep(0.02)
 
 
+@pytest.fixture
+def dropped():
+    """Let wandb drop the handles of processes that it does not know to be gone."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.mark.usefixtures("dropped")
 @pytest.mark.parametrize("moment", [0, 2, 4], ids=["before", "amid", "at the end"])
 def test_a_run_whose_process_was_killed_is_logged_anew_as_a_whole(start, tmp_path, moment):
     reasons = []
@@ -434,10 +444,6 @@ def test_a_run_whose_process_was_killed_is_logged_anew_as_a_whole(start, tmp_pat
         if moment == 4:
             kill_helpers()
     assert [mode for _, mode in reasons] == ["offline"]
-    with warnings.catch_warnings():
-        # wandb drops the handle of a process that it does not know to be gone.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
     last = max((tmp_path / "run" / "wandb").glob("*run-*"), key=lambda path: path.stat().st_mtime)
     last.rename(tmp_path / "run" / "wandb" / "offline-run-last-whole")
     found = logged(tmp_path / "run", "whole")
@@ -446,6 +452,7 @@ def test_a_run_whose_process_was_killed_is_logged_anew_as_a_whole(start, tmp_pat
     assert [entry.exit_code for entry in found["exit"]] == [0]
 
 
+@pytest.mark.usefixtures("dropped")
 def test_wandb_that_fails_again_and_again_ends_nothing(start, monkeypatch):
     reasons = []
     run = start(give_up=lambda *said: reasons.append(said)).__enter__()
@@ -462,6 +469,7 @@ def failing(*arguments, **keywords):
     raise BrokenPipeError("gone")
 
 
+@pytest.mark.usefixtures("dropped")
 def test_a_later_run_that_cannot_be_started_ends_no_experiment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     init, calls = WandbRun._init, 0
