@@ -38,7 +38,8 @@ class Gather(Callback):
         try:
             _claim(folder)
             bind_study(config)
-        except (OSError, ValueError) as error:
+        # Hydra would only warn of it, and begin.
+        except Exception as error:
             sys.exit(f"error: {error}")
         _going_on.append(config)
 

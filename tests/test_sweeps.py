@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import matplotlib.image
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +18,7 @@ from dd.experiment import Experiment
 from dd.folder_lock import FolderTaken
 from dd.sweep import FIGURES, gather, show, swept
 from dd.sweep_job import SweepJob, objective_of, read_job, tracked_loss
+from dd.sweep_study import bind_study
 from dd.tracking import History, Record
 
 REPOSITORY = Path(__file__).parents[1]
@@ -157,19 +159,42 @@ def test_a_search_in_which_a_trial_diverges_has_found_its_answer(tmp_path, launc
     assert "no job of the search came to its end" in lost.stderr
 
 
-@pytest.mark.slow
-def test_a_stored_study_is_bound_to_its_settings(tmp_path):
+def search(storage, monkeypatch, *overrides):
+    """The configuration of a search whose study lives in this storage."""
+    monkeypatch.setattr(hydra.utils, "instantiate", lambda _: storage)
+    config = configure("hydra/sweeper=tracked", *overrides, hydra=True)
+    OmegaConf.set_struct(config, False)
+    config.hydra.sweeper.storage = {"_target_": "a.storage"}
+    config.hydra.overrides.task = list(overrides)
+    return config
+
+
+def test_a_stored_study_is_bound_to_its_settings_and_data(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    search = (
-        *("hydra/sweeper=tracked", "hydra.sweeper.n_trials=1", "optimizers=[dd]"),
-        *("hydra.sweeper.storage=sqlite:///study.db", "tracking.report=false"),
-    )
-    assert command(tmp_path, *search).returncode == 0
-    assert command(tmp_path, *search).returncode == 0
-    other = command(tmp_path, *search, "data.noise=2")
-    assert other.returncode == 1
-    assert "data.noise was not set and is 2" in other.stderr
-    assert "hydra.sweeper.study_name=" in other.stderr
+    optuna = pytest.importorskip("optuna")
+    storage = optuna.storages.InMemoryStorage()
+    data = tmp_path / "f.csv"
+    data.write_text("1,2")
+    first = ("lr=0.1", "tracking.progress=false", f"+data.path={data}")
+    bind_study(search(storage, monkeypatch, *first))
+    study = optuna.load_study(study_name="tracked", storage=storage)
+    study.tell(study.ask(), 0.5)
+    bind_study(search(storage, monkeypatch, *first, "tracking.record_every=1"))
+    with pytest.raises(ValueError, match=r"1 trials of other settings: lr was 0\.1 and is 0\.2"):
+        bind_study(search(storage, monkeypatch, "lr=0.2", *first[1:]))
+    data.write_text("1,3")
+    with pytest.raises(ValueError, match=r"data\.path was .*digest .* and is .*digest"):
+        bind_study(search(storage, monkeypatch, *first))
+
+
+def test_a_study_of_unknown_settings_is_refused(monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    optuna = pytest.importorskip("optuna")
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(study_name="tracked", storage=storage)
+    study.tell(study.ask(), 0.5)
+    with pytest.raises(ValueError, match=r"1 trials of unknown settings.*study_name="):
+        bind_study(search(storage, monkeypatch, "lr=0.1"))
 
 
 @pytest.mark.slow
