@@ -9,10 +9,16 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from dd.correction.attachment import Attachment
+from dd.correction.copied import Copied
 from dd.correction.head_choice import AUTO
 from dd.correction.head_form import follow_state
 from dd.correction.hook import Forward
-from dd.correction.saved_state import bond_of, forget_own, require_no_shadow, restore_values
+from dd.correction.saved_state import (
+    bind_samples,
+    forget_own,
+    require_no_shadow,
+    restore_values,
+)
 from dd.correction.shadows import ShadowUpdate
 from dd.correction.store import Store
 from dd.correction.tracker import Tracker
@@ -30,14 +36,13 @@ from dd.rules.line_search.step import MEMORY, LineStep
 from dd.rules.searched import idle_step, restore_best
 from dd.rules.settings import check_settings, refuse_without_module, require_isotropic
 from dd.rules.sgd import Moved, Scaling, attached_step, check_rate, move_group
+from dd.support.plain_numbers import PlainGroups
 from dd.watch.watches import Watches
 
 __all__ = ["DecoupledDescent"]
 
-_SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed", "_stops")
 
-
-class DecoupledDescent(Tracker, torch.optim.SGD):
+class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
     """Gradient descent whose training loss is, at every step, an estimate of the test loss.
 
     Lovig, arXiv 2604.27883. Given a module, it attaches itself to the first linear layer: in train
@@ -233,6 +238,7 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
         attachment.register(self._correct, self._correct_scores)
         self._attachment = attachment
         follow_state(attachment, self._store().state)
+        bind_samples(attachment, self.state.get(attachment.weight, {}))
         # A gradient scaler must not leave the skipping of a step to the fused update.
         self._step_supports_amp_scaling = False
 
@@ -319,6 +325,10 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
         Args:
             state_dict: of an optimizer attached to the same layer and samples, or unattached.
 
+        Raises:
+            ValueError: if the noise model knows the samples one by one, and the state is of others
+                or of another order; the next forward raises it too.
+
         Example:
             >>> import io
             >>> noise = dd.NoiseModel.fit(X, y)
@@ -347,38 +357,7 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
             self._attachment.forget()
             self._watches = Watches()
             follow_state(self._attachment, self._store().state)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: the settings, and the module that this is attached to."""
-        self._settle()
-        bond = None if self._attachment is None else bond_of(self._attachment)
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        if self._attachment is not None and self._attachment.has_left_head:
-            settings["_head"] = False
-        # A process group belongs to its process; to train alone is a choice.
-        settings["_process_group"] = False if self._process_group is False else None
-        return {**super().__getstate__(), "_bond": bond, "_own_settings": settings}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, and attach it to the copy of the module.
-
-        Args:
-            state: as :meth:`__getstate__` returns it.
-        """
-        state = dict(state)
-        bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
-        if settings is not None:
-            self._attachment, self._watches = None, Watches()
-            self._policy, self._stops = None, False
-            vars(self).update(settings)
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("decoupled_weight_decay", False)
-        if bond is not None:
-            module, layer, noise, *said = bond
-            self.attach(module, layer=layer, noise=noise)
-            if said and self._attachment is not None:
-                self._attachment.oversight.load_state_dict(said[0])
+            bind_samples(self._attachment, self.state.get(self._attachment.weight, {}))
 
     # A compiled step would keep some of the first one's shadows for good.
     @_disable_dynamo

@@ -12,6 +12,7 @@ from dd.correction.gradient_check import (
     same_weight,
     weight_changed,
 )
+from dd.correction.saved_state import bind_samples
 from dd.functional import (
     at_least_single,
     correct_preactivation_,
@@ -38,7 +39,7 @@ def place(
             f"DecoupledDescent: layer {attachment.name!r} must receive one row a sample, shape "
             f"(n, {attachment.layer.in_features}), in training; got {tuple(inputs.shape)}"
         )
-    attachment.samples.resume(state.get("shadow_samples"))
+    bind_samples(attachment, state, inputs.dtype)
     if attachment.noise is None and state.get("shadow_noise") is not None:
         eigenvalues, multiplicities = state["shadow_noise"]
         attachment.noise = NoiseModel(eigenvalues, multiplicities)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
 from dd.noise.model import NoiseModel
+from dd.samples.fitted import require_same_order
 
-__all__ = ["bond_of", "forget_own", "is_own", "require_no_shadow", "restore_values"]
+__all__ = ["bind_samples", "bond_of", "forget_own", "is_own", "require_no_shadow", "restore_values"]
 
 
 def is_own(key: str) -> bool:
@@ -62,3 +63,23 @@ def restore_values(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
                 dtype = value.dtype if is_own(name) else optimizer.state[parameter][name].dtype
                 value = value.to(parameter.device, dtype, copy=True)
                 optimizer.state[parameter][name] = value
+
+
+def bind_samples(
+    attachment: Attachment, state: dict[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """Take up the samples of a loaded state, where none are known yet.
+
+    Args:
+        attachment: of the layer.
+        state: of the decoupled weight.
+        dtype: of the inputs, where known.
+
+    Raises:
+        ValueError: if they are not those of the noise model in their order.
+    """
+    values = state.get("shadow_samples")
+    if attachment.samples.known is None and values is not None and not values.is_meta:
+        require_same_order(values, attachment.given_noise, dtype)
+        if dtype is not None:
+            attachment.samples.resume(values)

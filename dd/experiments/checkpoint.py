@@ -15,7 +15,7 @@ from dd.support.files import replacing
 __all__ = ["FORMAT", "Checkpoint", "read_checkpoint"]
 
 # Of the file's content; another one than this is refused.
-FORMAT = 2
+FORMAT = 3
 
 
 class Checkpoint:
@@ -23,21 +23,28 @@ class Checkpoint:
 
     The file maps ``"trial"`` to the trial, ``"optimizers"`` to the step, the model's, the
     optimizer's and its watchers' state (``"progress"``) of each optimizer by name, ``"optimizer"``
-    to the name of the one in training, and ``"run"`` to what the run has found so far.
+    to the name of the one in training, ``"run"`` to what the run has found so far, and
+    ``"origin"`` to what it began with.
 
     Args:
         path: of the file; it is always a whole one.
         trial: which repetition the states belong to.
+        origin: what the run and this trial began with.
         optimizers: states of this trial that are to stay.
     """
 
     def __init__(
-        self, path: Path, trial: int, optimizers: Mapping[str, dict[str, Any]] | None = None
+        self,
+        path: Path,
+        trial: int,
+        origin: Mapping[str, Any],
+        optimizers: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.path = path
         self._content: dict[str, Any] = {
             "format": FORMAT,
             "trial": trial,
+            "origin": dict(origin),
             "optimizers": dict(optimizers or {}),
         }
         if optimizers:

@@ -7,6 +7,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from omegaconf import DictConfig
+
 from dd.baselines.chosen import Chooser, rates
 from dd.data.reading import Reading
 from dd.experiments.assembly import (
@@ -17,10 +19,10 @@ from dd.experiments.assembly import (
     with_seed,
 )
 from dd.experiments.checkpoint import Checkpoint
-from dd.experiments.folder_lock import FolderTaken, alone_in
 from dd.experiments.jobs import Job, build_job, chooser
 from dd.experiments.notices import noted
-from dd.experiments.output import Output
+from dd.experiments.origin import changed_versions, origin_of, require_same_data
+from dd.experiments.output import Output, first_token
 from dd.experiments.prediction import check_theory, deviations, predicted
 from dd.experiments.recorder import Recorder
 from dd.experiments.together import Together, doubts_in, failure_of, groups_of, records_of
@@ -32,6 +34,7 @@ from dd.runs.results import Results
 from dd.support.checks import check_count
 from dd.support.device import choose_device
 from dd.support.files import remove_scratch
+from dd.support.folder_lock import FolderTaken, alone_in
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.history import Record
 from dd.tracking.wandb_session import WandbSession, check_settings
@@ -64,6 +67,7 @@ class Experiment(Output):
     moves_aside: bool = False
     on_read: Callable[[Mapping[str, Any]], None] | None = field(init=False, default=None)
     _checkpoint: Checkpoint | None = field(init=False, default=None)
+    _has_begun: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         validate(self.config)
@@ -79,7 +83,11 @@ class Experiment(Output):
         self.schedule_auto = replace(self.schedule, record_every=every)
         check_settings(tracking.wandb)
         self.device = choose_device(self.processes.device(self.config.device))
-        self.results = Results() if self.kept is None else Results.restored(self.kept["run"])
+        if self.kept is None:
+            self.results = Results(token=first_token(self.folder))
+        else:
+            self.results = Results.restored(self.kept["run"])
+            self.results.note(changed_versions(self.kept["origin"]))
         self.results.note(left_out)
 
     def run(self) -> None:
@@ -127,13 +135,16 @@ class Experiment(Output):
             if self.config.get("theory", False) and self.processes.leads:
                 self._predict()
         except BaseException:
-            # On a full disk this fails too, and the first error says more.
-            with suppress(OSError):
-                self._write_results(finished=False)
-                self._write_report()
+            # On a full disk this fails too, and the first error says more. A run that could not go
+            # on leaves its folder as it was.
+            written = (self._write_results, self._draw, self._write_report)
+            for write in written if self.kept is None or self._has_begun else ():
+                with suppress(OSError):
+                    write()
             raise
         self._write_results(finished=True)
         try:
+            self._draw(finished=True)
             self._compare()
         finally:
             self._write_report()
@@ -183,6 +194,7 @@ class Experiment(Output):
         self, group: Together, left: list[int], display: ProgressDisplay | None
     ) -> None:
         """Train a group in the trials left, and keep what each chunk of them found."""
+        self._has_begun = True
         last = self.config.trials
         label = f"trials {left[0] + 1} to {last}" if len(left) > 1 else f"trial {last}"
         verb = "were computed at once" if len(left) > 1 else "was batched"
@@ -219,7 +231,7 @@ class Experiment(Output):
                     self.results.fail(f"{self._label(name, trial)}: {failure}")
                 self._log(name, trial, records)
         self._note_progress()
-        self.history.write_csv(self.folder / "history.csv")
+        self._write_results()
 
     def _note_progress(self) -> None:
         if self._checkpoint is not None:
@@ -252,7 +264,14 @@ class Experiment(Output):
         if not names:
             return
         config = with_seed(self.config, self.config.seed + trial)
-        split = make_split(config).to(self.device)
+        split = make_split(config)
+        kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
+        origin = origin_of(self.config, split) if kept is None else kept["origin"]
+        if kept is not None:
+            require_same_data(origin, split, _source(config))
+        elif self.kept is not None:
+            origin["directory"] = self.kept["origin"]["directory"]
+        split = split.to(self.device)
         if config.get("theory", False):
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
@@ -261,9 +280,8 @@ class Experiment(Output):
         if not split.is_tested:
             self.results.note([UNTESTED])
         initial = make_model(config, split)
-        kept = self.kept if self.kept is not None and self.kept["trial"] == trial else None
         states = {} if kept is None else kept["optimizers"]
-        self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, states)
+        self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, origin, states)
         for name in names if kept is None else names[names.index(kept["optimizer"]) :]:
             # What was chosen among candidates is kept only when it is through.
             if make_selection(config, name) is None or not self._is_through(name, trial):
@@ -282,12 +300,14 @@ class Experiment(Output):
                 self.on_read(self.results.data)
 
     def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
+        self._has_begun = True
         label = self._label(job.name, job.trial)
         with noted() as sentences:
             recorder = self._recorder(job, display, sentences)
             try:
                 chosen_among = chooser(job, self.schedule)
                 with recorder.tracker:
+                    recorder.log_again()
                     if chosen_among is None:
                         self._train(job, recorder)
                     else:
@@ -295,10 +315,11 @@ class Experiment(Output):
             except TrainingStopped as error:
                 self.results.fail(f"{label}: {error}")
                 recorder.doubt()
+            finally:
+                if isinstance(job.optimizer, DecoupledDescent):
+                    self.noise.setdefault(job.name, str(job.optimizer.noise))
         # What is said of the sizes is the same in every trial.
         self.results.note([f"{job.name}: {sentence}" for sentence in sentences])
-        if isinstance(job.optimizer, DecoupledDescent):
-            self.noise.setdefault(job.name, str(job.optimizer.noise))
         if recorder.edge.crossing is not None:
             self.results.note([f"{label}: {recorder.edge.crossing}"])
 
@@ -312,6 +333,7 @@ class Experiment(Output):
             results=self.results,
             tracker=self._tracker(job.config, job.name, job.trial, resumes=self.kept is not None),
             checkpoint=job.checkpoint,
+            write=self._write_results,
             edge=EdgeWatch(model, optimizer, split.train_inputs, split.train_targets),
             optimizer=optimizer,
             sentences=sentences,
@@ -362,3 +384,9 @@ class Experiment(Output):
                 ]
             )
         recorder.take(chosen)
+
+
+def _source(config: DictConfig) -> str:
+    """Where the data come from, to the user."""
+    path = config.data.get("path")
+    return config.data["_target_"] if path is None else f"data.path={path}"

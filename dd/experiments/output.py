@@ -1,7 +1,9 @@
 """What an experiment writes: its run folder, its logs, and their comparison."""
 
 import os
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,23 @@ from dd.experiments.assembly import (
     optimizer_settings,
     settled,
 )
-from dd.experiments.folder_lock import FolderTaken
 from dd.experiments.prediction import curves
 from dd.runs.lineup import is_decoupled
 from dd.runs.results import Results
 from dd.runs.theory_file import write_theory
 from dd.support.files import replacing, write_json, write_rows
+from dd.support.folder_lock import FolderTaken
+from dd.sweep.job import FILE, read_job
 from dd.theory.state_evolution import StateEvolution
+from dd.tracking.any_backend import any_backend
 from dd.tracking.history import History
 from dd.tracking.wandb_comparison import compared, headline
 from dd.tracking.wandb_logging import WandbRun
 from dd.tracking.wandb_session import WandbSession
+from dd.tracking.wandb_variables import run_id
 from dd.training.launch import Processes
 
-__all__ = ["Output"]
+__all__ = ["Output", "first_token"]
 
 
 @dataclass
@@ -84,7 +89,7 @@ class Output:
 
     @property
     def figure(self) -> Path:
-        """Path of the picture."""
+        """Path of the picture, which may be missing."""
         return self.folder / "train_vs_test.png"
 
     def _tracker(self, config: DictConfig, name: str, trial: int, *, resumes: bool) -> WandbRun:
@@ -111,7 +116,8 @@ class Output:
             tags=[f"dd-{dd.__version__}"],
             resumes=self.kept is not None,
         ) as run:
-            run.show(lambda wandb: compared(wandb, self.history, self.summary, self.figure))
+            figure = self.figure if self.figure.is_file() else None
+            run.show(lambda wandb: compared(wandb, self.history, self.summary, figure))
             run.summarise(headline(self.summary))
         if set(self.wandb.notes) - set(self.notes):
             self._write_summary(finished=True)
@@ -127,23 +133,36 @@ class Output:
         with replacing(target) as scratch:
             scratch.write_text(OmegaConf.to_yaml(settled(self.config)), encoding="utf-8")
 
-    def _write_results(self, *, finished: bool) -> None:
+    def _write_results(self, *, finished: bool = False) -> None:
+        """Write what was found so far, the tables before the summary that speaks of them."""
         if not self.history.records:
             # Nothing began, so the folder is free for the mended command.
-            (self.folder / "config.yaml").unlink()
+            (self.folder / "config.yaml").unlink(missing_ok=True)
             return
-        # Imported here, because matplotlib would double the time to an error message.
-        from dd.tracking.figures import train_vs_test
-
         self.history.write_csv(self.folder / "history.csv")
         if self.results.selection:
             write_rows(self.folder / "selection.csv", self.results.selection)
-        self._write_summary(finished=finished)
         if self.theory:
             write_theory(self.theory, self.folder / "state_evolution.csv")
+        self._write_summary(finished=finished)
+
+    def _draw(self, *, finished: bool = False) -> None:
+        """Write the picture; without it the run has lost nothing, but for a picture."""
+        if not self.history.records:
+            return
         theory = {name: curves(found) for name, found in self.theory.items()}
         validation = self.results.validation()
-        train_vs_test(self.history, self.figure, self.config.name, theory, validation)
+        try:
+            # Imported here, because matplotlib would double the time to an error message.
+            with any_backend():
+                from dd.tracking.figures import train_vs_test
+
+            train_vs_test(self.history, self.figure, self.config.name, theory, validation)
+        except Exception as error:
+            # One of an earlier state would be taken for this one's.
+            self.figure.unlink(missing_ok=True)
+            self.results.note([f"{self.figure.name} could not be drawn: {error}"])
+            self._write_summary(finished=finished)
 
     def _write_report(self) -> None:
         """Write the report from what is in the folder; without it the run has lost nothing."""
@@ -153,10 +172,13 @@ class Output:
             return
         try:
             # Imported here, because it would double the time to an error message.
-            from dd.report.page import write_report
+            with any_backend():
+                from dd.report.page import write_report
 
             self.report = write_report(self.folder)
         except Exception as error:
+            with suppress(OSError):
+                (self.folder / "report.html").unlink(missing_ok=True)
             self.results.note([f"report.html could not be written: {error}"])
 
     def _write_summary(self, *, finished: bool) -> None:
@@ -184,3 +206,15 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads, {os.cpu_count()} cores)"
+
+
+def first_token(folder: Path) -> str:
+    """Return what the ids of a new experiment's runs begin with: WANDB_RUN_ID, or what none has.
+
+    Args:
+        folder: the run folder; jobs of one multirun differ by their number.
+    """
+    given = run_id()
+    if given is None:
+        return secrets.token_hex(8)
+    return f"{given}-{read_job(folder).number}" if (folder / FILE).is_file() else given

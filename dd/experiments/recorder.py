@@ -1,6 +1,6 @@
 """Sends what one optimizer and trial shows where it belongs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Recorder:
         results: receives the records.
         tracker: receives them too.
         checkpoint: receives the states.
+        write: writes what the run has found so far.
         edge: looks at every recorded state.
         optimizer: that trains; candidates have others.
         sentences: what the optimizer has warned of.
@@ -46,6 +47,7 @@ class Recorder:
     results: Results
     tracker: WandbRun
     checkpoint: Checkpoint
+    write: Callable[[], None]
     edge: EdgeWatch
     optimizer: torch.optim.Optimizer
     sentences: list[str]
@@ -66,12 +68,18 @@ class Recorder:
         if self.display is not None:
             self.display.update(self.task, entry)
 
+    def log_again(self) -> None:
+        """Log what was recorded before an interruption, of which some may not have been sent."""
+        for entry in self.results.history.records:
+            if (entry.optimizer, entry.trial) == (self.name, self.trial):
+                self.tracker.log(entry)
+
     def doubt(self) -> None:
         """Take down why the training error is not to be believed, by now."""
         self.results.doubt(self.name, self.trial, doubts_of(self.optimizer))
 
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write the checkpoint, from which alone a run is resumed, and the history."""
+        """Write the checkpoint, from which alone a run is resumed, and what else was found."""
         progress = {
             "setup": self.setup,
             "seconds": self.seconds,
@@ -82,7 +90,7 @@ class Recorder:
         }
         run = self.results.state_dict()
         self.checkpoint.keep(self.name, step, model, optimizer, progress, run)
-        self.results.history.write_csv(self.checkpoint.path.with_name("history.csv"))
+        self.write()
 
     def spend(self, seconds: float, samples: int) -> None:
         """Take the time of one update, and how many samples' loss it differentiated."""

@@ -9,11 +9,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from dd.experiments.checkpoint import read_checkpoint
 from dd.experiments.experiment import Experiment
+from dd.experiments.origin import changed_settings
 
 __all__ = ["named_folder", "resumed"]
 
 # What does not change what is computed.
 FREE = ("tracking.progress", "tracking.report", "tracking.wandb.mode")
+# Where the data are, which are held against those that the run began with, and where to compute.
+PLACES = ("path", "test_path", "root", "cache")
+MOVABLE = (*(f"data.{place}" for place in PLACES), "data.download", "device")
 
 
 def named_folder(arguments: Sequence[str]) -> Path | None:
@@ -39,10 +43,10 @@ def resumed(folder: Path, arguments: Sequence[str]) -> Experiment:
     """
     free = [a for a in arguments if a.lstrip("+").partition("=")[0] != "resume"]
     for argument in free:
-        if argument.partition("=")[0] not in FREE:
+        if argument.partition("=")[0] not in (*FREE, *MOVABLE):
             raise ValueError(
                 f"resume= takes all settings from the folder's config.yaml; {argument} cannot go "
-                f"with it, only {', '.join(FREE)} can"
+                f"with it, only {', '.join((*FREE, *MOVABLE))} can"
             )
     if len(free) + 1 < len(arguments):
         raise ValueError("resume= takes one folder")
@@ -55,8 +59,9 @@ def resumed(folder: Path, arguments: Sequence[str]) -> Experiment:
             "with the settings of its config.yaml"
         )
     kept = read_checkpoint(path)
+    _require_unedited(config, kept["origin"], folder)
+    _follow_paths(config, Path(kept["origin"]["directory"]))
     config.merge_with_dotlist(free)
-    _require_matching(config, kept, folder)
     return Experiment(config, folder, kept)
 
 
@@ -72,12 +77,22 @@ def _config(folder: Path) -> DictConfig:
     return config
 
 
-def _require_matching(config: DictConfig, kept: Mapping[str, Any], folder: Path) -> None:
-    if kept["trial"] >= config.trials or kept["optimizer"] not in config.optimizers:
+def _require_unedited(config: DictConfig, origin: Mapping[str, Any], folder: Path) -> None:
+    changed = changed_settings(origin, config)
+    if changed:
+        shown = "; ".join([*changed[:4], *(["..."] if len(changed) > 4 else [])])
         raise ValueError(
-            f"{folder / 'config.yaml'} does not name optimizer {kept['optimizer']}, trial "
-            f"{kept['trial'] + 1}, at which the run was interrupted; it must not be edited"
+            f"{folder / 'config.yaml'} and the checkpoint beside it are not of one run: {shown}. A "
+            "run goes on with the settings that it began with: put them back, or start a new run"
         )
+
+
+def _follow_paths(config: DictConfig, directory: Path) -> None:
+    """Look for relative paths where the run began; where they are not there, in this directory."""
+    for place in PLACES:
+        path = config.data.get(place)
+        if isinstance(path, str) and not path.startswith("~") and (directory / path).exists():
+            config.data[place] = str(directory / path)
 
 
 def _require_unfinished(folder: Path) -> None:

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dd.tracking.any_backend import any_backend
+
 try:
-    from dd.report.comparison import write_comparison, write_sweep_report
-    from dd.report.page import FILE, GENERATOR, write_report
-    from dd.runs.folder import RunFolder, read_run
-    from dd.sweep.job import FILE as JOB
-    from dd.sweep.table import Sweep, gather
+    with any_backend():
+        from dd.report.comparison import write_comparison, write_sweep_report
+        from dd.report.page import FILE, GENERATOR, write_report
+        from dd.runs.folder import RunFolder, read_run
+        from dd.sweep.table import Sweep, gather, job_folders
 except ModuleNotFoundError as error:
     sys.exit(
         f"python -m dd.report needs the package {error.name!r}: pip install "
@@ -61,7 +63,7 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def _read(folder: Path) -> RunFolder | Sweep:
-    is_multirun = not (folder / "summary.json").is_file() and any(folder.glob(f"*/{JOB}"))
+    is_multirun = not (folder / "summary.json").is_file() and bool(job_folders(folder))
     return gather(folder) if is_multirun else read_run(folder)
 
 

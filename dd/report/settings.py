@@ -9,7 +9,7 @@ from dd.runs.folder import RunFolder
 from dd.sweep.job import FILE, SweepJob, read_job
 from dd.sweep.table import swept
 
-__all__ = ["differing"]
+__all__ = ["differing", "flat"]
 
 # Settings that change nothing that is computed.
 IDLE = ("tracking", "resume", "objective")
@@ -32,7 +32,7 @@ def differing(runs: Sequence[RunFolder]) -> tuple[list[str], list[Mapping[str, s
         jobs = [read_job(run.path) for run in runs]
         return swept(jobs), [job.overrides for job in jobs]
     shared = set.intersection(*(set(run.optimizers) for run in runs))
-    jobs = [SweepJob(number, _flat(_own(run, shared))) for number, run in enumerate(runs)]
+    jobs = [SweepJob(number, flat(_own(run, shared))) for number, run in enumerate(runs)]
     return _leading(swept(jobs), jobs), [job.overrides for job in jobs]
 
 
@@ -50,12 +50,12 @@ def _own(run: RunFolder, shared: Set[str]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in IDLE}
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Every value by its dotted key, written as on a command line."""
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return every value by its dotted key, written as on a command line."""
     found: dict[str, str] = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = _written(value)
     return found

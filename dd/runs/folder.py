@@ -108,6 +108,8 @@ def _results(
             for trial, own in zip(trials, found, strict=True)
             if own.get("samples") is not None
         }
+        for trial, own in zip(trials, found, strict=True):
+            _require_same_state(path, history.select(name, trial)[-1], own)
         doubts |= {
             (name, trial): tuple(own["doubts"])
             for trial, own in zip(trials, found, strict=True)
@@ -124,6 +126,21 @@ def _results(
         read_rows(chosen, SELECTION_COLUMNS, _selection_row) if chosen.is_file() else [],
         doubts=doubts,
     )
+
+
+def _require_same_state(path: Path, last: Record, figures: Mapping[str, Any]) -> None:
+    """Check that a summary is of the last record that the history has.
+
+    Raises:
+        ValueError: if it is of an earlier or a later state.
+    """
+    steps = figures.get("steps", last.step)
+    if steps != last.step:
+        raise ValueError(
+            f"{path / 'history.csv'} goes to step {last.step} of {last.optimizer}, trial "
+            f"{last.trial + 1}, and {path / 'summary.json'} to step {steps}: the run was killed "
+            f"between the two, or is going on. python -m dd resume={path} brings it to its end"
+        )
 
 
 def _fit(figures: Mapping[str, Any]) -> Fit:

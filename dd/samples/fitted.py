@@ -9,7 +9,13 @@ from torch import Tensor
 from dd.noise.model import NoiseModel
 from dd.support.fingerprint import Fingerprints
 
-__all__ = ["fitted_samples", "refuse_others", "require_spread", "require_told"]
+__all__ = [
+    "fitted_samples",
+    "refuse_others",
+    "require_same_order",
+    "require_spread",
+    "require_told",
+]
 
 # Rows in their order, computed anew or scaled by another estimate of the same deviation: noise off
 # by so little changes the correction by less than its own sampling error.
@@ -113,6 +119,47 @@ def require_told(
             f"other samples, other units or augmented inputs.{blame()} "
             + _REMEDY.format(these="the announced samples in their order")
         )
+
+
+def require_same_order(
+    known: Tensor, noise: NoiseModel | None, dtype: torch.dtype | None = None
+) -> None:
+    """Check that a state is of the samples that a noise model knows one by one, in their order.
+
+    Args:
+        known: fingerprints that the state holds, shape (n, 3), not a number where not yet seen.
+        noise: the model.
+        dtype: of the inputs, where known; until then nothing is said of samples that are nowhere.
+
+    Raises:
+        ValueError: if they stand in another order, or all are other samples.
+    """
+    if noise is None or noise.fingerprints is None or noise.num_samples is None:
+        return
+    index = (~known[:, 0].isnan()).nonzero().squeeze(1)
+    fitted, found = noise.fingerprints.to(known), known[index]
+    if len(index) == 0 or int(index.max()) >= len(fitted):
+        return
+    off = (found.double() - fitted[index].double()).std(0, correction=0)
+    # The first batch may have been shifted, or computed anew.
+    if bool((off <= _SAME_ROW * fitted.double().std(0, correction=0)).all()):
+        return
+    rounding = None if dtype is None else _rounding(dtype)
+    _, differ = Fingerprints(fitted, rounding=rounding).differ(index, found)
+    moved = int(Fingerprints(fitted).find(found[differ])[1].sum())
+    if moved == 0 and (dtype is None or not bool(differ.all())):
+        return
+    told = (
+        f"{moved} of {len(index)} stand in another order"
+        if moved
+        else "the noise model was fitted on others"
+    )
+    raise ValueError(
+        f"DecoupledDescent: the loaded state holds the shadows of {len(known)} training samples, "
+        f"and the noise model knows {len(fitted)} one by one (component ids or masses): {told}. "
+        "Fit the noise model on the samples in the order in which the state was made: "
+        "noise=dd.NoiseModel.fit(inputs, components); or train on from the start without the state."
+    )
 
 
 def require_spread(seen: Tensor, noise: NoiseModel | None, *, whole: bool) -> None:

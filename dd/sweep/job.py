@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from dd.runs.lineup import asked_for, is_decoupled, known_optimizers
 from dd.support.files import write_json
+from dd.support.folder_lock import FolderTaken
 from dd.tracking.history import History
 from dd.tracking.mark import mark
 
@@ -28,17 +29,37 @@ class SweepJob:
         number: in the order of the multirun, from 0.
         overrides: of the command line and the sweeper, such as ``{"lr": "0.1"}``.
         failed: why it could not be done, in a sentence; None where it could, or is going on.
+        sweep: letters that all jobs of the multirun share, and no other's.
     """
 
     number: int
     overrides: Mapping[str, str]
     failed: str | None = None
+    sweep: str = ""
 
     @classmethod
-    def of_overrides(cls, number: int, overrides: Sequence[str]) -> "SweepJob":
+    def of_overrides(cls, number: int, overrides: Sequence[str], sweep: str = "") -> "SweepJob":
         """Return a job that begins; overrides as typed, ``["lr=0.1"]``."""
         pairs = (override.lstrip("+~").partition("=") for override in overrides)
-        return cls(number, {key: value for key, _, value in pairs})
+        return cls(number, {key: value for key, _, value in pairs}, sweep=sweep)
+
+    def is_begun_in(self, folder: Path) -> bool:
+        """Whether a folder holds this very job, as when a cluster runs it once more.
+
+        Raises:
+            FolderTaken: if it holds another one.
+            ValueError: if its ``job.json`` is damaged.
+        """
+        if not (folder / FILE).is_file():
+            return False
+        held = read_job(folder)
+        if (held.number, held.overrides, held.sweep) == (self.number, self.overrides, self.sweep):
+            return True
+        raise FolderTaken(
+            f"the folder {folder} of job {self.number} holds job {held.number} of "
+            f"{'this' if held.sweep == self.sweep else 'another'} multirun; the jobs need folders "
+            "of their own: hydra.sweep.subdir=... must differ between them"
+        )
 
     def write(self, folder: Path) -> None:
         """Write it to its folder."""

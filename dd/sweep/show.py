@@ -8,22 +8,31 @@ from pathlib import Path
 from rich.console import Console
 
 from dd.sweep.table import Sweep, gather
+from dd.tracking.any_backend import any_backend
 
 __all__ = ["main", "show"]
 
 
 def show(sweep: Sweep, console: Console | None = None) -> None:
     """Write table and picture of a multirun, and print the table."""
-    # Imported here, because matplotlib would double the time to an error message.
-    from dd.sweep.figure import draw
-
     console = console or Console()
-    table, picture = sweep.write_csv(), draw(sweep)
+    table = sweep.write_csv()
     console.print(sweep.table())
-    for failure in sweep.failures:
-        console.print(f"failed: {failure}", markup=False, highlight=False)
-    for label, path in (("table", table), ("picture", picture)):
-        console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
+    said = [("failed", failure) for failure in sweep.failures]
+    for label, what in (*said, ("table", table), ("picture", _drawn(sweep))):
+        console.print(f"{label}: {what}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _drawn(sweep: Sweep) -> Path | str:
+    """Path of the picture, or why there is none, which costs nothing else."""
+    try:
+        # Imported here, because matplotlib would double the time to an error message.
+        with any_backend():
+            from dd.sweep.figure import draw
+
+        return draw(sweep)
+    except Exception as error:
+        return f"could not be drawn: {error}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from dd.support.files import replacing
 from dd.sweep.job import FILE, SweepJob, read_job
 from dd.tracking.mark import mark
 
-__all__ = ["FIGURES", "Sweep", "SweepRow", "gather", "settings_label", "short", "swept"]
+__all__ = [
+    "FIGURES",
+    "Sweep",
+    "SweepRow",
+    "gather",
+    "job_folders",
+    "settings_label",
+    "short",
+    "swept",
+]
 
 # Column of the table, and the key of summary.json that it takes.
 FIGURES = {
@@ -52,6 +62,11 @@ class SweepRow:
     failed: str = ""
     run: RunFolder | None = None
     doubts: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job came to its end, with or without this optimizer."""
+        return self.run is not None and bool(self.run.provenance.get("finished", True))
 
 
 @dataclass(frozen=True)
@@ -123,17 +138,28 @@ def gather(folder: Path) -> Sweep:
 
     Raises:
         FileNotFoundError: if there are no jobs in it.
-        ValueError: if a job's files are damaged.
+        ValueError: if a ``job.json`` is damaged, or the jobs are of several multiruns.
     """
-    folders = sorted(path.parent for path in folder.glob(f"*/{FILE}"))
+    folders = job_folders(folder)
     if not folders:
         raise FileNotFoundError(
             f"{folder} holds no jobs; multiruns are outputs/<experiment>/<date>_<time>_sweep_..."
         )
     found = [(read_job(path), path) for path in folders]
     found.sort(key=lambda pair: (pair[0].number, str(pair[1])))
+    for (job, path), (after, other) in pairwise(found):
+        if job.number == after.number:
+            raise ValueError(
+                f"{path} and {other} are both job {job.number}: these are jobs of several "
+                "multiruns; move those of each to a folder of its own"
+            )
     rows = [row for job, path in found for row in _rows(job, path)]
     return Sweep(folder, swept([job for job, _ in found]), rows)
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """Return the folders of jobs in that of a multirun, in the order of their names."""
+    return sorted(path.parent for path in folder.rglob(FILE))
 
 
 def swept(jobs: Sequence[SweepJob]) -> list[str]:
@@ -165,7 +191,10 @@ def settings_label(settings: Mapping[str, str], keys: Sequence[str]) -> str:
 def _rows(job: SweepJob, path: Path) -> list[SweepRow]:
     if not (path / "summary.json").is_file():
         return [SweepRow(job, failed=job.failed or f"{path} has no results: it is not through")]
-    run = read_run(path)
+    try:
+        run = read_run(path)
+    except (OSError, ValueError) as error:
+        return [SweepRow(job, failed=job.failed or str(error))]
     return [_row(job, run, name) for name in run.optimizers]
 
 
@@ -174,7 +203,7 @@ def _row(job: SweepJob, run: RunFolder, name: str) -> SweepRow:
     figures = {column: _known(summary.get(key)) for column, key in FIGURES.items()}
     own = [f for f in run.provenance.get("failures", []) if f.split(":")[0].split(" ")[0] == name]
     if not own and not run.provenance.get("finished", True):
-        own = [job.failed or "interrupted"]
+        own = [job.failed or "it did not come to its end"]
     return SweepRow(job, name, figures, "; ".join(own), run, mark(summary))
 
 

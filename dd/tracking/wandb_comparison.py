@@ -35,7 +35,7 @@ def compared(
     wandb: Any,
     history: History,
     summaries: Mapping[str, Mapping[str, Any]],
-    figure: Path,
+    figure: Path | None,
 ) -> dict[str, Any]:
     """Return charts of train and test curves of all optimizers, the picture, and the table.
 
@@ -43,10 +43,11 @@ def compared(
         wandb: the package.
         history: what was recorded; curves are medians over trials.
         summaries: figures of ``summary.json`` for each optimizer's name.
-        figure: path of the picture.
+        figure: path of the picture, if there is one.
     """
     charts = {metric: _chart(wandb, history, metric) for metric in ("error", "loss")}
-    return {**charts, "curves": wandb.Image(str(figure)), "methods": _table(wandb, summaries)}
+    pictures = {} if figure is None else {"curves": wandb.Image(str(figure))}
+    return {**charts, **pictures, "methods": _table(wandb, summaries)}
 
 
 def _chart(wandb: Any, history: History, metric: str) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +36,8 @@ class WandbRun:
     """Log one run; use as a context manager.
 
     The run is closed as failed when the block raises. With mode "disabled" nothing happens and
-    wandb is not imported. A server that stops answering ends nothing: the run is on the disk.
+    wandb is not imported. Neither a server that stops answering nor the end of wandb's own process
+    ends anything: the run is on the disk, and where rows were lost it is logged anew.
 
     Args:
         mode: "online", "offline" or "disabled".
@@ -48,9 +50,12 @@ class WandbRun:
         run_id: of the run on the server.
         entity: user or team of the project; None is the user's default.
         tags: by which runs are found.
-        resumes: whether it goes on with the run of this id. Online it is continued; offline a
-            second folder of the same run is written, for ``wandb sync``.
-        give_up: is called with the reason when the server is given up.
+        resumes: whether it goes on with the run of this id, of which all rows are logged once more:
+            online those that are there stay; offline a second folder is written with all of them,
+            since ``wandb sync`` replaces what an earlier folder of the run has sent.
+        is_first: of the runs of an experiment; nothing is lost yet if it cannot be started.
+        give_up: is called with the reason, and the mode that is left, when the server or wandb
+            itself is given up.
     """
 
     def __init__(
@@ -67,7 +72,8 @@ class WandbRun:
         entity: str | None = None,
         tags: Sequence[str] = (),
         resumes: bool = False,
-        give_up: Callable[[str], None] | None = None,
+        is_first: bool = True,
+        give_up: Callable[[str, str], None] | None = None,
     ) -> None:
         """Take everything down; the run itself starts with the block."""
         self.mode = mode
@@ -83,17 +89,27 @@ class WandbRun:
             "id": run_id,
             "resume": "allow" if resumes else None,
         }
-        self._give_up = give_up or (lambda reason: None)
+        self._is_first = is_first
+        self._give_up = give_up or (lambda reason, mode: None)
         self._run: Any = None
+        self._rows: list[dict[str, float]] = []
+        self._summary: dict[str, Any] = {}
+        self._began_again = False
 
     def __enter__(self) -> "WandbRun":
         """Start the run, offline where the server does not answer.
 
         Raises:
-            RuntimeError: if wandb is not installed, or refuses to start the run.
+            RuntimeError: if wandb is not installed, or refuses to start the first run.
         """
-        if self.mode != "disabled":
+        if self.mode == "disabled":
+            return self
+        try:
             self._run = self._started()
+        except Exception as error:
+            if self._is_first:
+                raise
+            self._begin_again(error)
         return self
 
     def __exit__(
@@ -103,24 +119,62 @@ class WandbRun:
         traceback: TracebackType | None,
     ) -> None:
         """Close the run, as failed if the block raised."""
+        self._finish(0 if kind is None else 1)
+        self._run = None
+
+    def _finish(self, exit_code: int) -> None:
         if self._run is None:
             return
-        run, self._run = self._run, None
         try:
-            run.finish(exit_code=0 if kind is None else 1)
+            self._run.finish(exit_code=exit_code)
         except TimeoutError:
-            self._give_up("the Weights & Biases server stopped answering")
+            self._give_up("the Weights & Biases server stopped answering", "offline")
+        except Exception as error:
+            # What its process had not yet written is gone with it.
+            self._begin_again(error)
+            self._finish(exit_code)
 
     def log(self, record: Record) -> None:
-        """Log the step and every metric of a record."""
+        """Log the step and every metric of a record; the rows of a run count from 0."""
+        row = {name: getattr(record, name) for name in METRICS}
+        self._rows.append({"step": record.step, **row})
         if self._run is not None:
-            row = {name: getattr(record, name) for name in METRICS}
-            self._run.log({"step": record.step, **row})
+            self._do(lambda run: run.log(self._rows[-1], step=len(self._rows) - 1))
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Set the run's summary."""
+        self._summary |= summary
         if self._run is not None:
-            self._run.summary.update(dict(summary))
+            self._do(lambda run: run.summary.update(dict(summary)))
+
+    def _do(self, what: Callable[[Any], object]) -> None:
+        try:
+            what(self._run)
+        except Exception as error:
+            self._begin_again(error)
+
+    def _begin_again(self, error: Exception) -> None:
+        """Log all of the run anew, offline, where wandb's own process is gone; once, then never."""
+        self._run = None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if self._began_again:
+            self._give_up(f"Weights & Biases failed again ({reason})", "disabled")
+            return
+        self._began_again = True
+        wandb = _import_wandb()
+        # Without it wandb would go on asking the process that is gone, which this may say.
+        with suppress(Exception):
+            wandb.teardown()
+        self._give_up(f"Weights & Biases failed ({reason})", "offline")
+        try:
+            run = self._init(wandb, "offline")
+            for number, row in enumerate(self._rows):
+                run.log(row, step=number)
+            run.summary.update(self._summary)
+        except Exception as another:
+            self._begin_again(another)
+        else:
+            self._run = run
 
     def show(self, what: Callable[[Any], Mapping[str, Any]]) -> None:
         """Log pictures, tables or charts.
@@ -132,10 +186,15 @@ class WandbRun:
             return
         try:
             self._run.log(dict(what(_import_wandb())))
+        except ConnectionError as error:
+            self._begin_again(error)
+            self.show(what)
         except Exception as error:
             # Tables ask the server at once, and its answers are taken to pieces unchecked.
             reason = " ".join(str(error).split())
-            self._give_up(f"the Weights & Biases server did not take the comparison ({reason})")
+            self._give_up(
+                f"the Weights & Biases server did not take the comparison ({reason})", "offline"
+            )
 
     def _started(self) -> Any:
         wandb = _import_wandb()
@@ -145,25 +204,32 @@ class WandbRun:
         except wandb.errors.CommError as error:
             if self.mode != "online" or _is_refusal(error):
                 raise _not_started(self.mode, error) from error
-            self._give_up("the Weights & Biases server does not answer")
+            self._give_up("the Weights & Biases server does not answer", "offline")
             # wandb does not let go of the id that it has tried.
             self._about["id"] += "-offline"
             run = self._init(wandb, "offline")
-        except (ValueError, wandb.Error) as error:  # ValueError: a bad WANDB_ variable
+        except (OSError, ValueError, wandb.Error) as error:  # ValueError: a bad WANDB_ variable
             raise _not_started(self.mode, error) from error
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
         return run
 
     def _init(self, wandb: Any, mode: str) -> Any:
-        return wandb.init(
+        settings = {
+            key: value
+            for key, value in PRIVATE_SETTINGS.items()
+            # What the user's environment says is the user's word.
+            if not any(name in os.environ for name in _variables(key))
+        }
+        run = wandb.init(
             **self._about,
             mode=mode,
             dir=str(self.directory),
             config=self.config,
             reinit="create_new",
-            settings=wandb.Settings(**_known(PRIVATE_SETTINGS, wandb.Settings)),
+            settings=wandb.Settings(**_known(settings, wandb.Settings)),
         )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
 
 
 def server_address() -> str:
@@ -207,6 +273,12 @@ def _import_wandb() -> Any:
             "pip install 'decoupled-descent[experiments]', or use tracking.wandb.mode=disabled"
         ) from error
     return wandb
+
+
+def _variables(setting: str) -> list[str]:
+    """The environment variables by which wandb takes a setting."""
+    private = [f"WANDB__{setting[2:].upper()}"] if setting.startswith("x_") else []
+    return [f"WANDB_{setting.upper()}", *private]
 
 
 def _known(settings: Mapping[str, Any], kind: Any) -> dict[str, Any]:

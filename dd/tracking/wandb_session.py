@@ -10,8 +10,11 @@ from typing import Any
 
 from dd.tracking.wandb_logging import MODES, WandbRun, server_address, synced_by
 from dd.tracking.wandb_server import answers
+from dd.tracking.wandb_variables import Variables
 
 __all__ = ["WandbSession", "check_settings", "group_of"]
+
+PROJECT = "decoupled-descent"
 
 # What the server takes.
 LONGEST_GROUP, LONGEST_TAG = 128, 64
@@ -21,17 +24,20 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Check ``tracking.wandb``.
 
     Raises:
-        ValueError: if mode, project, entity or a tag cannot be.
+        ValueError: if mode, project, entity or a tag cannot be; null is left to the environment.
     """
     mode, project = settings["mode"], settings["project"]
-    if mode not in MODES:
-        raise ValueError(f"tracking.wandb.mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode is not None and mode not in MODES:
+        raise ValueError(
+            f"tracking.wandb.mode must be one of {', '.join(MODES)}, or null, got {mode!r}"
+        )
     # A run of an earlier version has neither entity nor tags.
     entity, tags = settings.get("entity"), settings.get("tags", [])
-    if not isinstance(project, str) or not project or set(project) & set("/\\#?%:"):
+    named = isinstance(project, str) and project and not set(project) & set("/\\#?%:")
+    if project is not None and not named:
         raise ValueError(
-            "tracking.wandb.project must be a name without the characters / \\ # ? % :, got "
-            f"{project!r}"
+            "tracking.wandb.project must be a name without the characters / \\ # ? % :, or null, "
+            f"got {project!r}"
         )
     if entity is not None and (not isinstance(entity, str) or not entity):
         raise ValueError(f"tracking.wandb.entity must be a user or team, or null, got {entity!r}")
@@ -70,14 +76,15 @@ class WandbSession:
     """Starts the runs of an experiment, and gives up a server that does not answer.
 
     Attributes:
-        mode: "online", "offline" or "disabled"; offline once the server is given up.
+        mode: "online", "offline" or "disabled"; what is left of it once something is given up.
         experiment: its name.
         folder: the run folder.
         project: on the server.
         entity: user or team of the project; None is the user's default.
         tags: of every run.
         token: from which the runs' ids are made.
-        notes: sentences on what was given up.
+        variables: what the environment says beside that.
+        notes: sentences on what was given up, and on what the environment says in vain.
     """
 
     mode: str
@@ -87,21 +94,34 @@ class WandbSession:
     entity: str | None = None
     tags: Sequence[str] = ()
     token: str = field(default_factory=lambda: secrets.token_hex(8))
+    variables: Variables = field(default_factory=Variables)
     notes: list[str] = field(default_factory=list)
+    _has_started: bool = field(init=False, default=False)
 
     @classmethod
     def of_settings(
         cls, settings: Mapping[str, Any], experiment: str, folder: Path, token: str
     ) -> "WandbSession":
-        """Return the session of valid settings ``tracking.wandb``."""
+        """Return the session of valid settings ``tracking.wandb``, and of the environment.
+
+        Raises:
+            ValueError: if a variable of the environment cannot be.
+        """
+        variables = Variables.of_environment()
+        mode, project = settings["mode"], settings["project"]
+        # A run of an earlier version has neither entity nor tags.
+        entity = settings.get("entity")
+        tags = dict.fromkeys([*settings.get("tags", ()), *variables.tags])
         return cls(
-            settings["mode"],
+            mode or variables.mode or "offline",
             experiment,
             folder,
-            settings["project"],
-            settings.get("entity"),
-            tuple(settings.get("tags", ())),
+            project or variables.project or PROJECT,
+            entity or variables.entity,
+            tuple(tags),
             token,
+            variables,
+            variables.overruled(mode=mode, project=project, entity=entity),
         )
 
     def settle(self) -> None:
@@ -113,11 +133,19 @@ class WandbSession:
         if self.mode == "online" and not answers(address := server_address()):
             self.give_up(f"the Weights & Biases server {address} does not answer")
 
-    def give_up(self, reason: str) -> None:
-        """Log offline from here on, and say so."""
-        self.mode = "offline"
+    @property
+    def directory(self) -> Path:
+        """The folder that holds the runs' folder ``wandb``."""
+        return self.variables.directory or self.folder
+
+    def give_up(self, reason: str, mode: str = "offline") -> None:
+        """Go on in another mode, and say so."""
+        self.mode = mode
+        if mode == "disabled":
+            self.notes.append(f"{reason}: not logged any more; the run folder has all of it")
+            return
         self.notes.append(
-            f"{reason}: logged offline; when it answers again, {synced_by(self.folder)} sends "
+            f"{reason}: logged offline; when it answers again, {synced_by(self.directory)} sends "
             "what is missing"
         )
 
@@ -139,17 +167,20 @@ class WandbSession:
             tags: beside those of the session.
             resumes: whether it goes on with a run of this name.
         """
+        known, is_first = self.variables, not self._has_started
+        self._has_started = True
         return WandbRun(
             mode=self.mode,
-            directory=self.folder,
+            directory=self.directory,
             project=self.project,
             entity=self.entity,
-            group=group_of(self.experiment, self.folder),
-            name=name,
-            job_type=job_type,
+            group=known.group or group_of(self.experiment, self.folder),
+            name=f"{known.name}-{name}" if known.name else name,
+            job_type=known.job_type or job_type,
             tags=list(dict.fromkeys([self.experiment, *tags, *self.tags])),
             config=config,
             run_id=f"{self.token}-{name}",
             resumes=resumes,
+            is_first=is_first,
             give_up=self.give_up,
         )

@@ -337,7 +337,7 @@ def test_curvatures_that_need_a_graph_get_one(tmp_path, curvature):
 def test_a_checkpoint_is_a_copy(tmp_path):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", trial=0)
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", trial=0, origin={})
     kept = model.weight.detach().clone()
     checkpoint.keep("gd", 0, model, optimizer)
     model.weight.data.add_(1)

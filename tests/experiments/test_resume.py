@@ -14,18 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import dd
 import dd.__main__ as command
 from dd.experiments.assembly import settled
 from dd.experiments.checkpoint import Checkpoint
 from dd.experiments.experiment import Experiment
-from dd.experiments.folder_lock import FolderTaken
 from dd.experiments.resume import named_folder, resumed
+from dd.support.folder_lock import FolderTaken
 from dd.tracking import figures
 from dd.training import loop as training
 
@@ -73,6 +75,10 @@ def run_with_snapshots(folder: Path, updates: set[int], *overrides: str) -> Expe
         experiment = Experiment(configure(*overrides), folder)
         experiment.run()
     return experiment
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def without_own(content: Any) -> Any:
@@ -340,7 +346,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     model = torch.nn.Linear(100, 100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", trial=0)
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", trial=0, origin={})
     checkpoint.keep("gd", 3, model, optimizer)
     before = checkpoint.path.read_bytes()
     with largest_file(20_000), pytest.raises(OSError, match=r"step 4 could not .* disk full"):
@@ -426,29 +432,173 @@ def test_a_checkpoint_of_another_format_is_told(interrupted, content):
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("group", "key", "value", "message"),
     [
-        (("model", "width", 9), "does not fit the config.yaml beside it"),
-        (("optimizers", None, ["gd"]), "does not name optimizer dd, trial 1"),
+        ("model", "width", 9, r"model\.width is 9, and was 8"),
+        ("data", "noise", 2.0, r"data\.noise is 2\.0, and was 1\.0"),
+        (None, "optimizers", ["gd"], r"optimizers is \[gd\], and was \[gd,dd\]"),
+        (None, "trials", 3, "trials is 3, and was 1"),
+        (None, "steps", 40, "steps is 40, and was 22"),
+        (None, "seed", 1, "seed is 1, and was 0"),
     ],
 )
-def test_an_edited_configuration_is_told(interrupted, setting, message):
+def test_an_edited_configuration_is_told(interrupted, group, key, value, message):
     path = interrupted / "config.yaml"
     config = yaml.safe_load(path.read_text())
-    group, key, value = setting
-    if key is None:
-        config[group] = value
-    else:
-        config[group][key] = value
+    (config if group is None else config[group])[key] = value
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=message):
+    before = contents(interrupted)
+    with pytest.raises(ValueError, match=f"are not of one run: .*{message}"):
         go_on(interrupted)
+    assert contents(interrupted) == before
+
+
+def test_a_configuration_written_in_other_words_is_the_same(interrupted, runs):
+    path = interrupted / "config.yaml"
+    path.write_text("# mine\n" + yaml.safe_dump(yaml.safe_load(path.read_text())))
+    go_on(interrupted)
+    assert (interrupted / "history.csv").read_bytes() == (runs / "run/history.csv").read_bytes()
+
+
+def test_a_checkpoint_of_another_run_is_told(interrupted, tmp_path):
+    run_with_snapshots(tmp_path / "other", set(), "lr=0.3")
+    shutil.copy(tmp_path / "other" / "checkpoint.pt", interrupted)
+    with pytest.raises(ValueError, match=r"are not of one run: .*lr is 0\.2, and was 0\.3"):
+        go_on(interrupted)
+
+
+def test_another_version_is_noted(interrupted, monkeypatch):
+    monkeypatch.setattr(dd, "__version__", "0.0.9")
+    assert "the run began with dd 0.1.0 and went on with 0.0.9" in go_on(interrupted).notes
 
 
 @pytest.mark.parametrize("other", ["experiment=xor", "lr=0.1", "-m", "tracking.record_every=1"])
 def test_other_settings_beside_resume_are_refused(interrupted, other):
     with pytest.raises(ValueError, match=f"{other} cannot go with it, only tracking.progress"):
         go_on(interrupted, other)
+
+
+# --- The data of a file ----------------------------------------------------------------------
+
+
+FROM_FILE = ["experiment=probe", "data.test_share=0.25", "optimizers=[gd]", "steps=12", "lr=0.2"]
+
+
+def made_data(seed: int = 0) -> dict[str, Any]:
+    g = np.random.default_rng(seed)
+    labels = np.arange(80) % 2
+    features = g.normal(size=(80, 12)) + labels[:, None]
+    return {"features": features.astype(np.float32), "labels": labels}
+
+
+def interrupted_after_file(folder: Path, *overrides: str) -> Path:
+    """A run from f.npz in the current directory, interrupted at its seventh update."""
+    np.savez(Path.cwd() / "f.npz", **made_data())
+    given = [*FROM_FILE, "data.path=f.npz", *SMALL[5:], *overrides]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("config", given)
+    update, left = training._update, iter(range(6))
+
+    def interrupting(*arguments: Any) -> int:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_update", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            Experiment(config, folder).run()
+    return folder
+
+
+@pytest.fixture
+def from_file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return interrupted_after_file(tmp_path / "run")
+
+
+def in_another_order(data):
+    order = np.random.default_rng(1).permutation(80)
+    return {key: value[order] for key, value in data.items()}
+
+
+def with_another_sample(data):
+    data["features"][3, 2] += 0.5
+    return data
+
+
+def with_another_label(data):
+    data["labels"] = data["labels"].copy()
+    data["labels"][5] = 1 - data["labels"][5]
+    return data
+
+
+CHANGES = {
+    "order": (in_another_order, "training samples"),
+    "a sample": (with_another_sample, "samples are others"),
+    "a label": (with_another_label, "training labels are others"),
+    "fewer": (lambda data: {k: v[:60] for k, v in data.items()}, "45 training samples for 60"),
+    "other samples": (lambda data: made_data(1), "60 of 60 training samples are others"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_changed_data_are_refused_and_the_folder_is_left_alone(from_file, kind):
+    change, message = CHANGES[kind]
+    np.savez("f.npz", **change(made_data()))
+    before = contents(from_file)
+    with pytest.raises(ValueError, match=message) as caught:
+        go_on(from_file)
+    assert "f.npz now gives" in str(caught.value)
+    assert contents(from_file) == before
+
+
+def test_samples_in_another_order_are_called_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = interrupted_after_file(tmp_path / "run", "data.test_share=null")
+    np.savez("f.npz", **in_another_order(made_data()))
+    with pytest.raises(ValueError, match="the training samples stand in another order"):
+        go_on(folder)
+
+
+def test_a_file_written_again_with_the_same_data_goes_on(from_file):
+    data = made_data()
+    np.savez_compressed("f.npz", labels=data["labels"].astype(np.int32), features=data["features"])
+    assert go_on(from_file).history.records[-1].step == 12
+
+
+def test_data_computed_anew_may_differ_in_rounding(from_file):
+    data = made_data()
+    data["features"] *= 1 + np.float32(2**-22)
+    np.savez("f.npz", **data)
+    assert go_on(from_file).history.records[-1].step == 12
+
+
+def test_relative_paths_are_looked_for_where_the_run_began(from_file, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert go_on(Path("../run")).history.records[-1].step == 12
+
+
+def test_a_folder_and_data_that_moved_go_on(from_file, tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    shutil.move(from_file, tmp_path / "new" / "moved")
+    shutil.move("f.npz", tmp_path / "new" / "g.npz")
+    monkeypatch.chdir(tmp_path / "new")
+    with pytest.raises(FileNotFoundError):
+        go_on(Path("moved"))
+    assert go_on(Path("moved"), "data.path=g.npz").history.records[-1].step == 12
+
+
+def test_the_second_trial_is_held_against_its_own_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_with_snapshots(tmp_path / "run", {30}, "optimizers=[gd]", "trials=2", "together=false")
+    again = go_on(tmp_path / "at_30")
+    assert_same_run(tmp_path / "run", tmp_path / "at_30")
+    assert again.kept["trial"] == 1
+
+
+# --- What goes with it -----------------------------------------------------------------------
 
 
 def test_two_folders_are_refused(interrupted):
@@ -491,8 +641,8 @@ def test_the_folder_is_found_on_the_command_line():
 
 
 def test_the_command_says_in_one_sentence_why_not(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "failed", [])
+    monkeypatch.setattr(command, "said", [])
     command._go_on(tmp_path, [f"resume={tmp_path}"], None)
-    (sentence,) = command.failed
+    (sentence,) = command.said
     assert "it is no run folder" in sentence
     assert capsys.readouterr().err == sentence + "\n"

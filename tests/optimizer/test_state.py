@@ -6,6 +6,7 @@ import pickle
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +237,37 @@ def test_hooks_may_exchange_the_state_that_is_loaded():
     empty = {"state": {}, "param_groups": states[1]["param_groups"]}
     fresh[1].load_state_dict({**empty, "wrapped": states[1]})
     require_identical(states_of(fresh), states_of(pair))
+
+
+NUMPY_SETTINGS = {
+    "lr": {"lr": np.geomspace(0.01, 1, 4)[1]},
+    "array": {"lr": np.array(0.1), "momentum": np.array(0.5), "weight_decay": np.array(0.1)},
+    "integer": {"lr": np.int64(1), "weight_decay": np.int64(0)},
+    "single": {"momentum": np.float32(0.5), "dampening": np.float32(0.1)},
+    "switch": {"nesterov": np.bool_(True), "seed": np.int64(3), "damping": np.float64(1)},
+}
+
+
+@pytest.mark.parametrize("kind", NUMPY_SETTINGS)
+def test_settings_of_numpy_make_a_state_that_loads_by_default(kind):
+    case = Case({"momentum": 0.5} | NUMPY_SETTINGS[kind])
+    pair = case.build()
+    case.run(pair, range(2))
+    again = load_into(case.build(1), through_a_file(states_of(pair)))
+    assert case.run(again, range(2, 4)) == case.run(pair, range(2, 4))
+
+
+def test_a_schedule_of_numpy_and_a_group_of_numpy_make_a_state_that_loads_by_default():
+    model = make_model()
+    layers = [{"params": model[0].parameters(), "lr": np.float64(0.2)}]
+    optimizer = dd.DecoupledDescent(layers, lr=0.1)
+    optimizer.add_param_group({"params": model[2].parameters(), "weight_decay": np.float32(0.1)})
+    optimizer.attach(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.exp(-step / 10))
+    Case().run((model, optimizer), range(2))
+    state = through_a_file(optimizer.state_dict())
+    assert [group["lr"] for group in state["param_groups"]] == [0.2, 0.1]
+    assert state["param_groups"][1]["weight_decay"] == pytest.approx(0.1)
 
 
 def test_a_state_of_other_groups_is_refused_and_leaves_no_hook():

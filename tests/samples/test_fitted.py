@@ -144,3 +144,55 @@ def test_trials_are_held_against_their_noise_models():
     train(1.0)
     with pytest.raises(ValueError, match=r"vary 0\.33 times as much"):
         train(3.0)
+
+
+# --- A state beside a noise model ------------------------------------------------------------
+
+
+def state_of(inputs, targets):
+    model, optimizer = optimizer_of(dd.NoiseModel.fit(inputs, targets))
+    step(model, optimizer, inputs, targets)
+    return model.state_dict(), optimizer.state_dict()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_state_of_the_same_samples_in_another_order_is_refused(late):
+    inputs, targets = problem()
+    states = state_of(inputs, targets)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    noise = dd.NoiseModel.fit(inputs[order], targets[order])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = dd.DecoupledDescent(model.parameters(), lr=0.1)
+    if not late:
+        optimizer.attach(model, noise=noise)
+    with pytest.raises(ValueError, match="stand in another order"):  # noqa: PT012
+        optimizer.load_state_dict(states[1])
+        optimizer.attach(model, noise=noise)
+    with pytest.raises((ValueError, RuntimeError), match=r"another order|not attached"):
+        step(model, optimizer, inputs[order], targets[order])
+
+
+def test_a_state_beside_the_noise_model_of_other_samples_is_refused():
+    inputs, targets = problem()
+    states = state_of(inputs, targets)
+    model, optimizer = optimizer_of(dd.NoiseModel.fit(*problem(seed=2)))
+    model.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    with pytest.raises(ValueError, match="the noise model was fitted on others"):
+        step(model, optimizer, inputs, targets)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_state_of_shifted_samples_goes_on_beside_their_noise_model(shift):
+    inputs, targets = problem()
+    noise = dd.NoiseModel.fit(inputs, targets)
+    model, optimizer = optimizer_of(noise)
+    step(model, optimizer, inputs + shift, targets)
+    states = model.state_dict(), optimizer.state_dict()
+    again, loaded = optimizer_of(noise)
+    again.load_state_dict(states[0])
+    loaded.load_state_dict(states[1])
+    step(again, loaded, inputs + shift, targets)
+    step(model, optimizer, inputs + shift, targets)
+    assert torch.equal(again[0].weight, model[0].weight)

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import matplotlib.image
 import pytest
+from dd.sweep_study import bind_study
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dd.experiments.experiment import Experiment
-from dd.experiments.folder_lock import FolderTaken
+from dd.support.folder_lock import FolderTaken
 from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
 from dd.sweep.show import show
 from dd.sweep.table import FIGURES, gather, swept
@@ -95,6 +97,105 @@ def test_multirun_is_gathered_and_a_job_that_fails_is_named(tmp_path):
     assert "lr=0.1, train" in said
     assert "job 1: error: lr of optimizer" in said
     assert f"report: {sweep / 'report.html'}".replace(str(tmp_path) + "/", "") in found.stdout
+
+
+def test_a_folder_that_holds_a_multirun_is_refused_before_a_job_begins(tmp_path):
+    arguments = ("optimizers=[gd]", "tracking.report=false", "hydra.sweep.dir=sweep")
+    assert command(tmp_path, *arguments, "lr=0.1").returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    again = command(tmp_path, *arguments, "lr=0.2,0.3")
+    assert again.returncode == 1
+    assert "sweep holds the 1 jobs of another multirun (job 0: experiment=xor" in again.stderr
+    assert "hydra.sweep.dir=" in again.stderr
+    after = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_jobs_that_would_share_a_folder_are_refused(tmp_path):
+    found = command(
+        tmp_path, "optimizers=[gd]", "lr=0.1,0.2", "hydra.sweep.subdir=all", "tracking.report=false"
+    )
+    assert found.returncode == 1
+    rows = rows_of(only_sweep(tmp_path))
+    assert [(row["lr"], row["optimizer"]) for row in rows] == [("0.1", "gd"), ("0.2", "")]
+    assert "holds job 0 of this multirun" in rows[1]["failed"]
+
+
+def test_a_job_that_a_cluster_runs_once_more_is_known(tmp_path):
+    job = SweepJob.of_overrides(1, ["lr=0.1"], "ab12")
+    assert not job.is_begun_in(tmp_path)
+    SweepJob(1, {"lr": "0.1"}, "interrupted", "ab12").write(tmp_path)
+    assert job.is_begun_in(tmp_path)
+    for other in (
+        SweepJob(2, {"lr": "0.1"}, sweep="ab12"),
+        SweepJob(1, {"lr": "0.2"}, sweep="ab12"),
+        SweepJob(1, {"lr": "0.1"}, sweep="cd34"),
+    ):
+        with pytest.raises(FolderTaken, match="need folders of their own"):
+            other.is_begun_in(tmp_path)
+
+
+def test_jobs_of_several_multiruns_are_not_gathered(tmp_path):
+    for name in ("a", "b"):
+        SweepJob(0, {"lr": "1"}).write(tmp_path / name)
+    with pytest.raises(ValueError, match="are both job 0: these are jobs of several multiruns"):
+        gather(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_search_in_which_a_trial_diverges_has_found_its_answer(tmp_path, launcher):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    search = ("hydra/sweeper=tracked", "hydra.sweeper.n_trials=4", "optimizers=[dd]")
+    found = command(
+        tmp_path, *search, f"hydra/launcher={launcher}", "optimizer.lr=choice(0.2,1e30)"
+    )
+    assert found.returncode == 0, found.stderr
+    assert any("the training loss is" in row["failed"] for row in rows_of(only_sweep(tmp_path)))
+    lost = command(
+        tmp_path, *search, f"hydra/launcher={launcher}", "optimizer.lr=choice(1e30,1e31)"
+    )
+    assert lost.returncode == 1
+    assert "no job of the search came to its end" in lost.stderr
+
+
+def search(storage, monkeypatch, *overrides):
+    """The configuration of a search whose study lives in this storage."""
+    monkeypatch.setattr(hydra.utils, "instantiate", lambda _: storage)
+    config = configure("hydra/sweeper=tracked", *overrides, hydra=True)
+    OmegaConf.set_struct(config, False)
+    config.hydra.sweeper.storage = {"_target_": "a.storage"}
+    config.hydra.overrides.task = list(overrides)
+    return config
+
+
+def test_a_stored_study_is_bound_to_its_settings_and_data(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    optuna = pytest.importorskip("optuna")
+    storage = optuna.storages.InMemoryStorage()
+    data = tmp_path / "f.csv"
+    data.write_text("1,2")
+    first = ("lr=0.1", "tracking.progress=false", f"+data.path={data}")
+    bind_study(search(storage, monkeypatch, *first))
+    study = optuna.load_study(study_name="tracked", storage=storage)
+    study.tell(study.ask(), 0.5)
+    bind_study(search(storage, monkeypatch, *first, "tracking.record_every=1"))
+    with pytest.raises(ValueError, match=r"1 trials of other settings: lr was 0\.1 and is 0\.2"):
+        bind_study(search(storage, monkeypatch, "lr=0.2", *first[1:]))
+    data.write_text("1,3")
+    with pytest.raises(ValueError, match=r"data\.path was .*digest .* and is .*digest"):
+        bind_study(search(storage, monkeypatch, *first))
+
+
+def test_a_study_of_unknown_settings_is_refused(monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    optuna = pytest.importorskip("optuna")
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(study_name="tracked", storage=storage)
+    study.tell(study.ask(), 0.5)
+    with pytest.raises(ValueError, match=r"1 trials of unknown settings.*study_name="):
+        bind_study(search(storage, monkeypatch, "lr=0.1"))
 
 
 @pytest.mark.slow

@@ -1,19 +1,25 @@
 """Weights & Biases, read back from the files of offline runs; a server that is not there."""
 
+import gc
 import http.server
 import json
 import math
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from dd.experiments.experiment import Experiment
+from dd.experiments.output import first_token
+from dd.sweep.job import SweepJob
 from dd.tracking.console import METHOD_COLUMNS
 from dd.tracking.history import METRICS, Record
 from dd.tracking.wandb_logging import WandbRun
@@ -215,7 +221,7 @@ def experiment(tmp_path_factory):
 
 
 def test_offline_is_the_default(experiment):
-    assert experiment.config.tracking.wandb.mode == "offline"
+    assert experiment.wandb.mode == "offline"
     names = [path.name for path in (experiment.folder / "wandb").glob("*run-*")]
     assert len([name for name in names if name.startswith("offline-run-")]) == 5
 
@@ -296,7 +302,10 @@ def test_groups_of_different_folders_differ(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "dryrun"}, r"mode must be one of online, offline, disabled, got 'dryrun'"),
+        (
+            {"mode": "dryrun"},
+            r"mode must be one of online, offline, disabled, or null, got 'dryrun'",
+        ),
         ({"project": "a/b"}, r"project must be a name without"),
         ({"project": ""}, r"project must be a name"),
         ({"entity": 3}, r"entity must be a user or team, or null, got 3"),
@@ -364,10 +373,10 @@ def test_a_server_lost_at_the_end_is_given_up(start):
             raise TimeoutError
 
     reasons = []
-    run = start("online", give_up=reasons.append)
+    run = start("online", give_up=lambda *said: reasons.append(said))
     run._run = Lost()
     run.__exit__(None, None, None)
-    assert reasons == ["the Weights & Biases server stopped answering"]
+    assert reasons == [("the Weights & Biases server stopped answering", "offline")]
 
 
 def test_a_comparison_that_the_server_does_not_take_ends_nothing(start):
@@ -376,10 +385,11 @@ def test_a_comparison_that_the_server_does_not_take_ends_nothing(start):
             raise ValueError("field required")
 
     reasons = []
-    run = start("online", give_up=reasons.append)
+    run = start("online", give_up=lambda *said: reasons.append(said))
     run._run = Puzzled()
     run.show(lambda wandb: {"methods": 1})
-    assert reasons == ["the Weights & Biases server did not take the comparison (field required)"]
+    said = "the Weights & Biases server did not take the comparison (field required)"
+    assert reasons == [(said, "offline")]
 
 
 def test_a_session_that_gave_up_starts_runs_offline(tmp_path):
@@ -388,6 +398,193 @@ def test_a_session_that_gave_up_starts_runs_offline(tmp_path):
     session.give_up("the server stopped answering")
     assert session.run("dd", job_type="dd", config={}).mode == "offline"
     assert len(session.notes) == 1
+
+
+# --- Its own process is gone ------------------------------------------------------------------
+
+
+def helpers():
+    """Processes of wandb that this one has started."""
+    found = subprocess.run(  # noqa: S603
+        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())],  # noqa: S607
+        capture_output=True,
+        text=True,
+    ).stdout
+    lines = [line for line in found.splitlines() if "wandb-core" in line]
+    return [int(line.split()[0]) for line in lines if "defunct" not in line]
+
+
+def kill_helpers():
+    killed = helpers()
+    for process in killed:
+        os.kill(process, signal.SIGKILL)
+    assert killed
+    while any(process in killed for process in helpers()):
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def dropped():
+    """Let wandb drop the handles of processes that it does not know to be gone."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.mark.usefixtures("dropped")
+@pytest.mark.parametrize("moment", [0, 2, 4], ids=["before", "amid", "at the end"])
+def test_a_run_whose_process_was_killed_is_logged_anew_as_a_whole(start, tmp_path, moment):
+    reasons = []
+    with start(give_up=lambda *said: reasons.append(said)) as run:
+        for step in range(4):
+            if step == moment:
+                kill_helpers()
+            run.log(record(step=step))
+        run.summarise({"mean_error_gap": 0.5})
+        if moment == 4:
+            kill_helpers()
+    assert [mode for _, mode in reasons] == ["offline"]
+    last = max((tmp_path / "run" / "wandb").glob("*run-*"), key=lambda path: path.stat().st_mtime)
+    last.rename(tmp_path / "run" / "wandb" / "offline-run-last-whole")
+    found = logged(tmp_path / "run", "whole")
+    rows = [values(entry.item) for entry in found["history"]]
+    assert [(row["step"], row["_step"]) for row in rows] == [(step, step) for step in range(4)]
+    assert [entry.exit_code for entry in found["exit"]] == [0]
+
+
+@pytest.mark.usefixtures("dropped")
+def test_wandb_that_fails_again_and_again_ends_nothing(start, monkeypatch):
+    reasons = []
+    run = start(give_up=lambda *said: reasons.append(said)).__enter__()
+    monkeypatch.setattr(WandbRun, "_init", failing)
+    run._run.log = failing
+    for step in range(3):
+        run.log(record(step=step))
+    run.summarise({"mean_error_gap": 0.5})
+    run.__exit__(None, None, None)
+    assert [mode for _, mode in reasons] == ["offline", "disabled"]
+
+
+def failing(*arguments, **keywords):
+    raise BrokenPipeError("gone")
+
+
+@pytest.mark.usefixtures("dropped")
+def test_a_later_run_that_cannot_be_started_ends_no_experiment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    init, calls = WandbRun._init, 0
+
+    def first_alone(self, *arguments):
+        nonlocal calls
+        calls += 1
+        return init(self, *arguments) if calls == 1 else failing()
+
+    monkeypatch.setattr(WandbRun, "_init", first_alone)
+    experiment = ran(tmp_path / "run", "optimizers=[gd,sgd]", "tracking.wandb.mode=offline")
+    assert experiment.history.optimizers == ["gd", "sgd"]
+    assert any("not logged any more" in note for note in experiment.notes)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+# --- The environment --------------------------------------------------------------------------
+
+SETTINGS = {"mode": None, "project": None, "entity": None, "tags": ["mine"]}
+
+
+def session_of(folder, **settings):
+    return WandbSession.of_settings(SETTINGS | settings, "xor", folder, first_token(folder))
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set the variables of wandb, and no others."""
+
+    def build(**variables):
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+
+    build()
+    return build
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({}, "offline"),
+        ({"MODE": ""}, "offline"),
+        ({"MODE": "online"}, "online"),
+        ({"MODE": "dryrun"}, "offline"),
+        ({"MODE": "disabled"}, "disabled"),
+        ({"DISABLED": "true"}, "disabled"),
+        ({"DISABLED": "false", "MODE": "online"}, "online"),
+    ],
+)
+def test_the_mode_is_that_of_the_environment(environment, tmp_path, variables, mode):
+    environment(**variables)
+    session = session_of(tmp_path)
+    assert (session.mode, session.notes) == (mode, [])
+
+
+def test_variables_mean_what_they_mean_to_wandb(environment, tmp_path):
+    environment(
+        PROJECT="p",
+        ENTITY="us",
+        NAME="mine",
+        RUN_GROUP="g",
+        RUN_ID="abc",
+        JOB_TYPE="j",
+        TAGS="one, two",
+        DIR=str(tmp_path / "logs"),
+    )
+    session = session_of(tmp_path)
+    run = session.run("dd", job_type="dd", config={})
+    about = {key: run._about[key] for key in ("project", "entity", "name", "group", "id")}
+    assert about == {
+        "project": "p",
+        "entity": "us",
+        "name": "mine-dd",
+        "group": "g",
+        "id": "abc-dd",
+    }
+    assert run._about["job_type"] == "j"
+    assert run._about["tags"] == ["xor", "mine", "one", "two"]
+    assert run.directory == tmp_path / "logs"
+    assert session.notes == []
+
+
+def test_a_setting_wins_over_the_environment_and_says_so(environment, tmp_path):
+    environment(MODE="online", PROJECT="p", ENTITY="us")
+    session = session_of(tmp_path, mode="offline", project="q", entity="us")
+    assert (session.mode, session.project) == ("offline", "q")
+    assert session.notes == [
+        "tracking.wandb.mode=offline was taken, and not online, which the environment variable "
+        "WANDB_MODE says",
+        "tracking.wandb.project=q was taken, and not p, which the environment variable "
+        "WANDB_PROJECT says",
+    ]
+
+
+def test_a_mode_that_is_none_is_told(environment, tmp_path):
+    environment(MODE="of-line")
+    with pytest.raises(ValueError, match=r"WANDB_MODE must be one of online, .* got 'of-line'"):
+        session_of(tmp_path)
+
+
+def test_jobs_of_a_multirun_have_ids_of_their_own(environment, tmp_path):
+    environment(RUN_ID="abc")
+    SweepJob(3, {}).write(tmp_path)
+    assert first_token(tmp_path) == "abc-3"
+
+
+def test_what_is_kept_private_is_logged_where_the_environment_asks_for_it(environment, start):
+    environment(HOST="here", CONSOLE="wrap", SILENT="true")
+    with start() as run:
+        settings = run._run.settings
+    assert (settings.host, settings.console) == ("here", "wrap")
+    assert settings.x_disable_stats
 
 
 # --- The workspace ----------------------------------------------------------------------------
