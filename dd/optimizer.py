@@ -27,6 +27,7 @@ from dd.rules.line_search.settings import (
     without_rates,
 )
 from dd.rules.line_search.step import MEMORY, LineStep
+from dd.rules.plain import has_told_plain
 from dd.rules.searched import idle_step, restore_best
 from dd.rules.settings import check_settings, refuse_without_module, require_isotropic
 from dd.rules.sgd import Moved, Scaling, attached_step, check_rate, move_group
@@ -34,7 +35,7 @@ from dd.watch.watches import Watches
 
 __all__ = ["DecoupledDescent"]
 
-_SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed", "_stops")
+_SETTINGS = ("_curvature", "_damping", "_head", "_is_plain", "_policy", "_seed", "_stops")
 
 
 class DecoupledDescent(Tracker, torch.optim.SGD):
@@ -125,7 +126,7 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
     ) -> None:
         # Not on the class: a wrapper that inherits from it would see those instead of its own.
         self._attachment: Attachment | None = None
-        self._watches = Watches()
+        self._watches, self._is_plain = Watches(), False
         self._policy: Policy | None = LineSearch() if is_auto(lr) else None
         self._stops = stops_itself(stop, searching=self._policy is not None)
         if isinstance(lr, str):
@@ -185,9 +186,8 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
             noise: as in the constructor.
 
         Raises:
-            ValueError: if this optimizer or the layer is attached already, there is no layer to
-                decouple, its weight is not among the optimizer's parameters, or the noise model
-                does not fit it.
+            ValueError: if this optimizer is attached already, there is no layer to decouple, its
+                weight is not among the optimizer's parameters, or the noise model does not fit it.
             TypeError: if ``layer`` is not an ``nn.Linear``.
         """
         if self._attachment is not None:
@@ -220,12 +220,12 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
         self._step_supports_amp_scaling = False
 
     def detach(self) -> None:
-        """Remove every trace from the module; from here on this is ``torch.optim.SGD``."""
+        """Remove every trace from the module; from here on this is, in silence, plain SGD."""
         attachment = self._attachment
         if attachment is not None:
             attachment.remove()
         forget_own(self)
-        self._attachment, self._watches = None, Watches()
+        self._attachment, self._watches, self._is_plain = None, Watches(), True
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
         if attachment is not None:
             attachment.verdicts.settle(wait=True)
@@ -302,7 +302,7 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
             self._attachment, self._watches = None, Watches()
-            self._policy, self._stops = None, False
+            self._policy, self._stops, self._is_plain = None, False, True
             vars(self).update(settings)
         super().__setstate__(state)
         for group in self.param_groups:
@@ -342,6 +342,7 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
 
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
+            UnattachedWarning: once, if neither :meth:`attach` nor :meth:`detach` was called.
         """
         if self._policy is not None:
             return self._step_searched(closure, self._policy)
@@ -356,6 +357,7 @@ class DecoupledDescent(Tracker, torch.optim.SGD):
             check_rate(group["lr"])
         if self._attachment is None:
             require_no_shadow(self)
+            self._is_plain = self._is_plain or has_told_plain(self._store())
             self._move([])
             return loss
         refuse_capture("step()")
