@@ -10,17 +10,19 @@ two Gaussian classes ``y``, 2000 samples of the same law ``X_test`` and ``y_test
 """
 
 from dd.correction.estimate import Estimate
+from dd.curvature.custom import CurvatureWarning
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.rules.line_search.step import NoSignalWarning, SearchWarning
+from dd.rules.plain import UnattachedWarning
 from dd.samples.chunks import Chunks
 from dd.samples.recognition import AugmentationWarning
 from dd.theory.mixture import GaussianMixture
 from dd.theory.state_evolution import state_evolution
 from dd.trials import run_trials
 from dd.trials.results import Trials
-from dd.watch.audit import ComponentWarning, CurvatureWarning
+from dd.watch.audit import ComponentWarning
 from dd.watch.divergence import DivergenceWarning
 from dd.watch.shadow_size import ShadowWarning
 from dd.watch.strain import StrainWarning
@@ -42,6 +44,7 @@ __all__ = [
     "ShadowWarning",
     "StrainWarning",
     "Trials",
+    "UnattachedWarning",
     "find_components",
     "run_trials",
     "state_evolution",

@@ -33,6 +33,7 @@ from dd.rules.line_search.settings import (
     without_rates,
 )
 from dd.rules.line_search.step import MEMORY, LineStep
+from dd.rules.plain import has_told_plain
 from dd.rules.searched import idle_step, restore_best
 from dd.rules.settings import check_settings, refuse_without_module, require_isotropic
 from dd.rules.sgd import Moved, Scaling, attached_step, check_rate, move_group
@@ -141,7 +142,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
     ) -> None:
         # Not on the class: a wrapper that inherits from it would see those instead of its own.
         self._attachment: Attachment | None = None
-        self._watches = Watches()
+        self._watches, self._is_plain = Watches(), False
         self._policy: Policy | None = LineSearch() if is_auto(lr) else None
         self._stops = stops_itself(stop, searching=self._policy is not None)
         if isinstance(lr, str):
@@ -201,9 +202,8 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
             noise: as in the constructor.
 
         Raises:
-            ValueError: if this optimizer or the layer is attached already, there is no layer to
-                decouple, its weight is not among the optimizer's parameters, or the noise model
-                does not fit it.
+            ValueError: if this optimizer is attached already, there is no layer to decouple, its
+                weight is not among the optimizer's parameters, or the noise model does not fit it.
             TypeError: if ``layer`` is not an ``nn.Linear``.
 
         Example:
@@ -243,7 +243,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         self._step_supports_amp_scaling = False
 
     def detach(self) -> None:
-        """Remove every trace from the module; from here on this is ``torch.optim.SGD``.
+        """Remove every trace from the module; from here on this is, in silence, plain SGD.
 
         Example:
             >>> optimizer = dd.DecoupledDescent(model, lr=0.5)
@@ -255,7 +255,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         if attachment is not None:
             attachment.remove()
         forget_own(self)
-        self._attachment, self._watches = None, Watches()
+        self._attachment, self._watches, self._is_plain = None, Watches(), True
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
         if attachment is not None:
             attachment.verdicts.settle(wait=True)
@@ -388,6 +388,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
 
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
+            UnattachedWarning: once, if neither :meth:`attach` nor :meth:`detach` was called.
 
         Example:
             >>> noise = dd.NoiseModel.fit(X, y)
@@ -414,6 +415,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
             check_rate(group["lr"])
         if self._attachment is None:
             require_no_shadow(self)
+            self._is_plain = self._is_plain or has_told_plain(self._store())
             self._move([])
             return loss
         refuse_capture("step()")

@@ -12,13 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dd.correction.capture import Capture
 from dd.correction.head import SharedParameters
 from dd.correction.head_choice import AUTO, form_and_head, uncorrected_count
-from dd.correction.hook import Correct, Forward, ForwardHook
+from dd.correction.hook import Correct, Forward, ForwardHook, take_over
 from dd.correction.layers import blamed_modules, find_layer
 from dd.correction.shadows import Shadows
 from dd.curvature.choice import build
-from dd.functional import (
-    at_least_single,
-)
+from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
@@ -60,14 +58,15 @@ class Attachment:
         bins: most eigenvalues of a noise model that is fitted here, or None.
         shares: whether what captures keep of R need not be copied: the layers behind were seen to
             leave it as it is.
-        orphans: weights as optimizers that are gone left them.
+        orphans: weights as optimizers that were attached before left them.
+        is_taken: whether another optimizer has been attached to the layer since.
         now: the samples of the latest training forward.
         trial: what stands in for the training forward for a while, or None.
         repeats: how often the latest forward was run before with other probes.
         rows_seen: rows that training forwards have brought, for whoever counts them.
 
     Raises:
-        ValueError: if there is no such layer or head, one is attached already, its weight is not a
+        ValueError: if there is no such layer or head, its weight is not a
             plain parameter, or the noise model has another dimension than its input or does not go
             with the head's correction.
     """
@@ -126,7 +125,8 @@ class Attachment:
                 f"{self.name!r} takes {self.layer.in_features}; fit it on what this layer receives"
             )
         _require_matching_means(noise, corrects_head=self.shared is not None)
-        self.orphans = self._adopt()
+        self.orphans: list[Tensor] = []
+        self.is_taken = False
 
     def _own_weight(self) -> nn.Parameter:
         """The decoupled weight.
@@ -162,35 +162,15 @@ class Attachment:
                 "it); construct the optimizer afterwards"
             )
 
-    def _adopt(self) -> list[Tensor]:
-        """Remove the hooks of optimizers that are gone; return the weights that they left.
-
-        Raises:
-            ValueError: if another optimizer is attached.
-        """
-        left = []
-        for key, hook in list(self.layer._forward_hooks.items()):
-            if not isinstance(hook, ForwardHook):
-                continue
-            if hook.is_owned:
-                raise ValueError(
-                    f"DecoupledDescent: layer {self.name!r} is attached to an optimizer already. "
-                    "To go on training use that one; to start anew call detach() on it first."
-                )
-            del self.layer._forward_hooks[key]
-            self.layer._forward_hooks_with_kwargs.pop(key, None)
-            if hook.left is not None:
-                left.append(hook.left)
-        return left
-
     def register(self, at_layer: Correct, at_head: Correct) -> None:
-        """Install the forward hooks.
+        """Install the forward hooks, in place of those of any optimizer attached before.
 
         Args:
             at_layer: method that corrects the output of the decoupled layer.
             at_head: method that corrects the output of the head.
         """
-        hook = self._hook = ForwardHook(at_layer)
+        self.orphans = take_over(self.layer)
+        hook = self._hook = ForwardHook(at_layer, self.give_up)
         self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
         if self.shared is not None:
             hook = ForwardHook(at_head)
@@ -238,6 +218,24 @@ class Attachment:
         """Trained numbers that all samples share and that are not corrected."""
         corrected = {id(parameter) for parameter, _ in self.shadowed}
         return uncorrected_count(self.module, self.layer, self.noise, corrected)
+
+    def give_up(self) -> None:
+        """Leave the layer to another optimizer."""
+        self.remove()
+        self.is_taken = True
+
+    def require_own(self) -> None:
+        """Check that no other optimizer has been attached to the layer since.
+
+        Raises:
+            RuntimeError: if one has.
+        """
+        if self.is_taken:
+            raise RuntimeError(
+                f"DecoupledDescent: another optimizer was attached to layer {self.name!r} after "
+                "this one, whose shadows know nothing of its steps; go on with that one, or call "
+                "detach() on this one to use it as plain SGD"
+            )
 
     def remove(self) -> None:
         """Take the hooks and everything pending away."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dd.correction.contribution import Contribution
 from dd.correction.scores import Scores
-from dd.curvature.dual import DualLevel, carry_tangent, no_derivative, split_tangent
 from dd.curvature.estimators import Backward, Curvature
-from dd.curvature.marked import UncompiledTensor
+from dd.curvature.recorded import RecordedTensor
+from dd.curvature.twice import TwiceTensor, explained
+from dd.curvature.user_hooks import quiet
 from dd.functional import at_least_single
 from dd.samples.placement import Placement
 from dd.support.ranks import Ranks
@@ -72,30 +72,48 @@ class Capture:
         self.gradient: Tensor | None = None
         self.contribution: Contribution | None = None
         self.tangent: Tensor | None = None
-        self._estimating = False
+        self._expected: Tensor | None = None
+        self._estimating = self._recording = False
         self._estimator = estimator
         # Layers that work in place change what they are handed, and its version tells.
         values = preactivation.detach()
-        self._handed = estimator.observe(values, seed)
-        handed = [self._handed, values] if estimator.sees_kinks else [self._handed]
+        observed = estimator.observe(values, seed)
+        handed = [observed, values] if estimator.sees_kinks else [observed]
         self._versions = [(tensor, tensor._version) for tensor in handed]
         self._shares = shares
         self._observed, *rest = handed if shares else [tensor.clone() for tensor in handed]
         self._preactivation = rest[0] if rest else None
         self._edge = get_gradient_edge(preactivation)
-        self._level = DualLevel() if estimator.forward_mode else None
         preactivation.register_hook(_Listener(self.receive))
         self._directions = directions
         if product is not None:
             product.register_hook(_Listener(self.receive_product))
 
     def outgoing(self, preactivation: Tensor) -> Tensor:
-        """Return what the following layers receive: R, with the probe as tangent where needed."""
+        """Return what the following layers receive: R, as far as it matters what they do to it."""
+        if self._estimator.records:
+            return RecordedTensor.leading_from(self, preactivation)
         if self._estimator.second_order:
-            return preactivation.as_subclass(UncompiledTensor)
-        if self._level is None:
-            return preactivation
-        return carry_tangent(preactivation, self._handed)
+            return preactivation.as_subclass(TwiceTensor)
+        return preactivation
+
+    def passes_again(self, preactivation: Tensor) -> Tensor:
+        """Return what the following layers receive where they run once more for this forward."""
+        if self._estimator.records:
+            return preactivation.as_subclass(RecordedTensor)
+        if self._estimator.second_order:
+            return preactivation.as_subclass(TwiceTensor)
+        return preactivation
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where R stands in the autograd graph."""
+        return self._edge
+
+    @property
+    def probe(self) -> Tensor:
+        """Direction in R along which the gradient is differentiated, shape (m, k)."""
+        return self._observed
 
     @property
     def node(self) -> Any:
@@ -139,22 +157,37 @@ class Capture:
         finally:
             self._estimating = False
 
-    def receive(self, gradient: Tensor) -> Tensor | None:
-        """Keep a gradient that reached R; return what goes on to the layer's weights."""
-        if self._estimating:
-            return None
-        tangent = None
-        if self._level is not None:
-            gradient, tangent = split_tangent(gradient)
-            self._level.close()
+    @contextmanager
+    def passed_by(self, *, hears_scores: bool) -> Iterator[None]:
+        """Let gradients pass by R uncounted, and by the scores too where these are not heard."""
+        before = self._estimating, self._recording
+        self._estimating, self._recording = not hears_scores, True
+        try:
+            yield
+        finally:
+            self._estimating, self._recording = before
+
+    def expect(self, product: Tensor | None) -> None:
+        """Take the derivative along the probe of the gradient that comes next, shape (m, k)."""
+        self._expected = product
+
+    def receive(self, gradient: Tensor) -> None:
+        """Keep a gradient that reached R."""
+        if self._estimating or self._recording:
+            return
+        tangent, self._expected = self._expected, None
         if self.gradient is None:
             self.gradient, self.tangent = gradient, tangent
-        else:
-            # A second backward pass finds the level closed, so that its curvature is lost.
-            self.gradient, self.tangent = self.gradient + gradient, None
-            # It may have gone no further than to R, and then adds nothing to the weight's.
-            self.contribution = None
-        return gradient if self._level is not None else None
+            return
+        if self.tangent is not None and tangent is not None:
+            self.tangent = self.tangent + tangent
+        elif self.tangent is not None or tangent is not None:
+            # Of one part alone the derivative would be too small.
+            self.gradient, self.tangent = self.gradient.detach(), None
+            gradient = gradient.detach()
+        self.gradient = self.gradient + gradient
+        # It may have gone no further than to R, and then adds nothing to the weight's.
+        self.contribution = None
 
     def receive_product(
         self, results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
@@ -184,14 +217,13 @@ class Capture:
             RuntimeError: if the scores do not depend on the pre-activations.
         """
         # What follows may change the scores in place.
-        values = split_tangent(corrected.detach())[0].clone()
+        values = corrected.detach().clone()
         self.scores = Scores(values, features, self._jacobian(scores))
         corrected.register_hook(_Listener(self.receive_scores))
 
     def _jacobian(self, scores: Tensor) -> Tensor:
         directions = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
-        # The head's derivative is wanted, not that of its tangent.
-        with self.undisturbed(), forward_ad._set_fwd_grad_enabled(False):
+        with self.undisturbed(), quiet():
             try:
                 rows = [
                     torch.autograd.grad(
@@ -220,7 +252,7 @@ class Capture:
         """Keep a gradient that reached the scores."""
         if self._estimating or self.scores is None:
             return
-        gradient = split_tangent(gradient.detach())[0]
+        gradient = gradient.detach()
         earlier = self.scores.gradient
         self.scores.gradient = gradient if earlier is None else earlier + gradient
 
@@ -238,14 +270,14 @@ class Capture:
             try:
                 return self._estimator.product(observed, backward)
             except RuntimeError as error:
-                if "derivative for" not in str(error):
+                told = explained(error)
+                if told is None:
                     raise
-                raise NotImplementedError(no_derivative(error)) from error
+                raise told from error
 
     def close(self) -> None:
-        """Drop the share in the forward-mode level."""
-        if self._level is not None:
-            self._level.close()
+        """Wait for no gradient any more."""
+        RecordedTensor.forget(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from dd.watch.watches import Watches
 
 __all__ = ["Copied"]
 
-_SETTINGS = ("_curvature", "_damping", "_head", "_policy", "_seed", "_stops")
+_SETTINGS = ("_curvature", "_damping", "_head", "_is_plain", "_policy", "_seed", "_stops")
 
 
 class Copied(torch.optim.Optimizer):
@@ -21,6 +21,7 @@ class Copied(torch.optim.Optimizer):
     _process_group: Any
     _policy: Any
     _stops: bool
+    _is_plain: bool
     _watches: Watches
 
     def attach(self, module: nn.Module, *, layer: Any = None, noise: Any = None) -> None:
@@ -51,7 +52,7 @@ class Copied(torch.optim.Optimizer):
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
             self._attachment, self._watches = None, Watches()
-            self._policy, self._stops = None, False
+            self._policy, self._stops, self._is_plain = None, False, True
             vars(self).update(settings)
         super().__setstate__(state)
         for group in self.param_groups:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook"]
+__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook", "take_over"]
 
 UNTRACEABLE = (
     "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
@@ -37,6 +37,7 @@ class ForwardHook:
 
     Args:
         correct: a method, whose owner may be forgotten; None for an inert hook.
+        give_up: a method of the owner's that leaves the layer to another, or None.
 
     Attributes:
         left: the weight along the first direction of the fingerprints as the last step left it,
@@ -45,14 +46,18 @@ class ForwardHook:
 
     left: Tensor | None = None
 
-    def __init__(self, correct: Correct | None = None) -> None:
+    def __init__(
+        self, correct: Correct | None = None, give_up: Callable[[], None] | None = None
+    ) -> None:
         self._is_inert = correct is None
+        self._give_up = None if give_up is None else weakref.WeakMethod(give_up)
         self._method = None if correct is None else weakref.WeakMethod(correct)
 
-    @property
-    def is_owned(self) -> bool:
-        """Whether the owner of the correction lives."""
-        return self._method is not None and self._method() is not None
+    def give_up(self) -> None:
+        """Let the owner of the correction, if it lives, leave the layer to another."""
+        give_up = None if self._give_up is None else self._give_up()
+        if give_up is not None:
+            give_up()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardHook":
         """Return an inert hook."""
@@ -90,3 +95,16 @@ class ForwardHook:
         # What is remembered of the samples must not be made of inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             return correct(layer, inputs, output)
+
+
+def take_over(layer: nn.Module) -> list[Tensor]:
+    """Remove the hooks of optimizers attached to a layer; return the weights that they left."""
+    left = []
+    for key, hook in list(layer._forward_hooks.items()):
+        if isinstance(hook, ForwardHook):
+            hook.give_up()
+            layer._forward_hooks.pop(key, None)
+            layer._forward_hooks_with_kwargs.pop(key, None)
+            if hook.left is not None:
+                left.append(hook.left)
+    return left

@@ -190,9 +190,10 @@ def _warn_of_orphans(attachment: Attachment) -> None:
     now = weight @ direction.to(weight)
     if any(torch.equal(left.to(now), now) for left in attachment.orphans):
         warn_user(
-            f"DecoupledDescent: layer {attachment.name!r} was trained by an optimizer that is "
-            "gone, and its shadows with it, so that they start at zero: the training error is too "
-            "low at first. Load that optimizer's state_dict() to go on from it.",
+            f"DecoupledDescent: layer {attachment.name!r} was trained by another optimizer, "
+            "which has kept its shadows, so that they start at zero: the training error is too "
+            "low at first. Load that optimizer's state_dict() to go on from it, or begin again "
+            "from the weights of its start.",
             UserWarning,
         )
     attachment.orphans = []

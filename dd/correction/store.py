@@ -61,7 +61,8 @@ class Store:
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient that is not zero."""
         gradients = (p.grad for group in self.groups for p in group["params"])
-        return any(g is not None and bool(g.count_nonzero()) for g in gradients)
+        found = (_numbers(g) for g in gradients if g is not None and not g.is_meta)
+        return any(bool(numbers.count_nonzero()) for numbers in found)
 
     def lacks_gradients(self) -> bool:
         """Whether no parameter has a gradient, not even of zero."""
@@ -124,3 +125,7 @@ def _is_plain(parameter: Tensor) -> bool:
         return True
     dense = not gradient.is_sparse and gradient.dtype == parameter.dtype
     return dense and gradient.is_contiguous()
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -206,11 +206,18 @@ class Tracker:
                 self._attachment.forget()
 
     def _required(self, what: str) -> Attachment:
+        """The attachment.
+
+        Raises:
+            ValueError: if there is none.
+            RuntimeError: if another optimizer has taken the layer over.
+        """
         if self._attachment is None:
             raise ValueError(
                 f"DecoupledDescent: {what} needs an attached optimizer; construct it with the "
                 "module, or call attach(module)"
             )
+        self._attachment.require_own()
         return self._attachment
 
     def _settle(self) -> None:

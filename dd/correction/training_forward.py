@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
+from dd.correction.capture import Capture
 from dd.correction.contribution import product_node
 from dd.correction.head import SharedParameters
 from dd.correction.head_form import leave_head
@@ -61,6 +62,9 @@ class TrainingForward:
         refuse_capture("a training forward")
         attachment.require_weight_in_place()
         state = self._store.of(attachment.weight)
+        if torch.is_grad_enabled() and _is_differentiating():
+            with full_precision(output):
+                return self._as_before(inputs, output)
         if state.get("shadow") is None and self._has_moved(state.get("momentum_buffer")):
             raise RuntimeError(
                 f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
@@ -113,6 +117,23 @@ class TrainingForward:
         if attachment.holds_all(placement):
             self._watches.observe(attachment.noise, result)
         return outgoing
+
+    def _as_before(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """What a pending forward handed on, where checkpointing computes it once more.
+
+        Raises:
+            RuntimeError: if there was no such forward.
+        """
+        attachment = self._attachment
+        capture = _pending_of(attachment, inputs)
+        placement, index = capture.placement, capture.placement.index
+        result = corrected(attachment, placement, output, self._store.of(attachment.weight))
+        if attachment.shared is not None:
+            signal = self._signal(inputs, placement)
+            result = attachment.shared.correct_preactivation(
+                result, signal, self._store.read, index
+            )
+        return capture.passes_again(result)
 
     def _require_same_head(self) -> None:
         attachment = self._attachment
@@ -215,6 +236,8 @@ class TrainingForward:
             # Without a pending forward the head runs by itself, and no step will come of it.
             if not torch.is_grad_enabled() or not attachment.pending:
                 return corrected
+            if _is_differentiating():
+                return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
             if attachment.pending[-1].scores is not None:
                 raise RuntimeError(
                     f"DecoupledDescent: head {shared.name!r} must run once in every training "
@@ -263,6 +286,29 @@ def probe_seed(seed: int, step: int, forward: int = 0, rank: int = 0) -> int:
     # The first forward of a step on a single process draws what it always drew.
     apart = 0xBF58476D1CE4E5B9 * (forward + 2**16 * rank)
     return (seed * 0x9E3779B97F4A7C15 + step + apart) % 2**63
+
+
+def _is_differentiating() -> bool:
+    """Whether this runs inside of a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _pending_of(attachment: Attachment, inputs: Tensor) -> Capture:
+    """The pending forward of the same inputs, shape (m, d).
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    found = attachment.samples.fingerprints(inputs)
+    for capture in attachment.pending:
+        if torch.equal(capture.placement.fingerprints, found):
+            return capture
+    raise RuntimeError(
+        f"DecoupledDescent: layer {attachment.name!r} ran in the midst of a backward pass, as "
+        "reentrant activation checkpointing runs it: its gradient there is not that of the whole "
+        "loss. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or leave the "
+        "decoupled layer out of what is checkpointed."
+    )
 
 
 def _refuse_replica(layer: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Curvature(ABC):
     """One estimator of H.
 
     Attributes:
-        forward_mode: whether the forward pass must carry the observed probe as a tangent.
+        records: whether backward passes are differentiated along the observed probe.
         second_order: whether the gradient must be part of a graph.
         draws: whether it draws a probe in every forward.
         sees_kinks: whether it needs R beside what it observes, to find what kinks add.
@@ -83,7 +83,7 @@ class Curvature(ABC):
         num_components: means that the moments are centred by.
     """
 
-    forward_mode: ClassVar[bool] = False
+    records: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     sees_kinks: ClassVar[bool] = False
@@ -217,9 +217,9 @@ class _SecondDerivative(Curvature):
 
 
 class Probe(_SecondDerivative):
-    """One Rademacher curvature-vector product by forward-over-reverse differentiation."""
+    """One Rademacher curvature-vector product, of a backward pass that the library records."""
 
-    forward_mode = draws = True
+    records = draws = True
     # More would lag behind, fewer leave the noise of the probe: each biases the shadows.
     pooled_rows = 16
     _unit: int | None = None
@@ -250,14 +250,16 @@ class Probe(_SecondDerivative):
         return (signs * product).sum(0)
 
     def product(self, observed: Tensor, backward: Backward) -> Tensor:
-        """Return the product that came back as the gradient's tangent.
+        """Return the derivative of the gradient, or take it where users have recorded it.
 
         Raises:
-            RuntimeError: if the gradient carried no tangent.
+            RuntimeError: if the backward pass was not met.
         """
-        if backward.tangent is None:
-            raise RuntimeError(LOST_TANGENT)
-        return backward.tangent
+        if backward.tangent is not None:
+            return backward.tangent
+        if backward.gradient.requires_grad:
+            return _differentiate(backward, observed, keep_graph=False)
+        raise RuntimeError(UNMET)
 
     def moments(self, rows: Rows) -> Moments:
         """VᵀV / m and Vᵀ(HV), and what kinks add to it."""
@@ -284,7 +286,7 @@ class Probe(_SecondDerivative):
 class GraphProbe(Probe):
     """The same product through ``loss.backward(create_graph=True)``."""
 
-    forward_mode = False
+    records = False
     second_order = True
 
     def product(self, observed: Tensor, backward: Backward) -> Tensor:
@@ -335,18 +337,13 @@ class Exact(_SecondDerivative):
         return (moments.cross + moments.cross.mT) / 2
 
 
-REMEDY = (
-    'Remedy: construct with curvature="probe_create_graph" and call '
-    "loss.backward(create_graph=True); or, where the inputs are a mixture of Gaussians of known "
-    'components, with curvature="stein" and noise=dd.NoiseModel.isotropic(inputs, components), '
-    "which needs no second derivative."
-)
-
-LOST_TANGENT = (
-    "DecoupledDescent: the curvature probe got no tangent back, so the curvature is unknown. "
-    "Either backward ran twice on one forward, or the loss is linear in the pre-activations, or "
-    "something between them and the loss drops forward-mode derivatives (a compiled region or a "
-    "custom autograd.Function can). " + REMEDY
+UNMET = (
+    "DecoupledDescent: the backward pass was not met, so that the curvature is unknown. Something "
+    "between the decoupled layer and the loss hands on another tensor than the one that it made of "
+    "what it received: an extension in C++, as_subclass, or torch._C functions. Remedy: construct "
+    'with curvature="probe_create_graph" and call loss.backward(create_graph=True); or, where the '
+    'inputs are a mixture of Gaussians of known components, with curvature="stein" and '
+    "noise=dd.NoiseModel.isotropic(inputs, components), which needs no second derivative."
 )
 
 

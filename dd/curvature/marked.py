@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-__all__ = ["MarkedTensor", "UncompiledTensor"]
+__all__ = ["MarkedTensor"]
 
 
 class MarkedTensor(Tensor):
@@ -40,23 +39,3 @@ class MarkedTensor(Tensor):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle as an ordinary tensor."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-
-class UncompiledTensor(MarkedTensor):
-    """A marked tensor that torch.compile leaves alone.
-
-    Compiled code drops the tangents of forward mode and the second derivatives of
-    ``create_graph=True``, and does not always say so.
-    """
-
-    @classmethod
-    @_disable_dynamo
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run ``func``; what is detached is plain."""
-        return super().__torch_function__(func, types, args, kwargs)

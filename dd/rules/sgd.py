@@ -75,9 +75,11 @@ def attached_step(
         move: moves all groups, and shadows beside them, where the step is not refused.
 
     Raises:
-        RuntimeError: as :meth:`dd.correction.shadow_step.ShadowStep.updates`.
+        RuntimeError: as :meth:`dd.correction.shadow_step.ShadowStep.updates`, or if
+            another optimizer has taken the layer over.
         FloatingPointError: likewise.
     """
+    attachment.require_own()
     verdicts = attachment.verdicts
     if verdicts.defers and (watches.looks or not store.may_defer(attachment)):
         verdicts.end()

@@ -192,7 +192,7 @@ class Samples:
         last = self._last
         if last is not None and not inputs.is_inference() and last.is_of(inputs):
             return last.placement
-        found = self._project(inputs)
+        found = self.fingerprints(inputs)
         known = self.known
         if known is None:
             fitted = fitted_samples(found, noise, inputs.dtype)
@@ -396,7 +396,8 @@ class Samples:
                 AugmentationWarning,
             )
 
-    def _project(self, inputs: Tensor) -> Tensor:
+    def fingerprints(self, inputs: Tensor) -> Tensor:
+        """What rows of shape (m, d) are known again by, shape (m, 3)."""
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         if self.directions is None or self.directions.shape[1] != inputs.shape[1]:
             self.directions = directions(inputs.shape[1])

@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
-from dd.curvature.dual import DualLevel
+from dd.curvature.custom import CurvatureWarning
 from dd.curvature.estimators import Stein
 from dd.curvature.marked import MarkedTensor
 from dd.functional import (
@@ -60,26 +60,6 @@ MISMATCH_ERRORS = 10.0
 ROWS_A_UNIT = 8
 
 
-class CurvatureWarning(UserWarning):
-    """Stein's curvature is not that of the loss: its lemma does not hold for these inputs.
-
-    Example:
-        >>> import warnings
-        >>> warnings.simplefilter("error", dd.CurvatureWarning)  # end such a run at once
-        >>> inputs = torch.cat([X[:, :1], X[:, :1].square() - 1], 1)  # no Gaussian
-        >>> noise = dd.NoiseModel.fit(inputs, y)
-        >>> model[0] = torch.nn.Linear(2, 4)
-        >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, curvature="stein")
-        >>> for step in range(5):
-        ...     optimizer.zero_grad()
-        ...     criterion(model(inputs), y).backward()
-        ...     optimizer.step()
-        Traceback (most recent call last):
-            ...
-        dd.watch.audit.CurvatureWarning: DecoupledDescent: at training forward ...
-    """
-
-
 class ComponentWarning(CurvatureWarning):
     """The component ids of the noise model are not the mixture components of the inputs.
 
@@ -117,7 +97,7 @@ def is_safe(module: nn.Module) -> bool:
     hooked |= _is_called_compiled()
     hooked |= bool(nn.modules.module._global_backward_hooks)
     hooked |= bool(nn.modules.module._global_backward_pre_hooks)
-    level = DualLevel.is_open() or torch.autograd.forward_ad._current_level >= 0
+    level = torch.autograd.forward_ad._current_level >= 0
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not (hooked or level or parallel or torch.is_anomaly_enabled())
 

@@ -196,7 +196,7 @@ def stripped(loss_fn):
     return lambda output, targets: loss_fn(output.as_subclass(Tensor), targets)
 
 
-def test_a_tangent_that_meets_compiled_code_is_kept_or_missed_aloud(problem):
+def test_a_mark_that_is_lost_before_compiled_code_is_missed_aloud(problem):
     model = make_model()
     optimizer = attached(model, problem, "probe")
     loss_fn = stripped(torch.compile(mean_loss, backend="aot_eager"))
@@ -207,7 +207,7 @@ def test_a_tangent_that_meets_compiled_code_is_kept_or_missed_aloud(problem):
     else:
         require_close((model, optimizer), eager(problem, "probe"), TOLERANCE)
         return
-    assert "forward mode AD" in message or "got no tangent back" in message
+    assert "was not met" in message
     assert optimizer.shadow is None
 
 
@@ -236,7 +236,7 @@ def test_the_layer_itself_is_no_part_of_one_graph(way, curvature, problem):
 def test_second_derivatives_are_no_part_of_one_graph(way, curvature, problem):
     model = make_model()
     forward, optimizer, loss_fn = way(model, problem, curvature, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"dual tensor|compiler.disable"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"compiler\.disable"):
         train(forward, optimizer, problem, loss_fn)
     optimizer.drop_forward()
     assert optimizer.shadow is None
@@ -355,6 +355,7 @@ def test_what_runs_inside_compiled_code_is_not_audited(make, problem, monkeypatc
     assert len(audits) == 1
 
 
+@pytest.mark.filterwarnings("ignore::dd.UnattachedWarning")
 def test_unattached_it_is_sgd_in_a_compiled_step():
     inputs, targets = make_problem(dtype=torch.float32)
     models = []

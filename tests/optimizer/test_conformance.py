@@ -31,6 +31,9 @@ with mock.patch("torch.backends.disable_global_flags"):
         optim_inputs_func_sgd,
     )
 
+# A case is about plain steps, and need not say that they are.
+pytestmark = pytest.mark.filterwarnings("ignore::dd.UnattachedWarning")
+
 # TestOptimRenewed, and what TestDifferentiableOptimizer has on SGD: test/test_optim.py and
 # test/optim/test_optim.py on torch's main branch ahead of 2.15. No wheel holds these files.
 SUITE = """

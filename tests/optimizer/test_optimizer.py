@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dd
 from dd.functional import corrected_preactivation, shadow_gradient
@@ -74,10 +75,104 @@ SGD_SETTINGS = [
 def test_unattached_is_sgd_bit_for_bit(settings):
     inputs, targets = make_problem(dtype=torch.float32)
     ours, theirs = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
-    train(ours, dd.DecoupledDescent(ours.parameters(), **settings), inputs, targets)
+    optimizer = dd.DecoupledDescent(ours.parameters(), **settings)
+    # Plain on purpose.
+    optimizer.detach()
+    train(ours, optimizer, inputs, targets)
     train(theirs, torch.optim.SGD(theirs.parameters(), **settings), inputs, targets)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_step_that_corrects_nothing_says_so_once():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    # As checkpointing makes state, before anyone has attached.
+    optimizer.step()
+    with pytest.warns(dd.UnattachedWarning, match=r"DecoupledDescent\(model, .*attach\(model\)"):
+        train(model, optimizer, inputs, targets, steps=1)
+    train(model, optimizer, inputs, targets, steps=1)
+    train(model, copy.deepcopy(optimizer), inputs, targets, steps=1)
+
+
+def test_a_second_optimizer_of_a_layer_takes_it_over():
+    """A trainer that keeps its optimizer fits a model again, from the weights of its start."""
+    inputs, targets = make_problem()
+    model, alone = make_model(), make_model()
+    start = copy.deepcopy(model.state_dict())
+    first = dd.DecoupledDescent(model, lr=0.3)
+    train(model, first, inputs, targets)
+    model.load_state_dict(start)
+    second = dd.DecoupledDescent(model, lr=0.3)
+    train(model, second, inputs, targets)
+    single = dd.DecoupledDescent(alone, lr=0.3)
+    train(alone, single, inputs, targets)
+    assert torch.equal(second.shadow, single.shadow)
+    second.zero_grad()
+    F.cross_entropy(model(inputs), targets).backward()
+    with pytest.raises(RuntimeError, match=r"another optimizer was attached.*detach\(\)"):
+        first.step()
+    with pytest.raises(RuntimeError, match=r"another optimizer was attached"):
+        first.evaluate([torch.arange(N)], lambda index: 0.0)
+    first.detach()
+    second.step()
+
+
+def test_a_second_optimizer_that_goes_on_without_the_shadows_says_so():
+    inputs, targets = make_problem()
+    model = make_model()
+    first = dd.DecoupledDescent(model, lr=0.3)
+    train(model, first, inputs, targets)
+    second = dd.DecoupledDescent(model, lr=0.3)
+    with pytest.warns(UserWarning, match=r"trained by another optimizer.*state_dict"):
+        train(model, second, inputs, targets, steps=1)
+
+
+def test_a_second_optimizer_that_cannot_be_attached_leaves_the_first():
+    inputs, targets = make_problem()
+    model = make_model()
+    first = dd.DecoupledDescent(model, lr=0.3)
+    train(model, first, inputs, targets, steps=1)
+    with pytest.raises(ValueError, match="differentiable"):
+        dd.DecoupledDescent(model, lr=0.3, differentiable=True)
+    train(model, first, inputs, targets, steps=1)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("what", ["all", "behind"])
+def test_checkpointing_changes_nothing(what, head):
+    inputs, targets = make_problem()
+    results = []
+    for checkpoints in (False, True):
+        model = make_model()
+        noise = dd.NoiseModel.isotropic(inputs)
+        optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise, head=head)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if not checkpoints:
+                output = model(inputs)
+            elif what == "all":
+                output = checkpoint(model, inputs, use_reentrant=False)
+            else:
+                output = checkpoint(model[1:], model[0](inputs), use_reentrant=False)
+            F.cross_entropy(output, targets).backward()
+            optimizer.step()
+        results.append([optimizer.shadow, *model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_reentrant_checkpointing_of_the_layer_is_refused():
+    inputs, targets = make_problem()
+    model = make_model()
+    optimizer = dd.DecoupledDescent(model, lr=0.3)
+    train(model, optimizer, inputs, targets, steps=1)
+    output = checkpoint(model, inputs.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"DecoupledDescent.*checkpointing.*use_reentrant=False"):
+        F.cross_entropy(output, targets).backward()
 
 
 def test_first_step_attached_moves_the_weights_as_sgd_does():
@@ -351,7 +446,7 @@ def test_two_optimizers_share_one_loop():
     assert torch.autograd.forward_ad._current_level == -1
 
 
-def test_a_forward_mode_level_of_the_caller_is_used_and_left_open():
+def test_a_forward_mode_level_of_the_caller_is_left_alone():
     inputs, targets = make_problem()
     model, alone = make_model(), make_model()
     optimizer = dd.DecoupledDescent(model, lr=0.3, curvature="probe")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dd.curvature.dual import split_tangent
 from dd.functional import at_least_single
 
 __all__ = ["Outputs", "StopRule"]
@@ -48,14 +47,14 @@ class Outputs:
         if not tensor.requires_grad:
             return tensor
         number = len(self._found)
-        self._found.append(split_tangent(tensor.detach())[0].clone())
+        self._found.append(tensor.detach().clone())
         # One output may be made of another, whose own gradient would then count it twice.
         apart = tensor.view_as(tensor)
         apart.register_hook(lambda gradient: self._receive(number, gradient))
         return apart
 
     def _receive(self, number: int, gradient: Tensor) -> None:
-        gradient = split_tangent(gradient.detach())[0]
+        gradient = gradient.detach()
         earlier = self._gradients.get(number)
         self._gradients[number] = gradient if earlier is None else earlier + gradient
 
