@@ -31,7 +31,7 @@ class Estimate:
         lower: lower end of the interval, likewise.
         upper: upper end, likewise.
         confidence: probability that the interval is meant to have.
-        num_samples: n.
+        num_samples: n, each counted once however often it came.
         doubts: why it is not to be believed, a sentence each; empty where no check has failed.
 
     Example:
@@ -56,9 +56,16 @@ class Estimate:
 
     @classmethod
     def of_sums(
-        cls, total: Tensor, squares: Tensor, num_samples: int, confidence: float
+        cls,
+        total: Tensor,
+        squares: Tensor,
+        num_rows: int,
+        confidence: float,
+        *,
+        num_samples: int | None = None,
+        effective: float | None = None,
     ) -> "Estimate":
-        """The estimate from sums over samples.
+        """The estimate from sums over rows, one a sample unless said otherwise.
 
         Of zeros and ones it is Wilson's interval (1927), which has a width where all are equal; of
         other values mean ± z standard errors; z is 1.7 times the normal quantile.
@@ -66,24 +73,27 @@ class Estimate:
         Args:
             total: sum of the values.
             squares: sum of their squares.
-            num_samples: n, at least 2.
+            num_rows: rows, at least 2.
             confidence: between 0 and 1.
+            num_samples: distinct samples among them.
+            effective: how many samples that come once tell as much, above 1.
 
         Example:
             >>> wrong = torch.tensor([1.0, 0.0, 0.0, 0.0])
             >>> print(dd.Estimate.of_sums(wrong.sum(), wrong.square().sum(), 4, confidence=0.9))
             0.25 (90 %: 0.02... to 0.8..., n = 4)
         """
-        n, z = num_samples, _WIDENING * NormalDist().inv_cdf((1 + confidence) / 2)
-        mean = total / n
-        variance = (squares / n - mean**2).clamp_min(0.0)
+        n = float(num_rows) if effective is None else effective
+        z = _WIDENING * NormalDist().inv_cdf((1 + confidence) / 2)
+        mean = total / num_rows
+        variance = (squares / num_rows - mean**2).clamp_min(0.0)
         half = z * (variance / (n - 1)).sqrt()
         # Zeros and ones are their own squares.
         binary = (total == squares) & (mean >= 0.0) & (mean <= 1.0)
         centre = torch.where(binary, (mean + z**2 / (2 * n)) / (1 + z**2 / n), mean)
         wilson = z / (1 + z**2 / n) * (mean * (1 - mean) / n + z**2 / (4 * n**2)).abs().sqrt()
         half = torch.where(binary, wilson, half)
-        return cls(mean, centre - half, centre + half, confidence, n)
+        return cls(mean, centre - half, centre + half, confidence, num_samples or num_rows)
 
     def __str__(self) -> str:
         """The value and its interval, for example ``0.123 (90 %: 0.111 to 0.136, n = 2000)``.

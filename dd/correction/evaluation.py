@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate, check_confidence
+from dd.correction.repeats import Repeats
 
 __all__ = ["corrected_estimate", "corrected_mean"]
 
@@ -37,12 +38,15 @@ def corrected_estimate(
 ) -> Estimate:
     """Mean over all samples of what ``losses`` returns for each, with its interval.
 
+    A sample that comes several times weighs so in the mean, and counts once for the interval.
+
     Raises:
         ValueError: if there are not at least two samples, ``losses`` does not return a row a
             sample, or the confidence is out of range.
         RuntimeError: if a batch did not pass through the decoupled layer.
     """
     check_confidence(confidence)
+    repeats = Repeats(attachment)
     total, squares, rows = torch.zeros(()), torch.zeros(()), 0
     for values, count in _values(attachment, batches, losses, "estimate()"):
         if values.ndim not in (1, 2) or len(values) != count:
@@ -53,12 +57,18 @@ def corrected_estimate(
         values = values.double()
         total, squares = total + values.sum(0), squares + values.square().sum(0)
         rows += count
+        repeats.see(count)
     ranks = attachment.ranks
     total, squares = ranks.sum(total), ranks.sum(squares)
-    num_samples = int(ranks.sum(torch.as_tensor(float(rows), device=total.device)))
+    num_rows = int(ranks.sum(torch.as_tensor(float(rows), device=total.device)))
+    num_samples, effective = repeats.numbers()
     if num_samples < 2:
         raise ValueError("DecoupledDescent: estimate() needs two samples or more, got one")
-    found = Estimate.of_sums(total, squares, num_samples, confidence)
+    # One sample that came nearly always leaves next to none.
+    effective = max(effective, 1.5)
+    found = Estimate.of_sums(
+        total, squares, num_rows, confidence, num_samples=num_samples, effective=effective
+    )
     return replace(found, doubts=attachment.oversight.doubts)
 
 

@@ -26,7 +26,6 @@ USUAL = ("gd", "dd", "dd_auto")
 OURS = ("name", "batch_size", "selection")
 
 _WHOLE = "it chooses every step on the loss of all training samples"
-_PROBES = (AUTO, "probe")
 
 
 def known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
@@ -111,10 +110,4 @@ def _obstacle_to_auto(config: DictConfig, settings: DictConfig, processes: int) 
         return f"{_WHOLE}; data.batch_size={batch_size} should be null"
     if processes > 1:
         return f"{_WHOLE} in one process; there are {processes}"
-    if config.model.get("activation") == "silu" and settings.get("curvature") in _PROBES:
-        return (
-            "its probe of the curvature needs forward-mode derivatives, which torch lacks for "
-            f"model.activation=silu; available.{settings.name}.curvature=probe_create_graph does "
-            "without"
-        )
     return None

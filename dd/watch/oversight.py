@@ -61,10 +61,11 @@ class Oversight:
     Attributes:
         is_suspicious: set it to have the next training forward audited that can be, besides those
             that are by their number.
+        has_copies: whether training samples were found to be copies of others.
     """
 
     def __init__(self) -> None:
-        self.is_suspicious = False
+        self.is_suspicious = self.has_copies = False
         self._forwards = 0
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
@@ -110,7 +111,8 @@ class Oversight:
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far, between two training forwards."""
         has = {"has_looked": self._has_looked, "has_found": self._has_found}
-        more = {"size": self._size.state_dict(), "told": list(self._told)}
+        more: dict[str, Any] = {"size": self._size.state_dict(), "told": list(self._told)}
+        more["has_copies"] = self.has_copies
         return {"forwards": self._forwards, **has, **more}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,6 +121,7 @@ class Oversight:
         self._has_looked, self._has_found = state["has_looked"], state["has_found"]
         self._size.load_state_dict(state["size"])
         self._told = list(state["told"])
+        self.has_copies = state.get("has_copies", False)
 
     def looks_at_shadows(self, subject: Subject) -> bool:
         """Whether the size of shadows is looked at in the next training forward."""
@@ -184,6 +187,7 @@ class Oversight:
         if copies is None:
             self._copies = CopyWatch()
             self._look_for_copies(subject, placement, inputs)
+        self.has_copies = bool(copies)
         for sentence in strains(
             total,
             layer.in_features,
@@ -224,7 +228,7 @@ class Oversight:
         copies = self._copies.see(index, inputs, known)
         if copies is None:
             return
-        self._copies = None
+        self._copies, self.has_copies = None, copies > 0
         sentence = of_copies(copies, known.count)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)

@@ -157,3 +157,38 @@ def test_what_is_not_to_be_believed_says_so():
     assert sure.doubts == ()
     assert str(doubted) == f"{sure}, not to be believed: The one reason. The other."
     assert "believed" not in str(sure)
+
+
+def test_rows_of_a_sample_that_comes_again_tell_nothing_new():
+    """As a sampler with replacement, a padded or a concatenated one brings them."""
+    model, optimizer, inputs, labels = make()
+    once = optimizer.estimate([(inputs, labels)], losses_of(model))
+    twice = torch.arange(N).repeat(2)
+    for order in (twice, twice.flip(0)):
+        batches = [(inputs[i], labels[i]) for i in order.split(25)]
+        again = optimizer.estimate(batches, losses_of(model))
+        assert again.num_samples == N
+        for name in ("value", "lower", "upper"):
+            assert float(getattr(again, name)) == pytest.approx(float(getattr(once, name)), 1e-9)
+    # Kish: (60 + 30)² / (30 · 1 + 30 · 4) = 54 samples are left of 60, half of which come twice.
+    order = torch.cat([torch.arange(N), torch.arange(N // 2)])
+    some = optimizer.estimate([(inputs[order], labels[order])], losses_of(model))
+    values = losses_of(model)
+    with optimizer._attachment.corrected_in_eval_mode(), torch.no_grad():
+        found = values((inputs[order], labels[order]))
+    half = float(some.upper - some.value)
+    z = 1.7 * 1.6448536269514722
+    assert half == pytest.approx(z * float(found.var(correction=0)) ** 0.5 / 53**0.5, rel=1e-9)
+
+
+def test_copies_among_the_samples_count_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, K), nn.GELU(), nn.Linear(K, C)).double()
+    half, labels = torch.randn(N, D).double(), torch.arange(N) % C
+    inputs, labels = half.repeat(2, 1), labels.repeat(2)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, noise=dd.NoiseModel.fit(inputs))
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    found = optimizer.estimate([(inputs, labels)], losses_of(model))
+    assert found.num_samples == N

@@ -126,16 +126,11 @@ def test_asked_for_by_name_it_is_refused_where_it_cannot_run(wish, monkeypatch):
     assert name in line_up(wish)[0]
 
 
-def test_silu_does_without_it_unless_its_curvature_is_told(tmp_path):
-    silu = ["model.activation=silu", "optimizer.curvature=probe_create_graph"]
-    names, (note,) = line_up(*silu)
-    assert names == ["gd", "dd"]
-    assert note.startswith("dd_auto was left out")
-    remedy = "available.dd_auto.curvature=probe_create_graph"
-    assert remedy in note
-    with pytest.raises(ValueError, match=r"dd_auto cannot be trained: .*silu"):
-        line_up("model.activation=silu", ALONE)
-    experiment = run(tmp_path, "model.activation=silu", ALONE, remedy, "steps=8")
+def test_silu_goes_with_it(tmp_path):
+    names, notes = line_up("model.activation=silu")
+    assert names == ["gd", "dd", "dd_auto"]
+    assert not notes
+    experiment = run(tmp_path, "model.activation=silu", ALONE, "steps=8")
     assert steps_of(experiment)[-1] == 8
     assert experiment.failures == []
 
