@@ -24,7 +24,7 @@ try:
     from dd.experiments.interruption import exit_code, interruptible
     from dd.experiments.resume import named_folder, resumed
     from dd.experiments.sweep_callback import conclude, failures
-    from dd.support.folder_lock import FolderTaken
+    from dd.support.folder_lock import FolderLocked
     from dd.sweep.job import SweepJob, described, objective_of, tracked_loss
     from dd.tracking.console import print_reading, print_report
     from dd.training.launch import Processes
@@ -181,7 +181,7 @@ def _run(make: Callable[[], Experiment], folder: Path, *, tells: bool = True) ->
 
 def _sentence(error: BaseException, experiment: Experiment | None, folder: Path) -> str:
     folder = folder if experiment is None else experiment.folder
-    begun = experiment is not None and not isinstance(error, FolderTaken)
+    begun = experiment is not None and not isinstance(error, FolderLocked)
     kept = begun and (folder / "checkpoint.pt").exists()
     remedy = f"; python -m dd resume={folder} goes on from its checkpoint" if kept else ""
     if not isinstance(error, KeyboardInterrupt):

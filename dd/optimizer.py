@@ -13,6 +13,7 @@ from dd.correction.copied import Copied
 from dd.correction.head_choice import AUTO
 from dd.correction.head_form import follow_state
 from dd.correction.hook import Forward
+from dd.correction.optimizer_state import OptimizerState
 from dd.correction.saved_state import (
     bind_samples,
     forget_own,
@@ -20,10 +21,10 @@ from dd.correction.saved_state import (
     restore_values,
 )
 from dd.correction.shadows import ShadowUpdate
-from dd.correction.store import Store
 from dd.correction.tracker import Tracker
 from dd.correction.training_forward import TrainingForward, refuse_capture
 from dd.noise.model import NoiseModel
+from dd.rules.after_search import restore_best, step_after_stop
 from dd.rules.line_search.search import LineSearch, Policy
 from dd.rules.line_search.settings import (
     is_auto,
@@ -34,11 +35,10 @@ from dd.rules.line_search.settings import (
 )
 from dd.rules.line_search.step import MEMORY, LineStep
 from dd.rules.plain import has_told_plain
-from dd.rules.searched import idle_step, restore_best
 from dd.rules.settings import check_settings, refuse_without_module, require_isotropic
-from dd.rules.sgd import Moved, Scaling, attached_step, check_rate, move_group
+from dd.rules.sgd import GroupTensors, Scaling, attached_step, check_rate, move_group
 from dd.support.plain_numbers import PlainGroups
-from dd.watch.watches import Watches
+from dd.watch.step_watches import StepWatches
 
 __all__ = ["DecoupledDescent"]
 
@@ -142,7 +142,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
     ) -> None:
         # Not on the class: a wrapper that inherits from it would see those instead of its own.
         self._attachment: Attachment | None = None
-        self._watches, self._is_plain = Watches(), False
+        self._watches, self._is_plain = StepWatches(), False
         self._policy: Policy | None = LineSearch() if is_auto(lr) else None
         self._stops = stops_itself(stop, searching=self._policy is not None)
         if isinstance(lr, str):
@@ -255,7 +255,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         if attachment is not None:
             attachment.remove()
         forget_own(self)
-        self._attachment, self._watches, self._is_plain = None, Watches(), True
+        self._attachment, self._watches, self._is_plain = None, StepWatches(), True
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
         if attachment is not None:
             attachment.verdicts.settle(wait=True)
@@ -355,7 +355,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         restore_values(self, given[-1])
         if self._attachment is not None:
             self._attachment.forget()
-            self._watches = Watches()
+            self._watches = StepWatches()
             follow_state(self._attachment, self._store().state)
             bind_samples(self._attachment, self.state.get(self._attachment.weight, {}))
 
@@ -381,10 +381,10 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
                 graph is captured.
             FloatingPointError: if attached and a gradient is not finite; nothing is changed.
 
-        On CUDA a plain step does not wait for the device
-        (:meth:`dd.correction.store.Store.may_defer`): what is wrong with it is raised by a later
-        forward, step, :meth:`state_dict`, :meth:`evaluate` or :meth:`detach`, and it changed no
-        weight, shadow or momentum.
+        On CUDA a plain step does not wait for the device (``OptimizerState.may_defer`` of
+        :mod:`dd.correction.optimizer_state`): what is wrong with it is raised by a later forward,
+        step, :meth:`state_dict`, :meth:`evaluate` or :meth:`detach`, and it changed no weight,
+        shadow or momentum.
 
         Warns:
             DivergenceWarning: once, if the correction has begun to feed back on itself.
@@ -430,7 +430,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         assert closure is not None
         try:
             if self.stopped:
-                return idle_step(self.drop_forward, closure)
+                return step_after_stop(self.drop_forward, closure)
             return LineStep(attachment, self._store(), policy, stops=self._stops)(closure)
         except BaseException:
             self.drop_forward()
@@ -443,8 +443,8 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         store, watches = self._store(), self._watches
         return TrainingForward(attachment, store, watches, self._seed, defers=defers)
 
-    def _store(self) -> Store:
-        return Store(self.state, self.param_groups)
+    def _store(self) -> OptimizerState:
+        return OptimizerState(self.state, self.param_groups)
 
     def _move(self, updates: list[ShadowUpdate], refusal: Tensor | None = None) -> None:
         scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
@@ -454,5 +454,5 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
             gradients: list[Tensor] = []
             buffers: list[Tensor | None] = []
             sparse = self._init_group(group, params, gradients, buffers)
-            moved = Moved(params, gradients, buffers, sparse)
+            moved = GroupTensors(params, gradients, buffers, sparse)
             move_group(group, moved, self.state, updates, scaling)

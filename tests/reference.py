@@ -578,10 +578,10 @@ def line_descent(
     for i, (x, label) in enumerate(zip(inputs, labels.tolist(), strict=True)):
         r, features, shift, u = line_sample(x, i, state, activation, means)
         arguments = (r, state.head, label, activation, shift)
-        g, of_head = torch.func.grad(sample_loss, argnums=(0, 1))(*arguments)
+        g, head_strain_message = torch.func.grad(sample_loss, argnums=(0, 1))(*arguments)
         hessian += torch.func.hessian(sample_loss)(*arguments) / n
         weight -= torch.outer(x, g) / n
-        for total, part in zip(head, of_head, strict=True):
+        for total, part in zip(head, head_strain_message, strict=True):
             total -= part / n
         for b, (value, count) in enumerate(zip(eigenvalues, multiplicities, strict=True)):
             shadow[b, i] += count * value / n * g

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dd.training.loop import loss_and_error
 
-__all__ = ["CandidateRun", "Judgement"]
+__all__ = ["CandidateRun", "ValidationPoint"]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ValidationPoint:
     """A candidate at one step.
 
     Attributes:
@@ -58,9 +58,9 @@ class CandidateRun:
     inputs: Tensor
     targets: Tensor
     shown: Any = None
-    judgements: list[Judgement] = field(default_factory=list)
+    judgements: list[ValidationPoint] = field(default_factory=list)
     records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    best: tuple[Judgement, dict[str, Tensor]] | None = None
+    best: tuple[ValidationPoint, dict[str, Tensor]] | None = None
     seconds: list[float] = field(default_factory=list)
     judging: float = 0.0
     gradients: int = 0
@@ -79,13 +79,13 @@ class CandidateRun:
             self.shown(step, figures)
 
     @torch.no_grad()
-    def _judge(self, step: int, figures: dict[str, float]) -> Judgement:
+    def _judge(self, step: int, figures: dict[str, float]) -> ValidationPoint:
         if len(self.targets) == 0:
-            return Judgement(step, figures["train_loss"], figures["train_error"])
+            return ValidationPoint(step, figures["train_loss"], figures["train_error"])
         self.model.eval()
         loss, error = loss_and_error(self.model(self.inputs), self.targets)
         self.model.train()
-        return Judgement(step, loss, error)
+        return ValidationPoint(step, loss, error)
 
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Do nothing: only the chosen weights are kept."""

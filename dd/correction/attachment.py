@@ -13,7 +13,7 @@ from dd.correction.capture import Capture
 from dd.correction.head import SharedParameters
 from dd.correction.head_choice import AUTO, form_and_head, uncorrected_count
 from dd.correction.hook import Correct, Forward, ForwardHook, take_over
-from dd.correction.layers import blamed_modules, find_layer
+from dd.correction.layers import find_layer, input_changing_modules
 from dd.correction.shadows import Shadows
 from dd.curvature.choice import build
 from dd.functional import at_least_single
@@ -21,8 +21,8 @@ from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
 from dd.support.ranks import Ranks
-from dd.watch.oversight import Oversight, Subject
-from dd.watch.verdicts import Verdicts
+from dd.watch.deferred_checks import DeferredChecks
+from dd.watch.model_watch import ModelWatch, WatchedModel
 
 __all__ = ["Attachment"]
 
@@ -101,10 +101,10 @@ class Attachment:
         self.estimator = build(curvature, noise, module)
         self.pending: list[Capture] = []
         # Not a method of this object, which would then outlive its last reference.
-        self.samples = Samples(partial(blamed_modules, module, self.name, self.layer))
+        self.samples = Samples(partial(input_changing_modules, module, self.name, self.layer))
         self.shadows = Shadows()
-        self.oversight = Oversight()
-        self.verdicts = Verdicts()
+        self.oversight = ModelWatch()
+        self.verdicts = DeferredChecks()
         self.now: Placement | None = None
         self.rows_seen = 0
         self.trial: Forward | None = None
@@ -194,9 +194,9 @@ class Attachment:
         self.shared, self.head_is_optional, self.has_left_head = None, False, True
 
     @property
-    def subject(self) -> Subject:
+    def subject(self) -> WatchedModel:
         """What is trained here, for those who watch."""
-        return Subject(
+        return WatchedModel(
             module=self.module,
             layer=self.layer,
             noise=self.noise,
@@ -264,7 +264,7 @@ class Attachment:
     def forget(self) -> None:
         """Forget the samples, their noise and the weights that the state belonged to."""
         self.drop()
-        self.verdicts = Verdicts()
+        self.verdicts = DeferredChecks()
         self.samples.forget()
         self.shadows.forget()
         self.now = None

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dd.correction.contribution import Contribution
-from dd.correction.scores import Scores
-from dd.curvature.estimators import Backward, Curvature
+from dd.correction.gradient_terms import ProjectedTerm
+from dd.correction.head_record import HeadRecord
+from dd.curvature.estimators import BackwardResult, Curvature
 from dd.curvature.recorded import RecordedTensor
 from dd.curvature.twice import TwiceTensor, explained
 from dd.curvature.user_hooks import quiet
@@ -21,7 +21,7 @@ from dd.functional import at_least_single
 from dd.samples.placement import Placement
 from dd.support.ranks import Ranks
 
-__all__ = ["Capture", "Pushes", "joined"]
+__all__ = ["Capture", "StepGradients", "joined"]
 
 
 CHANGED_IN_PLACE = (
@@ -55,7 +55,7 @@ class Capture:
     """
 
     signal: Tensor | None = None
-    scores: Scores | None = None
+    scores: HeadRecord | None = None
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Capture:
     ) -> None:
         self.placement = placement
         self.gradient: Tensor | None = None
-        self.contribution: Contribution | None = None
+        self.contribution: ProjectedTerm | None = None
         self.tangent: Tensor | None = None
         self._expected: Tensor | None = None
         self._estimating = self._recording = False
@@ -203,7 +203,7 @@ class Capture:
         term, self.contribution = results[-1], None
         # A hook of the user's may have put another gradient in place of the one that was kept.
         if term is not None and self.gradient is not None and gradients[0] is self.gradient:
-            self.contribution = Contribution.of(term.mT, self._directions)
+            self.contribution = ProjectedTerm.of(term.mT, self._directions)
 
     def follow(self, scores: Tensor, corrected: Tensor, features: Tensor) -> None:
         """Take down what the head saw and said.
@@ -218,7 +218,7 @@ class Capture:
         """
         # What follows may change the scores in place.
         values = corrected.detach().clone()
-        self.scores = Scores(values, features, self._jacobian(scores))
+        self.scores = HeadRecord(values, features, self._jacobian(scores))
         corrected.register_hook(_Listener(self.receive_scores))
 
     def _jacobian(self, scores: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class Capture:
         assert self.gradient is not None
         # Differentiating the gradient again passes by R and must not count as a gradient.
         with self.undisturbed() as (observed, edge):
-            backward = Backward(self.gradient, self.tangent, edge)
+            backward = BackwardResult(self.gradient, self.tangent, edge)
             try:
                 return self._estimator.product(observed, backward)
             except RuntimeError as error:
@@ -281,7 +281,7 @@ class Capture:
 
 
 @dataclass(frozen=True, eq=False)
-class Pushes:
+class StepGradients:
     """The rows of all forwards that lead to one step.
 
     Attributes:
@@ -300,13 +300,13 @@ class Pushes:
     preactivation: Tensor | None
     captures: Sequence[Capture]
     signal: Tensor | None
-    scores: Scores | None
+    scores: HeadRecord | None
 
     def product(self) -> Tensor:
         """What the curvature needs of the backward passes."""
         return _stacked([capture.product() for capture in self.captures])
 
-    def gathered(self, ranks: Ranks, num_samples: int) -> "Pushes":
+    def gathered(self, ranks: Ranks, num_samples: int) -> "StepGradients":
         """The rows of all ranks, which number n samples alike."""
         placement, scores = self.placement, self.scores
         index = placement.index
@@ -336,7 +336,7 @@ class Pushes:
         return self.placement.by_sample(at_least_single(self.gradient))
 
 
-def joined(captures: Sequence[Capture], num_samples: int) -> Pushes:
+def joined(captures: Sequence[Capture], num_samples: int) -> StepGradients:
     """Put the rows of micro-batches together.
 
     Args:
@@ -348,14 +348,14 @@ def joined(captures: Sequence[Capture], num_samples: int) -> Pushes:
     scores = [c.scores for c in captures if c.scores is not None]
     found = [c.preactivation for c in captures]
     preactivations = [rows for rows in found if rows is not None]
-    return Pushes(
+    return StepGradients(
         placement=Placement.joined([c.placement for c in captures], num_samples),
         gradient=_stacked(gradients),
         observed=_stacked([c.observed for c in captures]),
         preactivation=_stacked(preactivations) if preactivations else None,
         captures=captures,
         signal=_stacked(signals) if signals else None,
-        scores=Scores.joined(scores) if len(scores) == len(captures) else None,
+        scores=HeadRecord.joined(scores) if len(scores) == len(captures) else None,
     )
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dd.correction.attachment import Attachment
-from dd.correction.saved_state import bond_of
-from dd.watch.watches import Watches
+from dd.correction.saved_state import attachment_settings
+from dd.watch.step_watches import StepWatches
 
 __all__ = ["Copied"]
 
@@ -22,7 +22,7 @@ class Copied(torch.optim.Optimizer):
     _policy: Any
     _stops: bool
     _is_plain: bool
-    _watches: Watches
+    _watches: StepWatches
 
     def attach(self, module: nn.Module, *, layer: Any = None, noise: Any = None) -> None:
         """Attach the optimizer to a module."""
@@ -34,7 +34,7 @@ class Copied(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: the settings, and the module that this is attached to."""
         self._settle()
-        bond = None if self._attachment is None else bond_of(self._attachment)
+        bond = None if self._attachment is None else attachment_settings(self._attachment)
         settings = {name: getattr(self, name) for name in _SETTINGS}
         if self._attachment is not None and self._attachment.has_left_head:
             settings["_head"] = False
@@ -51,7 +51,7 @@ class Copied(torch.optim.Optimizer):
         state = dict(state)
         bond, settings = state.pop("_bond", None), state.pop("_own_settings", None)
         if settings is not None:
-            self._attachment, self._watches = None, Watches()
+            self._attachment, self._watches = None, StepWatches()
             self._policy, self._stops, self._is_plain = None, False, True
             vars(self).update(settings)
         super().__setstate__(state)

@@ -7,14 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dd.correction.contribution import Contribution, along
+from dd.correction.gradient_terms import ProjectedTerm, along
 from dd.functional import all_finite, at_least_single
 from dd.support.blocks import row_blocks, tall_product
 from dd.support.ranks import Ranks
 from dd.support.rounding import product_rounding
 
 __all__ = [
-    "Comparison",
+    "GradientComparison",
     "edit_scale",
     "edited",
     "require_unedited",
@@ -32,7 +32,7 @@ _SAME_WEIGHT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class GradientComparison:
     """A weight gradient beside the one that the backward pass delivered.
 
     GᵀX = ∂L/∂weight is compared along the random directions U of the inputs: (∂L/∂weight) U against
@@ -64,7 +64,7 @@ class Comparison:
         ranks: Ranks,
         *,
         scaled: bool = False,
-    ) -> "Comparison":
+    ) -> "GradientComparison":
         """Compare.
 
         Args:
@@ -89,8 +89,8 @@ class Comparison:
 
     @classmethod
     def of_terms(
-        cls, weight_gradient: Tensor, terms: Sequence[Contribution], directions: Tensor
-    ) -> "Comparison":
+        cls, weight_gradient: Tensor, terms: Sequence[ProjectedTerm], directions: Tensor
+    ) -> "GradientComparison":
         """Compare with the terms of which it should be the sum.
 
         Args:
@@ -160,7 +160,7 @@ class Comparison:
 
 
 def scale_of_terms(
-    weight_gradient: Tensor, terms: Sequence[Contribution], directions: Tensor
+    weight_gradient: Tensor, terms: Sequence[ProjectedTerm], directions: Tensor
 ) -> float:
     """As :func:`edit_scale`, from the terms that backward passes were seen to add.
 
@@ -177,7 +177,7 @@ def scale_of_terms(
     """
     if len(terms) == 1 and torch.equal(along(weight_gradient, directions), terms[0].along):
         return 1.0
-    scale = Comparison.of_terms(weight_gradient, terms, directions).scale()
+    scale = GradientComparison.of_terms(weight_gradient, terms, directions).scale()
     if scale is None:
         raise RuntimeError(edited(Ranks()))
     return scale
@@ -197,7 +197,7 @@ def edit_scale(
         gradient: G, shape (m, k), finite.
         directions: Uᵀ, shape (j, d).
         projections: XU, shape (m, j).
-        ranks: as in :meth:`Comparison.of`.
+        ranks: as in :meth:`GradientComparison.of`.
 
     Returns:
         The scale; 1 where the two agree up to rounding.
@@ -207,7 +207,7 @@ def edit_scale(
     """
     for scaled in (False, True):
         both = weight_gradient, gradient, directions, projections, ranks
-        scale = Comparison.of(*both, scaled=scaled).scale()
+        scale = GradientComparison.of(*both, scaled=scaled).scale()
         if scale is not None:
             return scale
     raise RuntimeError(edited(ranks))

@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dd.correction.capture import Pushes
+from dd.correction.capture import StepGradients
 from dd.correction.gradient_check import require_unedited, same_weight, weight_changed
 from dd.correction.head_choice import shared_count
+from dd.correction.head_record import HeadRecord
 from dd.correction.layers import find_head
-from dd.correction.scores import Scores
 from dd.functional import (
     at_least_single,
     shared_curvature,
-    shared_push,
+    shared_sample_gradient,
     shared_shadow_gradient,
 )
 from dd.samples.placement import Placement
@@ -157,7 +157,9 @@ class SharedParameters:
         """Inputs of the head, and 1 for its bias, shape (n, f)."""
         return self._with_one(at_least_single(inputs.detach()), self.head)
 
-    def check_gradients(self, gradient: Tensor, scores: Scores, scale: float, ranks: Ranks) -> None:
+    def check_gradients(
+        self, gradient: Tensor, scores: HeadRecord, scale: float, ranks: Ranks
+    ) -> None:
         """Check that the gradients of head and biases are those that the backward delivered.
 
         Args:
@@ -227,7 +229,7 @@ class SharedParameters:
                     more = found.new_zeros(num_samples - len(found), *size[1:])
                     write(parameter, name, torch.cat([found, more]))
 
-    def curvature(self, pushes: Pushes, scale: float, ranks: Ranks) -> Tensor:
+    def curvature(self, pushes: StepGradients, scale: float, ranks: Ranks) -> Tensor:
         """H_ψ of a step, equation (4), shape (p, p).
 
         Args:
@@ -247,7 +249,7 @@ class SharedParameters:
         return found if scale == 1.0 else scale * found
 
     def shadow_gradients(
-        self, pushes: Pushes, curvature: Tensor, scale: float, read: Read
+        self, pushes: StepGradients, curvature: Tensor, scale: float, read: Read
     ) -> list[tuple[Tensor, str, Tensor, Tensor]]:
         """Shadows and their gradients, equation (4).
 
@@ -275,7 +277,7 @@ class SharedParameters:
         else:
             # Displacements have one curvature for all, so that absent samples' move as well.
             moved = joined @ curvature.to(joined.dtype)
-            moved.index_add_(0, index, shared_push(*rows).to(joined.dtype), alpha=-1)
+            moved.index_add_(0, index, shared_sample_gradient(*rows).to(joined.dtype), alpha=-1)
         parts = self._split(moved, signal.shape[1], scores.features.shape[1])
         return [
             (parameter, key, shadow, part.reshape(shadow.shape))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dd.correction.attachment import Attachment
 from dd.correction.head import SharedParameters
-from dd.correction.store import HEAD_LEFT
+from dd.correction.optimizer_state import HEAD_LEFT
 from dd.support.user_warning import warn_user
 from dd.watch.strain import StrainWarning
 

@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-__all__ = ["blamed_modules", "find_head", "find_layer"]
+__all__ = ["find_head", "find_layer", "input_changing_modules"]
 
 # Names that people give to layers which draw at random.
 _RANDOM = re.compile(r"noise|drop|augment|random|jitter|mixup|cutout|erasing", re.IGNORECASE)
@@ -68,7 +68,7 @@ def find_head(
     return name, head
 
 
-def blamed_modules(module: nn.Module, name: str, layer: nn.Module) -> str:
+def input_changing_modules(module: nn.Module, name: str, layer: nn.Module) -> str:
     """Say what changes a layer's inputs from step to step in train mode.
 
     Args:

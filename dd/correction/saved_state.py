@@ -9,7 +9,14 @@ from dd.correction.attachment import Attachment
 from dd.noise.model import NoiseModel
 from dd.samples.fitted import require_same_order
 
-__all__ = ["bind_samples", "bond_of", "forget_own", "is_own", "require_no_shadow", "restore_values"]
+__all__ = [
+    "attachment_settings",
+    "bind_samples",
+    "forget_own",
+    "is_own",
+    "require_no_shadow",
+    "restore_values",
+]
 
 
 def is_own(key: str) -> bool:
@@ -37,7 +44,9 @@ def require_no_shadow(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def bond_of(attachment: Attachment) -> tuple[nn.Module, str, NoiseModel | None, dict[str, Any]]:
+def attachment_settings(
+    attachment: Attachment,
+) -> tuple[nn.Module, str, NoiseModel | None, dict[str, Any]]:
     """What an optimizer is attached to again: module, layer, noise model, and what was said."""
     left = attachment.has_left_head
     noise = attachment.given_noise if left else attachment.noise_of_all

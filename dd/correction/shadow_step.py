@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
-from dd.correction.capture import Pushes
+from dd.correction.capture import StepGradients
 from dd.correction.head_form import leave_head
-from dd.correction.shadows import Piece, Push, ShadowUpdate, keeping
+from dd.correction.optimizer_state import OptimizerState
+from dd.correction.shadows import ShadowSlice, ShadowTerms, ShadowUpdate, momentum_writer
 from dd.correction.step_curvature import step_curvature
-from dd.correction.store import Store
 from dd.correction.weight_gradient import (
-    pending_pushes,
-    pushes_of_all_ranks,
+    gathered_gradients,
+    pending_gradients,
     seen_terms,
     weight_edit,
 )
 from dd.functional import all_finite, damped_weight_gradient
-from dd.watch.watches import Watches
+from dd.watch.step_watches import StepWatches
 
 __all__ = ["ShadowStep"]
 
@@ -42,8 +42,8 @@ class ShadowStep:
     def __init__(
         self,
         attachment: Attachment,
-        store: Store,
-        watches: Watches,
+        store: OptimizerState,
+        watches: StepWatches,
         damping: float,
         better: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class ShadowStep:
             return self._idle()
         self.require_delivered()
         self._check_finite()
-        pushes = pending_pushes(attachment)
+        pushes = pending_gradients(attachment)
         edit = weight_edit(attachment, pushes)
         # A data-parallel loss is the mean of the ranks' losses.
         scale = edit / attachment.ranks.size
@@ -75,7 +75,7 @@ class ShadowStep:
         if self._better is not None:
             curvature = self._better(curvature)
         self.layer_curvature = curvature
-        pushes = pushes_of_all_ranks(attachment, pushes)
+        pushes = gathered_gradients(attachment, pushes)
         updates = [
             self._of_layer(pushes, scale, curvature),
             *([] if shared is None else self._of_shared(pushes, scale, shared)),
@@ -99,7 +99,7 @@ class ShadowStep:
             )
 
     def _followed_head(
-        self, pushes: Pushes, edit: float | Tensor, scale: float | Tensor
+        self, pushes: StepGradients, edit: float | Tensor, scale: float | Tensor
     ) -> Tensor | None:
         """H_ψ, or None where the head is not corrected, or not any more."""
         attachment = self._attachment
@@ -119,7 +119,7 @@ class ShadowStep:
             return None
 
     def _shared_curvature(
-        self, pushes: Pushes, edit: float | Tensor, scale: float | Tensor
+        self, pushes: StepGradients, edit: float | Tensor, scale: float | Tensor
     ) -> Tensor | None:
         attachment, shared = self._attachment, self._attachment.shared
         if shared is None:
@@ -137,7 +137,7 @@ class ShadowStep:
         return curvature
 
     def _of_shared(
-        self, pushes: Pushes, scale: float | Tensor, curvature: Tensor
+        self, pushes: StepGradients, scale: float | Tensor, curvature: Tensor
     ) -> list[ShadowUpdate]:
         shared, count = self._attachment.shared, self._attachment.samples.count
         assert shared is not None
@@ -147,7 +147,9 @@ class ShadowStep:
         found = shared.shadow_gradients(pushes, curvature, float(scale), self._store.read)
         return [self._moved(*part) for part in found]
 
-    def _of_layer(self, pushes: Pushes, scale: float | Tensor, curvature: Tensor) -> ShadowUpdate:
+    def _of_layer(
+        self, pushes: StepGradients, scale: float | Tensor, curvature: Tensor
+    ) -> ShadowUpdate:
         attachment, weight = self._attachment, self._attachment.weight
         noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
         group = self._store.group_of(weight)
@@ -161,7 +163,7 @@ class ShadowStep:
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
         damped = self._damped(curvature, noise.eigenvalues)
-        push = Push(weight, gradient, curvature, noise, self._damping, scale, damped)
+        push = ShadowTerms(weight, gradient, curvature, noise, self._damping, scale, damped)
         momentum = group["momentum"] != 0
         return attachment.shadows.update(state, pushes.placement, push, momentum=momentum)
 
@@ -187,8 +189,8 @@ class ShadowStep:
     def _moved(self, parameter: Tensor, key: str, shadow: Tensor, gradient: Tensor) -> ShadowUpdate:
         buffer_key = f"{key}_momentum_buffer"
         buffer = self._store.read(parameter, buffer_key)
-        keep = keeping(self._store.of(parameter), buffer_key)
-        piece = Piece(..., shadow, gradient, buffer, keep)
+        keep = momentum_writer(self._store.of(parameter), buffer_key)
+        piece = ShadowSlice(..., shadow, gradient, buffer, keep)
         return ShadowUpdate(parameter, shadow, lambda: iter([piece]))
 
     def _check_idle(self) -> None:

@@ -14,7 +14,7 @@ from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.support.blocks import bin_groups, row_blocks
 
-__all__ = ["Piece", "Push", "ShadowUpdate", "Shadows", "keeping"]
+__all__ = ["ShadowSlice", "ShadowTerms", "ShadowUpdate", "Shadows", "momentum_writer"]
 
 KEY, BUFFER_KEY = "shadow", "shadow_momentum_buffer"
 
@@ -24,7 +24,7 @@ Rule = Callable[[list[Tensor], list[Tensor], list[Tensor | None]], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class ShadowSlice:
     """A part of a shadow, and how it moves.
 
     Attributes:
@@ -81,7 +81,7 @@ class ShadowUpdate:
 
     parameter: Tensor
     tensor: Tensor
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Callable[[], Iterator[ShadowSlice]]
     parameter_gradient: Tensor | None = None
 
     def gradient(self) -> Tensor:
@@ -93,7 +93,7 @@ class ShadowUpdate:
 
 
 @dataclass(frozen=True, eq=False)
-class Push:
+class ShadowTerms:
     """What moves the shadows in one step.
 
     Attributes:
@@ -228,7 +228,7 @@ class Shadows:
             self._log.grow(num_samples)
 
     def update(
-        self, state: dict[str, Any], placement: Placement, push: Push, *, momentum: bool
+        self, state: dict[str, Any], placement: Placement, push: ShadowTerms, *, momentum: bool
     ) -> ShadowUpdate:
         """How the shadows move with a step.
 
@@ -249,12 +249,12 @@ class Shadows:
         self._bring(state, placement)
         return self._update_rows(state, placement.rows, placement.rows_on_cpu, push)
 
-    def _update_all(self, state: dict[str, Any], push: Push) -> ShadowUpdate:
+    def _update_all(self, state: dict[str, Any], push: ShadowTerms) -> ShadowUpdate:
         self.flush(state)
         shadow: Tensor = state[KEY]
         buffer: Tensor | None = state.get(BUFFER_KEY)
 
-        def pieces() -> Iterator[Piece]:
+        def pieces() -> Iterator[ShadowSlice]:
             bins, count, width = shadow.shape
             groups = bin_groups(bins, shadow.device)
             for rows in row_blocks(count, bins // len(groups) * width, shadow.device):
@@ -264,12 +264,12 @@ class Shadows:
                     moved = push.shadow_gradient(shadow[where], group, gradient)
                     pace = None if buffer is None else buffer[where]
                     keep = _keeping_part(state, shadow, where)
-                    yield Piece(where, shadow[where], moved, pace, keep)
+                    yield ShadowSlice(where, shadow[where], moved, pace, keep)
 
         return ShadowUpdate(push.weight, shadow, pieces, push.parameter_gradient)
 
     def _update_rows(
-        self, state: dict[str, Any], rows: Tensor, rows_on_cpu: Tensor, push: Push
+        self, state: dict[str, Any], rows: Tensor, rows_on_cpu: Tensor, push: ShadowTerms
     ) -> ShadowUpdate:
         shadow, before = state[KEY], state.get(BUFFER_KEY)
         bins, _, width = shadow.shape
@@ -296,7 +296,7 @@ class Shadows:
             if self._log.append(basis, rows_on_cpu, width):
                 self.flush(state)
 
-        piece = Piece(..., some, moved, buffer, finish)
+        piece = ShadowSlice(..., some, moved, buffer, finish)
         return ShadowUpdate(push.weight, some, lambda: iter([piece]), push.parameter_gradient)
 
 
@@ -312,7 +312,7 @@ def _basis(bins: int, width: int, like: Tensor, *, momentum: bool) -> tuple[Tens
     )
 
 
-def keeping(state: dict[str, Any], key: str) -> Callable[[Tensor | None], None]:
+def momentum_writer(state: dict[str, Any], key: str) -> Callable[[Tensor | None], None]:
     """Return what keeps a momentum in a state after a step."""
 
     def keep(buffer: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dd.correction.attachment import Attachment
-from dd.correction.capture import Pushes
+from dd.correction.capture import StepGradients
 from dd.curvature.estimators import Rows
 from dd.curvature.moments import Moments
 from dd.functional import (
@@ -18,7 +18,7 @@ __all__ = ["step_curvature"]
 
 
 def step_curvature(
-    attachment: Attachment, pushes: Pushes, scale: float | Tensor, state: dict[str, Any]
+    attachment: Attachment, pushes: StepGradients, scale: float | Tensor, state: dict[str, Any]
 ) -> Tensor:
     """Estimate H of this step's loss, small batches pooled with the steps before.
 
@@ -60,7 +60,7 @@ def step_curvature(
 def _pooled(
     attachment: Attachment,
     moments: Moments,
-    pushes: Pushes,
+    pushes: StepGradients,
     scale: float | Tensor,
     state: dict[str, Any],
 ) -> tuple[Tensor, Moments | None]:
@@ -132,7 +132,7 @@ def _curvature_overflows(attachment: Attachment, dtype: torch.dtype) -> Floating
     )
 
 
-def _gradient_size(attachment: Attachment, pushes: Pushes, scale: float | Tensor) -> Tensor:
+def _gradient_size(attachment: Attachment, pushes: StepGradients, scale: float | Tensor) -> Tensor:
     """Σ_i ‖g_i‖ over all ranks, shape ()."""
     gradient = at_least_single(pushes.gradient)
     if not isinstance(scale, Tensor) and scale != 1.0:

@@ -11,7 +11,7 @@ from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate
 from dd.correction.evaluation import corrected_estimate, corrected_mean
 from dd.correction.hook import Forward
-from dd.correction.store import Store
+from dd.correction.optimizer_state import OptimizerState
 from dd.noise.model import NoiseModel
 from dd.samples.loaders import tracked
 
@@ -27,7 +27,7 @@ class Tracker:
         """What the next forward of the attached model does, or None while unattached."""
         raise NotImplementedError
 
-    def _store(self) -> Store:
+    def _store(self) -> OptimizerState:
         """The state that the shadows are kept in."""
         raise NotImplementedError
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
 from dd.correction.capture import Capture
-from dd.correction.contribution import product_node
+from dd.correction.gradient_terms import product_node
 from dd.correction.head import SharedParameters
 from dd.correction.head_form import leave_head
 from dd.correction.layer_forward import begin, corrected, place
-from dd.correction.store import Store
+from dd.correction.optimizer_state import OptimizerState
 from dd.samples.placement import Placement
-from dd.watch.watches import Watches
+from dd.watch.step_watches import StepWatches
 
 __all__ = ["TrainingForward", "full_precision", "probe_seed", "refuse_capture"]
 
@@ -33,8 +33,8 @@ class TrainingForward:
     def __init__(
         self,
         attachment: Attachment,
-        store: Store,
-        watches: Watches,
+        store: OptimizerState,
+        watches: StepWatches,
         seed: int,
         *,
         defers: bool,

@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 
 from dd.correction.attachment import Attachment
-from dd.correction.capture import Pushes, joined
-from dd.correction.contribution import Contribution
+from dd.correction.capture import StepGradients, joined
 from dd.correction.gradient_check import (
-    Comparison,
+    GradientComparison,
     edit_scale,
     edited,
     scale_of_terms,
 )
+from dd.correction.gradient_terms import ProjectedTerm
 from dd.support.fingerprint import Fingerprints
 
-__all__ = ["pending_pushes", "pushes_of_all_ranks", "seen_terms", "weight_edit"]
+__all__ = ["gathered_gradients", "pending_gradients", "seen_terms", "weight_edit"]
 
 
-def pending_pushes(attachment: Attachment) -> Pushes:
+def pending_gradients(attachment: Attachment) -> StepGradients:
     """The rows of all pending forwards, which must have their gradients.
 
     Raises:
@@ -29,7 +29,7 @@ def pending_pushes(attachment: Attachment) -> Pushes:
     return joined(attachment.pending, count)
 
 
-def pushes_of_all_ranks(attachment: Attachment, pushes: Pushes) -> Pushes:
+def gathered_gradients(attachment: Attachment, pushes: StepGradients) -> StepGradients:
     """The rows whose shadows this rank keeps: where ranks number samples alike, those of all.
 
     Then a sample may come to any rank, and every rank keeps all shadows. Where each rank knows
@@ -64,7 +64,7 @@ def _require_own_samples(attachment: Attachment, known: Fingerprints) -> None:
         )
 
 
-def seen_terms(attachment: Attachment) -> list[Contribution]:
+def seen_terms(attachment: Attachment) -> list[ProjectedTerm]:
     """All terms of the weight's gradient, or none where one was not seen being made.
 
     Nor on several processes, which add their terms up: all must look at the same.
@@ -73,7 +73,7 @@ def seen_terms(attachment: Attachment) -> list[Contribution]:
     return terms if attachment.ranks.size == 1 and len(terms) == len(attachment.pending) else []
 
 
-def weight_edit(attachment: Attachment, pushes: Pushes) -> float | Tensor:
+def weight_edit(attachment: Attachment, pushes: StepGradients) -> float | Tensor:
     """By which scale the weight's gradient was edited since the backward pass.
 
     Returns:
@@ -92,9 +92,9 @@ def weight_edit(attachment: Attachment, pushes: Pushes) -> float | Tensor:
             return scale_of_terms(weight.grad, terms, directions)
         return edit_scale(*compared)
     if terms:
-        found = Comparison.of_terms(weight.grad, terms, directions)
+        found = GradientComparison.of_terms(weight.grad, terms, directions)
     else:
-        found = Comparison.of(*compared, scaled=True)
+        found = GradientComparison.of(*compared, scaled=True)
     is_same, (scale, is_multiple) = found.is_same(), found.multiple
     attachment.verdicts.require(
         is_same | is_multiple, lambda _: RuntimeError(edited(attachment.ranks))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from dd.curvature.marked import MarkedTensor
+from dd.curvature.transparent_tensor import TransparentTensor
 from dd.support.user_warning import warn_user
 
 __all__ = ["CurvatureWarning", "check_function"]
@@ -73,7 +73,7 @@ def _keeps_constants(node: BackwardCFunction) -> bool:
     # Marks outlast operations, and a forward computes without a graph.
     kept = [*node.saved_tensors, *tree_leaves(vars(node))]
     return any(
-        isinstance(value, MarkedTensor)
+        isinstance(value, TransparentTensor)
         and not value.as_subclass(Tensor).requires_grad
         and torch.is_floating_point(value)
         for value in kept

@@ -30,11 +30,11 @@ from dd.functional import (
 )
 from dd.support.ranks import Ranks
 
-__all__ = ["Backward", "Curvature", "Exact", "GraphProbe", "Probe", "Rows", "Stein"]
+__all__ = ["BackwardResult", "Curvature", "Exact", "GraphProbe", "Probe", "Rows", "Stein"]
 
 
 @dataclass(frozen=True)
-class Backward:
+class BackwardResult:
     """What one backward pass delivers at the corrected pre-activation R.
 
     Attributes:
@@ -95,7 +95,7 @@ class Curvature(ABC):
         """Return what is kept of R (m, k) until the step; it may be R itself."""
 
     @abstractmethod
-    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: BackwardResult) -> Tensor:
         """Return what the moments need of one backward pass, shape (m, k) or (m, k, k)."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Curvature(ABC):
         return self.solve(moments)
 
     def estimate(
-        self, observed: Tensor, backward: Backward, preactivation: Tensor | None = None
+        self, observed: Tensor, backward: BackwardResult, preactivation: Tensor | None = None
     ) -> Tensor:
         """Return H, shape (k, k), of one pass over all samples in their order."""
         rows = Rows(
@@ -152,7 +152,7 @@ class Stein(Curvature):
         """Return R."""
         return at_least_single(preactivation)
 
-    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: BackwardResult) -> Tensor:
         """Return G."""
         return backward.gradient.detach()
 
@@ -249,7 +249,7 @@ class Probe(_SecondDerivative):
         signs = at_least_single(rows.observed).sum(1, keepdim=True)
         return (signs * product).sum(0)
 
-    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: BackwardResult) -> Tensor:
         """Return the derivative of the gradient, or take it where users have recorded it.
 
         Raises:
@@ -289,7 +289,7 @@ class GraphProbe(Probe):
     records = False
     second_order = True
 
-    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: BackwardResult) -> Tensor:
         """Differentiate the gradient once more along the probe.
 
         Raises:
@@ -307,7 +307,7 @@ class Exact(_SecondDerivative):
         """Keep nothing but the shape."""
         return torch.empty_like(preactivation, device="meta")
 
-    def product(self, observed: Tensor, backward: Backward) -> Tensor:
+    def product(self, observed: Tensor, backward: BackwardResult) -> Tensor:
         """Differentiate every column of the gradient; shape (m, k, k).
 
         Raises:
@@ -347,7 +347,7 @@ UNMET = (
 )
 
 
-def _differentiate(backward: Backward, direction: Tensor, *, keep_graph: bool) -> Tensor:
+def _differentiate(backward: BackwardResult, direction: Tensor, *, keep_graph: bool) -> Tensor:
     if not backward.gradient.requires_grad:
         raise RuntimeError(
             "DecoupledDescent: this curvature differentiates the gradient once more; call "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dd.curvature.marked import MarkedTensor
+from dd.curvature.transparent_tensor import TransparentTensor
 
 __all__ = ["TwiceTensor", "explained"]
 
@@ -41,7 +41,7 @@ _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}
 
 
-class TwiceTensor(MarkedTensor):
+class TwiceTensor(TransparentTensor):
     """A marked tensor whose operations have second derivatives, as far as torch knows any.
 
     ``torch.compile`` leaves it alone: compiled code drops the second derivatives of

@@ -11,12 +11,12 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import BackwardHook
 
-from dd.curvature.marked import MarkedTensor
+from dd.curvature.transparent_tensor import TransparentTensor
 
 __all__ = ["WatchedHook", "keep_gradient", "quiet", "silenced", "watch_module_hooks"]
 
 
-class HandedGradient(MarkedTensor):
+class HandedGradient(TransparentTensor):
     """A recorded gradient as a hook gets it: to all appearances one that is not recorded."""
 
     @classmethod

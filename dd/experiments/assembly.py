@@ -17,7 +17,7 @@ from dd.data.seeding import check_seed
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.runs.lineup import AUTO, OURS, asked_for, is_decoupled, known_optimizers
+from dd.runs.optimizer_list import AUTO, OURS, is_decoupled, known_optimizers, requested_optimizers
 from dd.support.checks import check_count, check_number
 from dd.training.batches import Batches, check_batch_size
 
@@ -88,7 +88,7 @@ def _check_optimizers(config: DictConfig) -> None:
             f"{config.optimizer.name!r}; choose an optimizer with optimizer=..."
         )
     known = known_optimizers(config)
-    names = asked_for(config)
+    names = requested_optimizers(config)
     if not names or len(set(names)) < len(names) or any(name not in known for name in names):
         raise ValueError(
             f"optimizers must list some of {', '.join(known)}, each once, for example "

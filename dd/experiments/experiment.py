@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dd.baselines.chosen import Chooser, rates
+from dd.baselines.hyperparameter_search import HyperparameterSearch, rates
 from dd.data.reading import Reading
 from dd.experiments.assembly import (
     make_model,
@@ -18,23 +18,29 @@ from dd.experiments.assembly import (
     validate,
     with_seed,
 )
+from dd.experiments.batched_trials import (
+    BatchedTrials,
+    batchable_groups,
+    doubts_in,
+    failure_of,
+    records_of,
+)
 from dd.experiments.checkpoint import Checkpoint
-from dd.experiments.jobs import Job, build_job, chooser
-from dd.experiments.notices import noted
+from dd.experiments.collected_warnings import collected_warnings_of
+from dd.experiments.jobs import Job, build_job, make_search
 from dd.experiments.origin import changed_versions, origin_of, require_same_data
 from dd.experiments.output import Output, first_token
 from dd.experiments.prediction import check_theory, deviations, predicted
 from dd.experiments.recorder import Recorder
-from dd.experiments.together import Together, doubts_in, failure_of, groups_of, records_of
 from dd.optimizer import DecoupledDescent
 from dd.rules.line_search.settings import chooses_rate
 from dd.runs.fit import Fit
-from dd.runs.lineup import lined_up
+from dd.runs.optimizer_list import resolve_optimizers
 from dd.runs.results import Results
 from dd.support.checks import check_count
 from dd.support.device import choose_device
 from dd.support.files import remove_scratch
-from dd.support.folder_lock import FolderTaken, alone_in
+from dd.support.folder_lock import FolderLocked, folder_lock_of
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.history import Record
 from dd.tracking.wandb_session import WandbSession, check_settings
@@ -72,7 +78,7 @@ class Experiment(Output):
     def __post_init__(self) -> None:
         validate(self.config)
         self.processes = Processes()
-        self.config, left_out = lined_up(self.config, self.processes.size)
+        self.config, left_out = resolve_optimizers(self.config, self.processes.size)
         tracking = self.config.tracking
         self.schedule = Schedule(
             self.config.steps, tracking.record_every, tracking.checkpoint_every
@@ -94,7 +100,7 @@ class Experiment(Output):
         """Train, and write the run folder; what was recorded is written even after an error.
 
         Raises:
-            FolderTaken: if the folder holds another run, or its run is still going on.
+            FolderLocked: if the folder holds another run, or its run is still going on.
             FileNotFoundError: if the data set is missing.
             OSError: if the folder cannot be written.
             RuntimeError: if the data set is damaged, or the tracking cannot start.
@@ -105,7 +111,7 @@ class Experiment(Output):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._run_alone()
-            except FolderTaken:
+            except FolderLocked:
                 if not self.moves_aside:
                     raise
                 name = self.folder.name if number == 2 else self.folder.name.rpartition("_")[0]
@@ -114,7 +120,7 @@ class Experiment(Output):
                 return
 
     def _run_alone(self) -> None:
-        with alone_in(self.folder):
+        with folder_lock_of(self.folder):
             if self.kept is None:
                 self._claim_folder()
             else:
@@ -151,7 +157,7 @@ class Experiment(Output):
 
     def _train_all(self, display: ProgressDisplay | None) -> None:
         first = 0 if self.kept is None else self.kept["trial"]
-        groups = groups_of(self.config, self.processes.size)
+        groups = batchable_groups(self.config, self.processes.size)
         if first > 0:
             groups = [group for group in groups if not self._left(group)]
         for trial in range(first, self.config.trials):
@@ -163,7 +169,7 @@ class Experiment(Output):
             if trial == 0:
                 groups = [group for group in groups if self._ran_together(group, display)]
 
-    def _left(self, group: Together) -> list[int]:
+    def _left(self, group: BatchedTrials) -> list[int]:
         """Trials after the first that a group has not been through."""
         return [
             trial
@@ -171,7 +177,7 @@ class Experiment(Output):
             if not all(self._is_through(name, trial) for name in group.names)
         ]
 
-    def _ran_together(self, group: Together, display: ProgressDisplay | None) -> bool:
+    def _ran_together(self, group: BatchedTrials, display: ProgressDisplay | None) -> bool:
         """Train a group in all trials after the first; False where they have to go one by one.
 
         Raises:
@@ -191,7 +197,7 @@ class Experiment(Output):
         return True
 
     def _run_together(
-        self, group: Together, left: list[int], display: ProgressDisplay | None
+        self, group: BatchedTrials, left: list[int], display: ProgressDisplay | None
     ) -> None:
         """Train a group in the trials left, and keep what each chunk of them found."""
         self._has_begun = True
@@ -200,7 +206,7 @@ class Experiment(Output):
         verb = "were computed at once" if len(left) > 1 else "was batched"
         task = display.start(label, label, len(left)) if display else None
         started = time.perf_counter()
-        with noted() as sentences:
+        with collected_warnings_of() as sentences:
             for trials, found in group.chunks(left, self.device):
                 self._take(group, trials, found)
                 if display is not None and task is not None:
@@ -217,7 +223,7 @@ class Experiment(Output):
         )
         self._note_progress()
 
-    def _take(self, group: Together, trials: Sequence[int], found: Trials) -> None:
+    def _take(self, group: BatchedTrials, trials: Sequence[int], found: Trials) -> None:
         for row, trial in enumerate(trials):
             for name in group.names:
                 records = records_of(name, trial, found, row)
@@ -302,10 +308,10 @@ class Experiment(Output):
     def _run_job(self, job: Job, display: ProgressDisplay | None) -> None:
         self._has_begun = True
         label = self._label(job.name, job.trial)
-        with noted() as sentences:
+        with collected_warnings_of() as sentences:
             recorder = self._recorder(job, display, sentences)
             try:
-                chosen_among = chooser(job, self.schedule)
+                chosen_among = make_search(job, self.schedule)
                 with recorder.tracker:
                     recorder.log_again()
                     if chosen_among is None:
@@ -362,7 +368,7 @@ class Experiment(Output):
         )
         recorder.finish(ends_at_best=stops)
 
-    def _choose(self, chosen_among: Chooser, recorder: Recorder) -> None:
+    def _choose(self, chosen_among: HyperparameterSearch, recorder: Recorder) -> None:
         label = self._label(recorder.name, recorder.trial)
         if recorder.display is not None:
             recorder.task = recorder.display.start(recorder.name, label, chosen_among.most_steps)

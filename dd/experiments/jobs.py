@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from dd.baselines.chosen import Chooser
+from dd.baselines.hyperparameter_search import HyperparameterSearch
 from dd.baselines.selection import Candidate
 from dd.data import Split
 from dd.experiments.assembly import (
@@ -25,11 +25,11 @@ from dd.experiments.assembly import (
 from dd.experiments.checkpoint import Checkpoint
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.runs.lineup import is_decoupled
+from dd.runs.optimizer_list import is_decoupled
 from dd.training.batches import Batches
 from dd.training.loop import Schedule
 
-__all__ = ["Job", "build_job", "chooser"]
+__all__ = ["Job", "build_job", "make_search"]
 
 
 @dataclass(eq=False)
@@ -115,7 +115,7 @@ def _load(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Opt
         ) from error
 
 
-def chooser(job: Job, schedule: Schedule) -> Chooser | None:
+def make_search(job: Job, schedule: Schedule) -> HyperparameterSearch | None:
     """Return what chooses the settings of a job; None where they are given.
 
     Raises:
@@ -131,7 +131,7 @@ def chooser(job: Job, schedule: Schedule) -> Chooser | None:
         config = with_candidate(job.config, job.name, candidate)
         return model, make_optimizer(config, job.name, model, split, noise)
 
-    return Chooser(
+    return HyperparameterSearch(
         selection=selection,
         candidates=selection.candidates(float(job.optimizer.param_groups[0]["lr"])),
         split=job.split,

@@ -17,16 +17,16 @@ from dd.experiments.assembly import (
     settled,
 )
 from dd.experiments.prediction import curves
-from dd.runs.lineup import is_decoupled
+from dd.runs.optimizer_list import is_decoupled
 from dd.runs.results import Results
 from dd.runs.theory_file import write_theory
 from dd.support.files import replacing, write_json, write_rows
-from dd.support.folder_lock import FolderTaken
+from dd.support.folder_lock import FolderLocked
 from dd.sweep.job import FILE, read_job
 from dd.theory.state_evolution import StateEvolution
 from dd.tracking.any_backend import any_backend
 from dd.tracking.history import History
-from dd.tracking.wandb_comparison import compared, headline
+from dd.tracking.wandb_comparison import compared, comparison_figures
 from dd.tracking.wandb_logging import WandbRun
 from dd.tracking.wandb_session import WandbSession
 from dd.tracking.wandb_variables import run_id
@@ -118,7 +118,7 @@ class Output:
         ) as run:
             figure = self.figure if self.figure.is_file() else None
             run.show(lambda wandb: compared(wandb, self.history, self.summary, figure))
-            run.summarise(headline(self.summary))
+            run.summarise(comparison_figures(self.summary))
         if set(self.wandb.notes) - set(self.notes):
             self._write_summary(finished=True)
 
@@ -127,7 +127,7 @@ class Output:
         try:
             target.touch(exist_ok=False)
         except FileExistsError:
-            raise FolderTaken(
+            raise FolderLocked(
                 f"{self.folder} holds another run; choose another folder with hydra.run.dir=..."
             ) from None
         with replacing(target) as scratch:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from dd.data import Split
 from dd.experiments.assembly import make_model, optimizer_settings, with_seed
-from dd.runs.lineup import AUTO, is_decoupled
+from dd.runs.optimizer_list import AUTO, is_decoupled
 from dd.theory.state_evolution import StateEvolution, state_evolution
 from dd.tracking.history import Array, History
 

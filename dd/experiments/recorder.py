@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dd.baselines.chosen import Chosen
+from dd.baselines.hyperparameter_search import SearchResult
 from dd.experiments.checkpoint import Checkpoint
 from dd.optimizer import DecoupledDescent
 from dd.runs.fit import Fit, SelectionRow, fitted
@@ -107,7 +107,7 @@ class Recorder:
         samples = self.results.num_train
         self._complete(fitted(self.seconds, self.setup, self.gradients, samples, step))
 
-    def take(self, chosen: Chosen) -> None:
+    def take(self, chosen: SearchResult) -> None:
         """Take what was chosen among candidates, instead of records one by one."""
         for step, figures in chosen.trained.run.records:
             entry = Record(self.name, self.trial, step, **figures)

@@ -10,7 +10,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dd.experiments.sweep_study import bind_study
-from dd.support.folder_lock import FolderTaken, alone_in
+from dd.support.folder_lock import FolderLocked, folder_lock_of
 from dd.sweep.job import read_job
 from dd.sweep.show import show
 from dd.sweep.table import Sweep, gather, job_folders
@@ -78,20 +78,20 @@ def _claim(folder: Path) -> None:
     """Take the folder of a multirun.
 
     Raises:
-        FolderTaken: if it holds jobs already.
+        FolderLocked: if it holds jobs already.
     """
     held = job_folders(folder)
     if held:
         job = read_job(held[0])
         settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
-        raise FolderTaken(
+        raise FolderLocked(
             f"{folder} holds the {len(held)} jobs of another multirun (job {job.number}: "
             f"{settings}), whose results would stand among those of this one. Choose another "
             f"folder with hydra.sweep.dir=...; python -m dd.sweep {folder} gathers what is there, "
             "and resume=... goes on with a job that was interrupted"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _held.enter_context(alone_in(folder))
+    _held.enter_context(folder_lock_of(folder))
 
 
 def _report(sweep: Sweep) -> None:

@@ -40,7 +40,7 @@ from dd.functional.curvature import (
 )
 from dd.functional.head import (
     shared_curvature,
-    shared_push,
+    shared_sample_gradient,
     shared_shadow_gradient,
     softmax_curvature,
 )
@@ -72,7 +72,7 @@ __all__ = [
     "shadow_decay",
     "shadow_gradient",
     "shared_curvature",
-    "shared_push",
+    "shared_sample_gradient",
     "shared_shadow_gradient",
     "softmax_curvature",
     "solved_curvature",

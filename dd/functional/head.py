@@ -7,7 +7,12 @@ from torch import Tensor
 
 from dd.functional.arithmetic import at_least_single, outer
 
-__all__ = ["shared_curvature", "shared_push", "shared_shadow_gradient", "softmax_curvature"]
+__all__ = [
+    "shared_curvature",
+    "shared_sample_gradient",
+    "shared_shadow_gradient",
+    "softmax_curvature",
+]
 
 
 # Numbers that a temporary of :func:`shared_curvature` holds at most.
@@ -88,11 +93,11 @@ def shared_shadow_gradient(
     Returns:
         The gradient, shape (..., n, p), in the dtype of ``shadow``.
     """
-    push = shared_push(gradient, score_gradient, signal, features)
+    push = shared_sample_gradient(gradient, score_gradient, signal, features)
     return shadow @ curvature.to(shadow.dtype) - push.to(shadow.dtype)
 
 
-def shared_push(
+def shared_sample_gradient(
     gradient: Tensor, score_gradient: Tensor, signal: Tensor, features: Tensor
 ) -> Tensor:
     """Gradient of each sample's loss in the shared parameters, ∂L_i/∂ψ; arguments as above.

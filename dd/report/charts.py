@@ -23,8 +23,8 @@ __all__ = [
     "Series",
     "chart",
     "curves_of",
-    "looks_of_optimizers",
-    "looks_of_runs",
+    "styles_of_optimizers",
+    "styles_of_runs",
 ]
 
 # What a line of each kind looks like: lengths of its dashes and gaps.
@@ -102,7 +102,7 @@ class Chart:
     thinned: bool
 
 
-def looks_of_optimizers(names: Sequence[str]) -> dict[str, Look]:
+def styles_of_optimizers(names: Sequence[str]) -> dict[str, Look]:
     """Return a look for each optimizer, that of the well-known ones always the same."""
     left = [name for name in names if name not in OWN]
     colours = OWN | {name: OTHERS[number % len(OTHERS)] for number, name in enumerate(left)}
@@ -112,7 +112,7 @@ def looks_of_optimizers(names: Sequence[str]) -> dict[str, Look]:
     }
 
 
-def looks_of_runs(labels: Sequence[str]) -> dict[str, Look]:
+def styles_of_runs(labels: Sequence[str]) -> dict[str, Look]:
     """Return a look for each run; colours of many of them run from dark to light in their order."""
     colours = (*OWN.values(), *OTHERS)
     if len(labels) > len(colours):

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dd.report.charts import Chart, Look, chart, curves_of, looks_of_runs
+from dd.report.charts import Chart, Look, chart, curves_of, styles_of_runs
 from dd.report.page import COMPARED, FILE, Cell, Row, Table, method_cells, reading, render
-from dd.report.settings import differing
+from dd.report.settings import differing_settings
 from dd.report.words import best, is_tested, labels_of
 from dd.runs.folder import RunFolder
 from dd.sweep.table import Sweep, settings_label
@@ -50,7 +50,7 @@ def write_comparison(
     """
     if not runs:
         raise ValueError(" ".join(["there are no runs with results to compare:", *failures]))
-    keys, settings = differing(runs)
+    keys, settings = differing_settings(runs)
     named = dict(zip(_labels(runs, keys, settings), runs, strict=True))
     overlays = _overlays(named)
     several = any(run.config.get("trials", 1) > 1 for run in runs)
@@ -93,7 +93,7 @@ def _labels(
 
 
 def _overlays(named: Mapping[str, RunFolder]) -> list[_Overlay]:
-    looks = looks_of_runs(list(named))
+    looks = styles_of_runs(list(named))
     labels = labels_of(name for run in named.values() for name in run.optimizers)
     found = (_overlay(named, looks, name, label) for name, label in labels.items())
     return [overlay for overlay in found if overlay is not None]

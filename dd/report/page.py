@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 import dd
 from dd.data.reading import described
-from dd.report.charts import HIDDEN, KINDS, SHAPES, chart, curves_of, looks_of_optimizers
+from dd.report.charts import HIDDEN, KINDS, SHAPES, chart, curves_of, styles_of_optimizers
 from dd.report.words import GLOSSARY, best, is_tested, labels_of, verdicts
 from dd.runs.folder import RunFolder, read_run
 from dd.support.files import replacing
@@ -128,7 +128,7 @@ def method_cells(figures: Mapping[str, Any], lowest: Mapping[str, bool]) -> list
 def _page(run: RunFolder) -> dict[str, Any]:
     names = list(run.optimizers)
     labels = labels_of(names)
-    looks = {labels[name]: look for name, look in looks_of_optimizers(names).items()}
+    looks = {labels[name]: look for name, look in styles_of_optimizers(names).items()}
     series = [each for name in names for each in curves_of(run, name, labels[name])]
     trials = max(len(run.history.trials(name)) for name in names)
     several = f", means over {trials} trials" if trials > 1 else ""

@@ -9,13 +9,13 @@ from dd.runs.folder import RunFolder
 from dd.sweep.job import FILE, SweepJob, read_job
 from dd.sweep.table import swept
 
-__all__ = ["differing", "flat"]
+__all__ = ["differing_settings", "flat"]
 
 # Settings that change nothing that is computed.
 IDLE = ("tracking", "resume", "objective")
 
 
-def differing(runs: Sequence[RunFolder]) -> tuple[list[str], list[Mapping[str, str]]]:
+def differing_settings(runs: Sequence[RunFolder]) -> tuple[list[str], list[Mapping[str, str]]]:
     """Return the settings that differ between runs.
 
     Args:

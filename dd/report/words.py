@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dd.runs.folder import RunFolder
-from dd.runs.lineup import is_decoupled, known_optimizers
+from dd.runs.optimizer_list import is_decoupled, known_optimizers
 from dd.tracking.figures import LABELS
 from dd.tracking.mark import mark
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dd.correction.store import Store
+from dd.correction.optimizer_state import OptimizerState
 from dd.support.user_warning import warn_user
 
 __all__ = ["UnattachedWarning", "has_told_plain"]
@@ -23,7 +23,7 @@ class UnattachedWarning(UserWarning):
     """
 
 
-def has_told_plain(store: Store) -> bool:
+def has_told_plain(store: OptimizerState) -> bool:
     """Say that a step corrects nothing, where it is one; returns whether it was said.
 
     Args:

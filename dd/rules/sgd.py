@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from dd.correction.attachment import Attachment
+from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadow_step import ShadowStep
 from dd.correction.shadows import ShadowUpdate
-from dd.correction.store import Store
 from dd.correction.training_forward import full_precision
-from dd.watch.watches import Watches
+from dd.watch.step_watches import StepWatches
 
-__all__ = ["Moved", "Scaling", "attached_step", "check_rate", "move_group"]
+__all__ = ["GroupTensors", "Scaling", "attached_step", "check_rate", "move_group"]
 
 _RATE_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Moved:
+class GroupTensors:
     """The parameters of a group that a step moves, as torch's own optimizer collects them.
 
     Attributes:
@@ -60,8 +60,8 @@ class Scaling:
 
 def attached_step(
     attachment: Attachment,
-    store: Store,
-    watches: Watches,
+    store: OptimizerState,
+    watches: StepWatches,
     damping: float,
     move: Callable[[list[ShadowUpdate], Tensor | None], None],
 ) -> None:
@@ -96,7 +96,7 @@ def attached_step(
 
 def move_group(
     group: dict[str, Any],
-    moved: Moved,
+    moved: GroupTensors,
     state: MutableMapping[Tensor, Any],
     updates: list[ShadowUpdate],
     scaling: Scaling,

@@ -12,9 +12,9 @@ from dd.support.fingerprint import Fingerprints
 __all__ = [
     "fitted_samples",
     "refuse_others",
+    "require_announced",
     "require_same_order",
     "require_spread",
-    "require_told",
 ]
 
 # Rows in their order, computed anew or scaled by another estimate of the same deviation: noise off
@@ -86,7 +86,7 @@ def refuse_others(found: Tensor, noise: NoiseModel | None, blame: Callable[[], s
     )
 
 
-def require_told(
+def require_announced(
     index: Tensor,
     found: Tensor,
     noise: NoiseModel | None,

@@ -13,11 +13,11 @@ from dd.samples.fitted import (
     _fitted_on,
     fitted_samples,
     refuse_others,
+    require_announced,
     require_spread,
-    require_told,
 )
 from dd.samples.placement import Placement
-from dd.samples.repeated import LastBatch, identity
+from dd.samples.repeated import RepeatedBatch, identity
 from dd.support.fingerprint import Fingerprints, directions, fingerprint
 from dd.support.user_warning import warn_user
 
@@ -64,7 +64,7 @@ class Samples:
         self.known: Fingerprints | None = None
         self.directions: Tensor | None = None
         self.are_fitted = False
-        self._last: LastBatch | None = None
+        self._last: RepeatedBatch | None = None
         # Where the next batch begins if samples come in their order, None once they did not.
         self._end: int | None = 0
         self._waiting: list[Tensor] = []
@@ -73,7 +73,7 @@ class Samples:
         self._total: int | None = None
         # Which samples were held against the noise model.
         self._compared = (0, False)
-        self._is_told = self._has_warned = False
+        self._is_announced = self._has_warned = False
 
     @property
     def count(self) -> int | None:
@@ -82,7 +82,7 @@ class Samples:
 
     def total(self, noise: NoiseModel | None) -> float:
         """Number of training samples, infinite while more may come."""
-        if self._is_told and self._total is None and _fitted_on(noise) is None:
+        if self._is_announced and self._total is None and _fitted_on(noise) is None:
             return math.inf
         return math.inf if self.count is None else self.count
 
@@ -110,7 +110,7 @@ class Samples:
                 f"DecoupledDescent: the indices of a batch count the {limit or 'training'} samples "
                 f"from 0; got {int(index.min())} to {int(index.max())}"
             )
-        self._is_told = True
+        self._is_announced = True
         self._used = None
         # A batch that was only looked at, without gradients, gets no step any more.
         self._waiting = [other for other in self._waiting if other is not self._looked_at]
@@ -142,7 +142,7 @@ class Samples:
                 f"DecoupledDescent: {total} training samples are announced, but the optimizer has "
                 f"{self.count}; load a matching state, or detach() and attach() for other data"
             )
-        self._total, self._is_told = total, True
+        self._total, self._is_announced = total, True
 
     def release(self) -> None:
         """Let the batch of a forward that got no step be used once more."""
@@ -201,7 +201,7 @@ class Samples:
                 self._compared = (len(known), True)
         else:
             self._compare(known, noise)
-        if known is None and not self._is_told:
+        if known is None and not self._is_announced:
             refuse_others(found, noise, self._blame)
             known = Fingerprints(found)
         if known is not None and not known.complete and not binds:
@@ -215,7 +215,7 @@ class Samples:
             self.known = known
         if self.known is not None and not inputs.is_inference():
             assert self.directions is not None
-            self._last = LastBatch(identity(inputs), placement, self.directions)
+            self._last = RepeatedBatch(identity(inputs), placement, self.directions)
         return placement
 
     def _recognised(
@@ -241,7 +241,7 @@ class Samples:
             if told is not None and binds:
                 self._use(told)
             return Placement.of(found, index if told is None else told, len(known))
-        if self._is_told:
+        if self._is_announced:
             return self._told(found, noise, dtype, binds=binds)
         raise RuntimeError(
             f"DecoupledDescent: {unknown} of {len(found)} samples in the training batch are not "
@@ -283,7 +283,7 @@ class Samples:
     ) -> Placement:
         index = self._next(found, binds=binds).to(found.device)
         if self.known is None:
-            require_told(index, found, noise, dtype, self._blame)
+            require_announced(index, found, noise, dtype, self._blame)
             self.known = Fingerprints(self._blank(found, index, noise))
         self._make_room(index, noise)
         new, differ = self.known.differ(index, found)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dd.samples.placement import Placement
 
-__all__ = ["LastBatch", "identity"]
+__all__ = ["RepeatedBatch", "identity"]
 
 
 # Rows of a batch that came as the same tensor again which are looked at.
@@ -18,7 +18,7 @@ _LOOKED_AT = 8
 
 
 @dataclass(frozen=True, eq=False)
-class LastBatch:
+class RepeatedBatch:
     """A batch that may come again as the very same tensor, which is then not looked at in full.
 
     Attributes:

@@ -9,21 +9,21 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["FolderTaken", "alone_in"]
+__all__ = ["FolderLocked", "folder_lock_of"]
 
 
-class FolderTaken(FileExistsError):
+class FolderLocked(FileExistsError):
     """The folder belongs to another run."""
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def folder_lock_of(folder: Path) -> Iterator[None]:
     """Hold a folder; the system lets go of it when the process ends, however it ends.
 
     Windows, which has no such locks, is left without.
 
     Raises:
-        FolderTaken: if another process holds it.
+        FolderLocked: if another process holds it.
     """
     if sys.platform == "win32":
         yield
@@ -33,7 +33,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FolderTaken(f"the run in {folder} is still going on") from None
+            raise FolderLocked(f"the run in {folder} is still going on") from None
         except OSError:
             # Some network file systems have no locks.
             pass

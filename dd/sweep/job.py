@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dd.runs.lineup import asked_for, is_decoupled, known_optimizers
+from dd.runs.optimizer_list import is_decoupled, known_optimizers, requested_optimizers
 from dd.support.files import write_json
-from dd.support.folder_lock import FolderTaken
+from dd.support.folder_lock import FolderLocked
 from dd.tracking.history import History
 from dd.tracking.mark import mark
 
@@ -47,7 +47,7 @@ class SweepJob:
         """Whether a folder holds this very job, as when a cluster runs it once more.
 
         Raises:
-            FolderTaken: if it holds another one.
+            FolderLocked: if it holds another one.
             ValueError: if its ``job.json`` is damaged.
         """
         if not (folder / FILE).is_file():
@@ -55,7 +55,7 @@ class SweepJob:
         held = read_job(folder)
         if (held.number, held.overrides, held.sweep) == (self.number, self.overrides, self.sweep):
             return True
-        raise FolderTaken(
+        raise FolderLocked(
             f"the folder {folder} of job {self.number} holds job {held.number} of "
             f"{'this' if held.sweep == self.sweep else 'another'} multirun; the jobs need folders "
             "of their own: hydra.sweep.subdir=... must differ between them"
@@ -89,7 +89,7 @@ def objective_of(config: DictConfig) -> str:
     Raises:
         ValueError: if it is not trained, or its training loss does not track the test loss.
     """
-    known, names = known_optimizers(config), asked_for(config)
+    known, names = known_optimizers(config), requested_optimizers(config)
     decoupled = [name for name in names if name in known and is_decoupled(known[name])]
     asked = config.get("objective")
     if asked is not None and asked not in names:

@@ -11,13 +11,13 @@ from dd.tracking.console import METHOD_COLUMNS
 from dd.tracking.history import History
 from dd.tracking.mark import mark
 
-__all__ = ["compared", "headline"]
+__all__ = ["compared", "comparison_figures"]
 
 # Figures of ``summary.json`` by which runs are compared.
 HEADLINE = ("reported_error", "reported_test_error", "reported_gap", "fit_seconds")
 
 
-def headline(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def comparison_figures(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of each optimizer by which experiments are compared, and its doubts.
 
     Args:

@@ -25,7 +25,7 @@ from dd.trials.inputs import (
 )
 from dd.trials.results import METRICS, Doubt, Failure, Trials
 from dd.trials.stacked import Correction, Loss, StackedNetwork, StackedNoise, StackedOptimizer
-from dd.watch.shadow_size import largest_share, shares
+from dd.watch.shadow_size import largest_shadow_ratio, shares
 
 __all__ = ["Chunk", "FirstTrial", "MakeModel", "MakeNoise", "MakeSplit", "Plan", "first_trial"]
 
@@ -146,7 +146,9 @@ class Chunk:
                 "over-fits; or loop over the seeds"
             )
         noise = StackedNoise.of(models, weight)
-        self._limits[name] = [largest_share(model, self._inputs.shape[1]) for model in models]
+        self._limits[name] = [
+            largest_shadow_ratio(model, self._inputs.shape[1]) for model in models
+        ]
         seeds = None
         if self._plan.probe_seed is not None:
             seeds = [self._plan.probe_seed(seed) for seed in self._seeds]

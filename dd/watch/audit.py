@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from dd.curvature.custom import CurvatureWarning
 from dd.curvature.estimators import Stein
-from dd.curvature.marked import MarkedTensor
+from dd.curvature.transparent_tensor import TransparentTensor
 from dd.functional import (
     kink_signs,
     kink_terms,
@@ -102,7 +102,7 @@ def is_safe(module: nn.Module) -> bool:
     return not (hooked or level or parallel or torch.is_anomaly_enabled())
 
 
-class AuditedTensor(MarkedTensor):
+class AuditedTensor(TransparentTensor):
     """A tensor that leads from an audited pre-activation to the loss and to its backward.
 
     The graph of the forward is that of a plain tensor. Right before the backward pass the pending
@@ -219,7 +219,7 @@ class Audit:
                 audit._run(loss)
 
     def _run(self, loss: Tensor) -> None:
-        found = Findings()
+        found = AuditResult()
         # An operation without second derivative is none of the user's concern.
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -231,7 +231,7 @@ class Audit:
             self._report()
             warn_user(_of_matrices(self._forward, found), CurvatureWarning)
 
-    def _measure(self, loss: Tensor) -> "Findings":
+    def _measure(self, loss: Tensor) -> "AuditResult":
         """Hold Stein's curvature against a probe's."""
         capture = self._capture()
         assert capture is not None
@@ -248,15 +248,15 @@ class Audit:
             centred = estimator.centred(observed, index)
             excess = stein_excess(centred, gradient, probe, product)
             if len(centred) < ROWS_A_UNIT * centred.shape[1]:
-                return Findings(*(float(value) for value in excess))
+                return AuditResult(*(float(value) for value in excess))
             signs = kink_signs(observed, gradient)
             kinks = kink_terms(observed, gradient, signs, mass, leaky=self._leaky)
             around, ridge = estimator.centred(gradient, index), estimator.ridge
             mismatch = stein_mismatch(centred, around, probe, product, kinks, ridge)
-            return Findings(*torch.stack([*excess, *mismatch]).tolist())
+            return AuditResult(*torch.stack([*excess, *mismatch]).tolist())
 
 
-class Findings(NamedTuple):
+class AuditResult(NamedTuple):
     """What an audit measured.
 
     Attributes:
@@ -283,7 +283,7 @@ class Findings(NamedTuple):
         return measured and self.mismatch > MISMATCH and self.mismatch_errors > MISMATCH_ERRORS
 
 
-def _of_ids(forward: int, found: Findings) -> str:
+def _of_ids(forward: int, found: AuditResult) -> str:
     return (
         f"DecoupledDescent: at training forward {forward} the curvature by the component ids falls "
         f"short of a probe's by {-found.excess:.0%} ({-found.excess_errors:.0f} standard errors). "
@@ -294,7 +294,7 @@ def _of_ids(forward: int, found: Findings) -> str:
     )
 
 
-def _of_matrices(forward: int, found: Findings) -> str:
+def _of_matrices(forward: int, found: AuditResult) -> str:
     return (
         f'DecoupledDescent: at training forward {forward} the curvature of curvature="stein" is '
         f"away from a probe's by {found.mismatch:.2g} times the latter's size "

@@ -10,7 +10,13 @@ from torch import Tensor
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 
-__all__ = ["ShadowSizeWatch", "ShadowWarning", "largest_share", "of_share", "shares"]
+__all__ = [
+    "ShadowSizeWatch",
+    "ShadowWarning",
+    "largest_shadow_ratio",
+    "shadow_size_message",
+    "shares",
+]
 
 # Above what the theory allows, by sampling and by tails of the noise.
 MARGIN = 1.5
@@ -38,7 +44,7 @@ class ShadowWarning(UserWarning):
     """
 
 
-def largest_share(noise: NoiseModel, num_samples: int) -> float:
+def largest_shadow_ratio(noise: NoiseModel, num_samples: int) -> float:
     """Largest |Q|/|R| that the theory can explain.
 
     A sample's shadow is made of the pushes that the weights are made of: in the limit
@@ -57,7 +63,7 @@ def largest_share(noise: NoiseModel, num_samples: int) -> float:
     return min(MOST, MARGIN * math.sqrt(noise.dimension / num_samples) * tails)
 
 
-def of_share(share: float) -> str:
+def shadow_size_message(share: float) -> str:
     """Say what too large a share, |Q|/|R|, means."""
     return (
         f"The shadows grew to {share:.2g} of the pre-activations, more than the theory can explain."
@@ -108,7 +114,7 @@ class ShadowSizeWatch:
         Args:
             shadow: what corrects the rows, shape (m, k).
             preactivation: R, shape (m, k).
-            limit: :func:`largest_share`.
+            limit: :func:`largest_shadow_ratio`.
             num_samples: n.
         """
         if self.found is not None or len(preactivation) < 2:

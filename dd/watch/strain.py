@@ -1,6 +1,6 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["StrainWarning", "of_copies", "of_head", "strains"]
+__all__ = ["StrainWarning", "copies_strain_message", "head_strain_message", "strain_messages"]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
@@ -28,7 +28,7 @@ class StrainWarning(UserWarning):
     """
 
 
-def strains(
+def strain_messages(
     n: int,
     d: int,
     k: int,
@@ -65,7 +65,7 @@ def strains(
             "curvature is estimated with much noise; expect the training loss to drift from the "
             "test loss, less so with fewer units."
         )
-    uncorrected = of_head(head, n)
+    uncorrected = head_strain_message(head, n)
     if uncorrected is not None:
         sentences.append(uncorrected)
     if corrected > MAX_CORRECTED_PER_SAMPLE * n:
@@ -75,7 +75,7 @@ def strains(
             "makes a large one; expect the training error to be off by several points, less so "
             "with fewer units."
         )
-    repeated = of_copies(copies, n)
+    repeated = copies_strain_message(copies, n)
     if repeated is not None:
         sentences.append(repeated)
     if ignores_heavy_tails and n < MANY_FOR_TAILS * d:
@@ -88,7 +88,7 @@ def strains(
     return sentences
 
 
-def of_head(head: int, n: int) -> str | None:
+def head_strain_message(head: int, n: int) -> str | None:
     """Say what to expect where what all samples share is not corrected.
 
     Args:
@@ -108,7 +108,7 @@ def of_head(head: int, n: int) -> str | None:
     )
 
 
-def of_copies(copies: int, n: int) -> str | None:
+def copies_strain_message(copies: int, n: int) -> str | None:
     """Say what to expect where samples are copies.
 
     Args:

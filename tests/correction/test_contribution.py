@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.correction.contribution import Contribution, product_node
 from dd.correction.gradient_check import scale_of_terms
+from dd.correction.gradient_terms import ProjectedTerm, product_node
 from dd.functional import all_finite
 from dd.support.blocks import bin_groups, row_blocks, tall_product
 
@@ -244,7 +244,7 @@ def wide(request):
     g = torch.Generator().manual_seed(1)
     gradient = torch.randn(8, 1024, generator=g).to(COARSE[request.param])
     directions = torch.randn(3, 1024, generator=g)
-    terms = [Contribution.of(gradient.clone(), directions)]
+    terms = [ProjectedTerm.of(gradient.clone(), directions)]
     yield gradient, terms, directions
     torch.set_float32_matmul_precision(before)
 

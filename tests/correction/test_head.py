@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dd
 import dd.data
 import dd.experiments.models
-from dd.correction.scores import Scores
+from dd.correction.head_record import HeadRecord
 from dd.functional import shared_curvature, shared_shadow_gradient, softmax_curvature
 from dd.watch.divergence import SharpnessWatch
 from tests.reference import Head, decoupled_descent_with_head
@@ -318,7 +318,7 @@ def test_weights_of_samples_are_read_off_the_gradient():
     weights[:5] = 0
     scores.requires_grad_()
     (weights * F.cross_entropy(scores, labels, reduction="none")).sum().backward()
-    found = Scores(scores.detach(), torch.ones(50, 1), torch.ones(50, C, K), scores.grad)
+    found = HeadRecord(scores.detach(), torch.ones(50, 1), torch.ones(50, C, K), scores.grad)
     torch.testing.assert_close(
         found.curvature(), softmax_curvature(scores.detach(), weights), rtol=1e-4, atol=1e-6
     )

@@ -23,9 +23,9 @@ from dd.experiments.assembly import (
     with_seed,
 )
 from dd.experiments.checkpoint import Checkpoint
+from dd.experiments.collected_warnings import collected_warnings_of
 from dd.experiments.experiment import Experiment
-from dd.experiments.notices import noted
-from dd.runs.lineup import lined_up
+from dd.runs.optimizer_list import resolve_optimizers
 from dd.tracking.history import COLUMNS
 from dd.training import loop as training
 from dd.training.loop import Schedule
@@ -94,7 +94,7 @@ def test_every_experiment_composes(experiment):
     assert config.name == experiment
     if experiment not in {"probe", "xor_paper"}:
         assert config.optimizers == "auto"
-        assert lined_up(config, 1)[0].optimizers == ["gd", "dd", "dd_auto"]
+        assert resolve_optimizers(config, 1)[0].optimizers == ["gd", "dd", "dd_auto"]
 
 
 @pytest.mark.parametrize("group", ["data", "model", "optimizer", "selection", "tracking"])
@@ -423,7 +423,7 @@ def test_strained_sizes_are_noted_once_over_all_trials(tmp_path):
 def test_other_warnings_keep_their_way():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with noted() as sentences:
+        with collected_warnings_of() as sentences:
             warnings.warn("of someone else", UserWarning, stacklevel=1)
             warnings.warn("DecoupledDescent: of ours", dd.StrainWarning, stacklevel=1)
     assert [str(w.message) for w in caught] == ["of someone else"]

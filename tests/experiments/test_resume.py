@@ -27,7 +27,7 @@ from dd.experiments.assembly import settled
 from dd.experiments.checkpoint import Checkpoint
 from dd.experiments.experiment import Experiment
 from dd.experiments.resume import named_folder, resumed
-from dd.support.folder_lock import FolderTaken
+from dd.support.folder_lock import FolderLocked
 from dd.tracking import figures
 from dd.training import loop as training
 
@@ -619,7 +619,7 @@ def test_a_run_that_is_still_going_on_is_not_resumed(interrupted, monkeypatch):
     second = resumed(interrupted, [f"resume={interrupted}"])
 
     def meanwhile(*_: Any) -> None:
-        with pytest.raises(FolderTaken, match="is still going on"):
+        with pytest.raises(FolderLocked, match="is still going on"):
             second.run()
         raise KeyboardInterrupt
 

@@ -110,7 +110,7 @@ def fast_trajectory(
             loss, (r, hidden_bias, head_weight, head_bias), create_graph=True
         )
         observed = estimator.observe(r, 0)
-        h = estimator.estimate(observed, curvature.Backward(g, None, get_gradient_edge(r)))
+        h = estimator.estimate(observed, curvature.BackwardResult(g, None, get_gradient_edge(r)))
         g = g.detach()
 
         descent = damped_weight_gradient(g.T @ problem.inputs, weight, h, eigenvalues[0], damping)
@@ -434,7 +434,7 @@ def test_stein_estimator_takes_components_from_the_noise_model():
     noise = NoiseModel.isotropic(inputs, 10 * rows.cluster - 7)
     estimator = build("stein", noise)
     observed = estimator.observe(rows.r[0], 0)
-    backward = curvature.Backward(rows.g[0] / 400, None, get_gradient_edge(_leaf(rows.r[0])))
+    backward = curvature.BackwardResult(rows.g[0] / 400, None, get_gradient_edge(_leaf(rows.r[0])))
     expected = stein_curvature(
         centre_within_components(rows.r[0], rows.cluster, 4), rows.g[0] / 400
     )
@@ -507,13 +507,13 @@ def test_probe_estimators_agree_with_the_function():
         estimator = build(name, None)
         observed = estimator.observe(r, 3)
         assert torch.equal(observed, probe)
-        backward = curvature.Backward(g, product, get_gradient_edge(r))
+        backward = curvature.BackwardResult(g, product, get_gradient_edge(r))
         torch.testing.assert_close(estimator.estimate(observed, backward), expected)
 
 
 def test_estimators_refuse_what_they_cannot_do():
     r = _leaf(normal(0, 5, 2))
-    lost = curvature.Backward(r.detach(), None, get_gradient_edge(r))
+    lost = curvature.BackwardResult(r.detach(), None, get_gradient_edge(r))
     for name, message in (
         ("probe", "Remedy: construct with curvature=.probe_create_graph"),
         ("probe_create_graph", r"loss\.backward\(create_graph=True\)"),
@@ -533,7 +533,7 @@ def test_second_differentiation_of_a_linear_loss_is_zero():
     # The gradient is part of a graph, through the head, but does not depend on R.
     r, head = _leaf(normal(0, 5, 2)), _leaf(normal(1, 2))
     (g,) = torch.autograd.grad((r @ head).mean(), r, create_graph=True)
-    backward = curvature.Backward(g, None, get_gradient_edge(r))
+    backward = curvature.BackwardResult(g, None, get_gradient_edge(r))
     for name in ("exact", "probe_create_graph"):
         estimator = build(name, None)
         h = estimator.estimate(estimator.observe(r, 0), backward)

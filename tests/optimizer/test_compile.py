@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import dd
-from dd.watch import oversight
+from dd.watch import model_watch
 from tests.optimizer.test_optimizer import C, D, K, N, create_graph_warns, make_problem
 from tests.optimizer.test_precision import SINGLE, require_close
 
@@ -345,7 +345,7 @@ def test_a_training_step_is_not_one_graph(make, problem):
 @pytest.mark.parametrize("make", [whole_step, whole_closure])
 def test_what_runs_inside_compiled_code_is_not_audited(make, problem, monkeypatch):
     audits = []
-    monkeypatch.setattr(oversight, "Audit", lambda *arguments, **_: audits.append(arguments))
+    monkeypatch.setattr(model_watch, "Audit", lambda *arguments, **_: audits.append(arguments))
     inputs, targets, _, _ = problem
     for compile_ in (lambda f: torch.compile(f, backend="eager"), lambda f: f):
         model = make_model()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.correction.capture import Pushes
+from dd.correction.capture import StepGradients
 from dd.samples.placement import Placement
 from tests.optimizer.test_optimizer import C, D, K, N, create_graph_warns, make_model, make_problem
 from tests.optimizer.test_state import CASES, STEPS, require_identical, states_of
@@ -328,7 +328,7 @@ def test_copies_of_a_sample_add_up_beyond_half_precision():
     index = torch.tensor([3] * 8 + [1])
     placement = Placement.of(torch.zeros(9, 3), index, num_samples=N)
     gradient = torch.full((9, K), 2.0**15, dtype=torch.float16)
-    pushes = Pushes(placement, gradient, gradient, None, [], None, None)
+    pushes = StepGradients(placement, gradient, gradient, None, [], None, None)
     expected = torch.tensor([[2.0**15], [2.0**18]]).expand(2, K)
     assert torch.equal(pushes.by_sample, expected)
 

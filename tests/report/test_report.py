@@ -10,11 +10,11 @@ import pytest
 
 import dd.report.page
 from dd.experiments.experiment import Experiment
-from dd.report.charts import MOST_POINTS, Look, Series, chart, curves_of, looks_of_optimizers
+from dd.report.charts import MOST_POINTS, Look, Series, chart, curves_of, styles_of_optimizers
 from dd.report.command import main, report
 from dd.report.comparison import MOST_RUNS, write_comparison
 from dd.report.page import FILE, write_report
-from dd.report.settings import differing
+from dd.report.settings import differing_settings
 from dd.report.words import best, labels_of, verdicts
 from dd.runs.folder import read_run
 from dd.sweep.job import SweepJob
@@ -131,9 +131,9 @@ def test_figures_are_what_plotly_knows_and_the_uncorrected_curve_is_hidden(tmp_p
 
 
 def test_well_known_optimizers_have_the_same_colour_everywhere():
-    alone = looks_of_optimizers(["dd"])["dd"].colour
+    alone = styles_of_optimizers(["dd"])["dd"].colour
     names = ["gd", "gd_holdout", "adamw_holdout", "lbfgs_holdout", "gd_kfold", "dd", "dd_auto"]
-    looks = looks_of_optimizers(names)
+    looks = styles_of_optimizers(names)
     assert looks["dd"].colour == alone == "#D55E00"
     assert len({look.colour for look in looks.values()}) == 7
     assert len({look.symbol for look in looks.values()}) == 7
@@ -348,7 +348,7 @@ def test_settings_that_differ_are_columns_once(tmp_path):
         own = {"name": "dd", "_target_": "dd.DecoupledDescent", "lr": rate}
         settings = {"lr": rate, "optimizer": own, "tracking": {"progress": rate > 0.1}}
         runs.append(read_run(write_run(tmp_path / name, **settings)))
-    keys, values = differing(runs)
+    keys, values = differing_settings(runs)
     assert keys == ["lr"]
     assert [own["lr"] for own in values] == ["0.1", "0.2"]
 
@@ -356,7 +356,7 @@ def test_settings_that_differ_are_columns_once(tmp_path):
 def test_settings_of_optimizers_that_are_not_trained_are_no_columns(tmp_path):
     first = write_run(tmp_path / "a", results_of(("dd",)), available={"sgd": {"lr": 1}}, steps=5)
     other = write_run(tmp_path / "b", results_of(("dd",)), available={"sgd": {"lr": 2}}, steps=6)
-    assert differing([read_run(first), read_run(other)])[0] == ["steps"]
+    assert differing_settings([read_run(first), read_run(other)])[0] == ["steps"]
 
 
 def test_jobs_of_a_multirun_stand_for_it(tmp_path):

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd
 from dd.curvature.estimators import Probe, Stein
-from dd.rules.line_search import more_probes, product_cache
+from dd.rules.line_search import extra_probes, product_cache
 from dd.rules.line_search import step as line_step
-from dd.rules.line_search.parts import Maps
-from dd.rules.line_search.product_cache import mark_of
-from dd.rules.line_search.search import STILL, LineSearch, Point
+from dd.rules.line_search.moving_tensors import Maps
+from dd.rules.line_search.product_cache import tensor_checksum
+from dd.rules.line_search.search import NO_MOVE, LineSearch, Point
 from dd.watch.audit import Audit
 from tests.closures import closure_of
 from tests.reference import (
@@ -121,7 +121,7 @@ def discard_probes(monkeypatch):
     """Make the further probes, and do without their estimates."""
 
     def refined(*args):
-        more_probes.refined(*args)
+        extra_probes.refined(*args)
         return lambda own: own
 
     monkeypatch.setattr(line_step, "refined", refined)
@@ -190,11 +190,11 @@ def norm_of(head):
 
 def require_family(family, twin):
     """Loss to rounding; derivative to that of central differences, h² + eps/h with h = 1e-5."""
-    assert family.loss == pytest.approx(twin.loss(STILL.vector), rel=1e-12)
+    assert family.loss == pytest.approx(twin.loss(NO_MOVE.vector), rel=1e-12)
     torch.testing.assert_close(family.gram, twin.gram(), rtol=1e-9, atol=1e-15)
     sizes = norm_of(twin.state.head), norm_of(twin.descent.head)
     assert family.head_sizes == pytest.approx(sizes, rel=1e-10)
-    assert family.evaluate(STILL)[0] == pytest.approx(family.loss, rel=1e-12)
+    assert family.evaluate(NO_MOVE)[0] == pytest.approx(family.loss, rel=1e-12)
     vector = drawn(99).vector
     loss, derivative = family.evaluate(Point.of(vector))
     assert loss == pytest.approx(twin.loss(vector), rel=1e-12)
@@ -356,12 +356,12 @@ def test_probes_of_every_unit_give_the_exact_curvature(monkeypatch):
     model, found = make_model(), []
 
     def refined(*args):
-        better = more_probes.refined(*args)
+        better = extra_probes.refined(*args)
         found.append(better(torch.zeros(K, K, dtype=torch.float64)))
         return better
 
     monkeypatch.setattr(line_step, "refined", refined)
-    optimizer = attached(model, make_noise(inputs, labels), Forced([STILL]), curvature="probe")
+    optimizer = attached(model, make_noise(inputs, labels), Forced([NO_MOVE]), curvature="probe")
     torch.manual_seed(5)
     closure = closure_of(model, optimizer, inputs, labels)
     optimizer.step(closure)
@@ -388,7 +388,7 @@ def test_probes_of_every_unit_give_the_exact_curvature(monkeypatch):
 def test_of_many_units_the_probes_are_averaged(monkeypatch):
     inputs, labels = make_problem()
     model, own = make_model(), 7 * torch.eye(K, dtype=torch.float64)
-    monkeypatch.setattr(more_probes, "MOST_UNITS", K - 1)
+    monkeypatch.setattr(extra_probes, "MOST_UNITS", K - 1)
     solved, found = [], []
 
     def refined(attachment, *args):
@@ -397,12 +397,12 @@ def test_of_many_units_the_probes_are_averaged(monkeypatch):
             patch.setattr(
                 attachment.estimator, "solve", lambda m: solved.append(solve(m)) or solved[-1]
             )
-            better = more_probes.refined(attachment, *args)
+            better = extra_probes.refined(attachment, *args)
         found.append(better(own))
         return better
 
     monkeypatch.setattr(line_step, "refined", refined)
-    optimizer = attached(model, make_noise(inputs, labels), Forced([STILL]), curvature="probe")
+    optimizer = attached(model, make_noise(inputs, labels), Forced([NO_MOVE]), curvature="probe")
     optimizer.step(closure_of(model, optimizer, inputs, labels))
     assert len(solved) == K - 1
     assert float(torch.stack(solved).std(0).min()) > 0
@@ -470,11 +470,11 @@ def test_a_product_that_does_not_fit_is_computed(change):
 def test_a_mark_sees_every_change():
     weight = torch.randn(5, 7)
     changed = weight.clone()
-    assert torch.equal(mark_of(weight), mark_of(changed))
-    assert torch.equal(mark_of(weight.T.contiguous().T), mark_of(weight))
+    assert torch.equal(tensor_checksum(weight), tensor_checksum(changed))
+    assert torch.equal(tensor_checksum(weight.T.contiguous().T), tensor_checksum(weight))
     changed[3, 2] = torch.nextafter(changed[3, 2], torch.tensor(9.0))
-    assert not torch.equal(mark_of(weight), mark_of(changed))
-    assert not torch.equal(mark_of(weight), mark_of(weight.roll(1)))
+    assert not torch.equal(tensor_checksum(weight), tensor_checksum(changed))
+    assert not torch.equal(tensor_checksum(weight), tensor_checksum(weight.roll(1)))
 
 
 # --- What lies between, and what surrounds ------------------------------------------------------
@@ -487,7 +487,7 @@ def test_dropout_masks_are_one_for_all_calls_of_a_step(monkeypatch):
     found = []
 
     def look(family):
-        found.append([family.loss, *(family.evaluate(STILL)[0] for _ in range(2))])
+        found.append([family.loss, *(family.evaluate(NO_MOVE)[0] for _ in range(2))])
         torch.rand(3)
 
     optimizer = attached(

@@ -13,7 +13,7 @@ from torch import nn
 import dd
 from dd.data import xor
 from dd.experiments.models import two_layer
-from dd.rules.line_search.search import STILL, LineSearch, Point
+from dd.rules.line_search.search import NO_MOVE, LineSearch, Point
 from tests.closures import closure_of
 
 N, K = 30, 2
@@ -37,7 +37,7 @@ class Toy:
         self.shape = (10**8, 1)
         self.plain = 0.0
         self.loss_of, self.points = loss_of, []
-        self.loss = self.evaluate(STILL)[0] if start is None else start
+        self.loss = self.evaluate(NO_MOVE)[0] if start is None else start
         self.points.clear()
 
     def moved(self, point):
@@ -188,7 +188,7 @@ def test_what_turns_leave_uncorrected_is_no_signal(loss, shape):
     assert "searching" not in memory
     assert all(point.keep > 0 for point in points[:20])
     assert (points[20].keep, points[20].step, points[20].drift, points[20].newton) == (0,) * 4
-    assert points[21:] == [STILL] * 2
+    assert points[21:] == [NO_MOVE] * 2
     assert memory["lost"] == 1.0
 
 
@@ -223,7 +223,7 @@ def test_other_starts_are_not_renewed(turns):
     for seed in range(3):
         toy = Toy(bowl(torch.ones(K)), seed=seed, start=0.5)
         LineSearch().choose(toy, memory)
-        assert STILL in toy.points
+        assert NO_MOVE in toy.points
     assert "renewals" not in memory
 
 
@@ -235,9 +235,9 @@ def test_an_informed_start_goes_down_at_once():
     point = LineSearch(evaluations=40).choose(toy, memory)
     # Before it, the constant prediction is tried with five steps of the head.
     assert all((p.keep, p.step, p.drift, p.newton) == (0.0,) * 4 for p in toy.points[:5])
-    assert toy.points[5] == STILL
+    assert toy.points[5] == NO_MOVE
     assert len(toy.points) <= 45
-    assert toy.evaluate(point)[0] < 0.75 * toy.evaluate(STILL)[0]
+    assert toy.evaluate(point)[0] < 0.75 * toy.evaluate(NO_MOVE)[0]
     assert memory["informed"] == 1.0
     assert "rotations" not in memory
 
@@ -278,7 +278,7 @@ def test_no_point_is_worse_than_to_stay(seed, along, wall):
     toy = Toy(blind, seed=seed, along=along)
     present = size_of(toy.present)
     toy.loss_of = loss_of
-    toy.loss = toy.evaluate(STILL)[0]
+    toy.loss = toy.evaluate(NO_MOVE)[0]
     toy.points.clear()
     point = LineSearch().choose(toy, {"informed": 1.0})
     assert len(toy.points) <= 14
@@ -340,7 +340,7 @@ def test_infinite_losses_are_survived(phase, where):
         )
 
     toy.loss_of = loss_of
-    toy.loss = toy.evaluate(STILL)[0]
+    toy.loss = toy.evaluate(NO_MOVE)[0]
     memory = dict(PHASES[phase])
     point = LineSearch().choose(toy, memory)
     assert toy.evaluate(point)[0] < math.inf
@@ -445,7 +445,7 @@ class Excessive:
 
     def choose(self, family, memory):
         memory["excess"] = 0.1
-        return STILL
+        return NO_MOVE
 
 
 def test_a_step_below_the_plain_loss_is_told_once_and_leaves_a_doubt():

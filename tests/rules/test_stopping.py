@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.rules.line_search.search import STILL, Point
+from dd.rules.line_search.search import NO_MOVE, Point
 from dd.rules.line_search.stopping import PATIENCE, STANDARD_ERRORS, Outputs, StopRule
 from tests.closures import closure_of
 
@@ -174,7 +174,7 @@ def test_the_best_weights_are_put_back_and_stay():
     inputs, labels = make_problem()
     model = make_model()
     worse = gradient_step(-2.0)
-    points = [gradient_step(1.0)] * 4 + [worse] * PATIENCE + [STILL]
+    points = [gradient_step(1.0)] * 4 + [worse] * PATIENCE + [NO_MOVE]
     optimizer, closure = attached(model, inputs, labels, Steps(points))
     losses, kept = [], []
     while not optimizer.stopped:

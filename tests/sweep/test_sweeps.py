@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dd.experiments.experiment import Experiment
-from dd.support.folder_lock import FolderTaken
+from dd.support.folder_lock import FolderLocked
 from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
 from dd.sweep.show import show
 from dd.sweep.table import FIGURES, gather, swept
@@ -131,7 +131,7 @@ def test_a_job_that_a_cluster_runs_once_more_is_known(tmp_path):
         SweepJob(1, {"lr": "0.2"}, sweep="ab12"),
         SweepJob(1, {"lr": "0.1"}, sweep="cd34"),
     ):
-        with pytest.raises(FolderTaken, match="need folders of their own"):
+        with pytest.raises(FolderLocked, match="need folders of their own"):
             other.is_begun_in(tmp_path)
 
 
@@ -310,7 +310,7 @@ def test_a_folder_that_is_taken_is_left_for_the_next(tmp_path):
         folders.append(experiment.folder.name)
     assert folders == ["run_0", "run_0_2", "run_0_3"]
     assert all((tmp_path / name / "summary.json").is_file() for name in folders)
-    with pytest.raises(FolderTaken, match="holds another run"):
+    with pytest.raises(FolderLocked, match="holds another run"):
         Experiment(config, tmp_path / "run_0").run()
 
 

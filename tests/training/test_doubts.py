@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import dd
-from dd.baselines import chosen
+from dd.baselines import hyperparameter_search
 from dd.experiments.experiment import Experiment
 from dd.report.comparison import write_comparison
 from dd.report.page import write_report
@@ -25,13 +25,13 @@ from dd.sweep.table import Sweep, gather
 from dd.tracking import figures
 from dd.tracking.console import METHOD_COLUMNS, print_report
 from dd.tracking.mark import mark
-from dd.tracking.wandb_comparison import _table, headline
+from dd.tracking.wandb_comparison import _table, comparison_figures
 from dd.training import loop as training
 from dd.training.doubts import doubts_of
 from dd.watch import shadow_size
 from tests.baselines.test_selection import TRACKED, given_to
+from tests.experiments.test_batched_trials import configure
 from tests.experiments.test_resume import assert_same_run, go_on, run_with_snapshots
-from tests.experiments.test_together import configure
 from tests.report.test_report import Page
 from tests.run_folders import results_of, write_run
 from tests.trials.test_trials import (
@@ -189,8 +189,8 @@ def test_weights_and_biases_has_them():
     assert all(len(row) == len(columns) for row in rows)
     columns, rows = _table(wandb, results_of().summary())
     assert columns == ["optimizer", *(label for label, _, _ in METHOD_COLUMNS)]
-    assert headline(doubted().summary())["dd/doubts"] == [REASON, OTHER]
-    assert not any("doubts" in key for key in headline(results_of().summary()))
+    assert comparison_figures(doubted().summary())["dd/doubts"] == [REASON, OTHER]
+    assert not any("doubts" in key for key in comparison_figures(results_of().summary()))
 
 
 def test_a_multirun_marks_its_jobs(tmp_path):
@@ -278,7 +278,7 @@ def test_a_doubted_candidate_is_chosen_only_where_all_are(tmp_path, monkeypatch,
     def doubt(optimizer):
         return (REASON,) if all_are or optimizer.param_groups[0]["lr"] == best else ()
 
-    monkeypatch.setattr(chosen, "doubts_of", doubt)
+    monkeypatch.setattr(hyperparameter_search, "doubts_of", doubt)
     found = ran(tmp_path / "doubted", *settings)
     assert (found.summary["dd_tracked"]["chosen_lr"] == best) == all_are
     left_out = [note for note in found.notes if "is not to be believed were left out" in note]

@@ -23,7 +23,7 @@ from dd.functional import (
     stein_excess,
     stein_mismatch,
 )
-from dd.watch import audit, oversight
+from dd.watch import audit, model_watch
 from tests.optimizer.test_optimizer import C, D, K, make_model, make_problem, train
 from tests.reference import mismatch_of
 
@@ -349,7 +349,7 @@ def summed(output, targets):
 
 def trajectory(model, monkeypatch, due: bool, steps: int = 4, **settings):
     """Losses, gradients, state and random state of a run, audited at every forward or at none."""
-    monkeypatch.setattr(oversight, "is_due", lambda forward: due)
+    monkeypatch.setattr(model_watch, "is_due", lambda forward: due)
     inputs, targets = make_problem()
     torch.manual_seed(1)
     model = copy.deepcopy(model)
@@ -443,7 +443,7 @@ def test_models_that_would_notice_are_not_audited():
 
 @pytest.mark.parametrize("hook", [hook_module, hook_tensor])
 def test_hooks_on_gradients_are_called_once_a_step(hook, monkeypatch):
-    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    monkeypatch.setattr(model_watch, "is_due", lambda forward: True)
     inputs, targets = make_problem()
     model = make_model()
     calls = hook(model)
@@ -454,7 +454,7 @@ def test_hooks_on_gradients_are_called_once_a_step(hook, monkeypatch):
 
 
 def test_retained_gradients_are_not_doubled(monkeypatch):
-    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    monkeypatch.setattr(model_watch, "is_due", lambda forward: True)
     inputs, targets = make_problem()
     model = make_model()
     noise = dd.NoiseModel.isotropic(inputs, targets)
@@ -470,7 +470,7 @@ def test_retained_gradients_are_not_doubled(monkeypatch):
 @pytest.mark.parametrize("kind", ["bfloat16", "create_graph", "explicit", "probe first", "level"])
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_unusual_loops_go_on(kind, monkeypatch):
-    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    monkeypatch.setattr(model_watch, "is_due", lambda forward: True)
     inputs, targets = make_problem(dtype=torch.float32)
     model, other = make_model(dtype=torch.float32), make_model(1, dtype=torch.float32)
     noise = dd.NoiseModel.isotropic(inputs, targets)
@@ -502,7 +502,7 @@ def test_unusual_loops_go_on(kind, monkeypatch):
 
 def test_masses_of_samples_weigh_the_probe(monkeypatch, measured):
     """Right ids, masses from 0.1 to 1.9: without weights the two curvatures would disagree."""
-    monkeypatch.setattr(oversight, "is_due", lambda forward: True)
+    monkeypatch.setattr(model_watch, "is_due", lambda forward: True)
     n, d = 4000, 40
     ids = torch.arange(n) % 2
     scale = 0.1 + 1.8 * (torch.arange(n) // 2 % 2)

@@ -12,8 +12,8 @@ from torch import nn
 import dd
 from dd.correction.attachment import Attachment
 from dd.data import xor
-from dd.watch import oversight, shadow_size
-from dd.watch.shadow_size import ShadowSizeWatch, largest_share, shares
+from dd.watch import model_watch, shadow_size
+from dd.watch.shadow_size import ShadowSizeWatch, largest_shadow_ratio, shares
 
 D = 300
 
@@ -76,7 +76,7 @@ def test_a_run_that_goes_well_stays_below_the_limit(ratio, labels):
         inputs = normal(len(inputs), D, seed=5)
         targets = torch.randint(2, targets.shape, generator=torch.Generator().manual_seed(5))
     found, optimizer = trained(inputs, targets, steps=40, scale=1.0)
-    assert max(found) < largest_share(optimizer.noise, len(inputs))
+    assert max(found) < largest_shadow_ratio(optimizer.noise, len(inputs))
     # Of a signal R alone grows.
     assert labels == "noise" or max(found) < 1 / math.sqrt(ratio)
     assert optimizer._attachment.oversight.doubts == ()
@@ -85,16 +85,16 @@ def test_a_run_that_goes_well_stays_below_the_limit(ratio, labels):
 def test_the_limit_is_the_theory_and_a_margin():
     inputs = normal(400, 100)
     noise = dd.NoiseModel.isotropic(inputs)
-    assert largest_share(noise, 400) == pytest.approx(1.5 * 0.5)
+    assert largest_shadow_ratio(noise, 400) == pytest.approx(1.5 * 0.5)
     # It is of all dimensions, whatever their bins.
     bins = dd.NoiseModel(torch.tensor([4.0, 1.0]), torch.tensor([20, 80]))
-    assert largest_share(bins, 400) == pytest.approx(1.5 * 0.5)
+    assert largest_shadow_ratio(bins, 400) == pytest.approx(1.5 * 0.5)
     # Masses 2 and 0 in equal parts have a root mean square of √2.
     mass = torch.tensor([2.0, 0.0], dtype=torch.float64).repeat(800)
     wide = replace(noise, relative_mass=mass)
-    assert largest_share(wide, 1600) == pytest.approx(1.5 * 0.25 * math.sqrt(2))
-    assert largest_share(noise, 100) == 0.9
-    assert largest_share(noise, 10) == 0.9
+    assert largest_shadow_ratio(wide, 1600) == pytest.approx(1.5 * 0.25 * math.sqrt(2))
+    assert largest_shadow_ratio(noise, 100) == 0.9
+    assert largest_shadow_ratio(noise, 10) == 0.9
 
 
 # --- The watch --------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_an_accelerator_is_waited_for_where_something_is_measured(monkeypatch):
     model = nn.Sequential(nn.Linear(12, 3), nn.GELU(), nn.Linear(3, 2)).double()
     optimizer = dd.DecoupledDescent(model, lr=0.1, noise=dd.NoiseModel.isotropic(inputs))
     monkeypatch.setattr(Attachment, "stalls", property(lambda self: True))
-    monkeypatch.setattr(oversight, "is_due", lambda forward: False)
+    monkeypatch.setattr(model_watch, "is_due", lambda forward: False)
     for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.watch.strain import strains
+from dd.watch.strain import strain_messages
 
 
 @pytest.mark.parametrize(
@@ -23,20 +23,20 @@ from dd.watch.strain import strains
     ],
 )
 def test_each_ratio_has_its_sentence(sizes, message):
-    found = strains(*sizes)
+    found = strain_messages(*sizes)
     assert len(found) == (message is not None)
     assert message is None or message in found[0]
 
 
 def test_what_is_corrected_may_be_more_but_not_any_number():
-    assert strains(100, 50, 4, 0, 0, corrected=100) == []
-    (found,) = strains(100, 50, 4, 0, 0, corrected=101)
+    assert strain_messages(100, 50, 4, 0, 0, corrected=100) == []
+    (found,) = strain_messages(100, 50, 4, 0, 0, corrected=101)
     assert "1 a sample) are corrected" in found
 
 
 def test_tails_matter_where_shadows_do():
-    assert strains(500, 50, 4, 0, 0, ignores_heavy_tails=True) == []
-    (found,) = strains(499, 50, 4, 0, 0, ignores_heavy_tails=True)
+    assert strain_messages(500, 50, 4, 0, 0, ignores_heavy_tails=True) == []
+    (found,) = strain_messages(499, 50, 4, 0, 0, ignores_heavy_tails=True)
     assert "to either side" in found
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dd.correction.store import Store
-from dd.rules.line_search.parts import Part
+from dd.correction.optimizer_state import OptimizerState
+from dd.rules.line_search.moving_tensors import Part
 from dd.rules.line_search.product_cache import PRODUCT
 
 __all__ = ["BestState"]
@@ -23,7 +23,7 @@ class BestState:
         weight: the decoupled weight.
     """
 
-    def __init__(self, store: Store, module: nn.Module, weight: Tensor) -> None:
+    def __init__(self, store: OptimizerState, module: nn.Module, weight: Tensor) -> None:
         self._store, self._module, self._weight = store, module, weight
 
     @torch.no_grad()

@@ -21,37 +21,41 @@ from dd.correction.attachment import Attachment
 from dd.correction.head import row_products
 from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
-from dd.rules.line_search.parts import Part, Responses
+from dd.rules.line_search.moving_tensors import LinearResponse, Part
 from dd.rules.line_search.product_cache import require_all_again
 from dd.rules.line_search.replay import (
     UNLIKE_FIRST,
-    Rewind,
+    ClosureReplay,
     batch_norms,
     forward_replaced,
     own_statistics,
 )
-from dd.rules.line_search.search import STILL, Point
+from dd.rules.line_search.search import NO_MOVE, Point
 
-__all__ = ["LineFamily", "Trial"]
+__all__ = ["LineFamily", "PointForward"]
 
 # A step that changes the loss by this share, and by which share that may differ from its slope's.
 _SHORT, _UNLIKE = 0.01, 0.2
 
 
-class Trial:
+class PointForward:
     """One training forward at a point of the family.
 
     Args:
         attachment: of the decoupled layer.
-        responses: around the present state.
+        linear_responses: around the present state.
         point: coordinates (a, s, r, q, t), shape (5,), in the precision of R.
         dtype: of the layer's output.
     """
 
     def __init__(
-        self, attachment: Attachment, responses: Responses, point: Tensor, dtype: torch.dtype
+        self,
+        attachment: Attachment,
+        linear_responses: LinearResponse,
+        point: Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        self._attachment, self._responses, self._dtype = attachment, responses, dtype
+        self._attachment, self._responses, self._dtype = attachment, linear_responses, dtype
         self._ordinary: Callable[[Tensor], Tensor] = attachment.layer.forward
         *layer, head = point.unbind()
         self._of_layer: Sequence[Tensor] = layer
@@ -96,7 +100,7 @@ class LineFamily:
     Args:
         attachment: of the decoupled layer.
         parts: everything that moves.
-        responses: around the present state.
+        linear_responses: around the present state.
         closure: computes the loss of all samples and differentiates it.
         rewind: around every call of it, after the first.
         loss: that the first call returned.
@@ -113,22 +117,22 @@ class LineFamily:
         self,
         attachment: Attachment,
         parts: Sequence[Part],
-        responses: Responses,
+        linear_responses: LinearResponse,
         closure: Callable[[], Any],
-        rewind: Rewind,
+        rewind: ClosureReplay,
         loss: float,
         *,
         dtype: torch.dtype,
     ) -> None:
-        self._attachment, self._responses = attachment, responses
+        self._attachment, self._responses = attachment, linear_responses
         self._closure, self._rewind, self._dtype = closure, rewind, dtype
         self._others = [part for part in parts if part.key is None and part.units is None]
         self._starts = [part.tensor.clone() for part in self._others]
         self.loss = loss
         self._loss_dtype = dtype
-        samples, width = responses.layer[0].shape
+        samples, width = linear_responses.layer[0].shape
         self.shape = (samples, width)
-        rows = torch.stack([response.flatten() for response in responses.layer])
+        rows = torch.stack([response.flatten() for response in linear_responses.layer])
         self.gram = (rows @ rows.mT / rows.shape[1]).double().cpu()
         self.head_sizes = (_norm(self._starts), _norm([part.descent for part in self._others]))
 
@@ -144,14 +148,14 @@ class LineFamily:
         return self._evaluate(self._responses, point)
 
     @torch.no_grad()
-    def _evaluate(self, responses: Responses, point: Point) -> tuple[float, Tensor]:
+    def _evaluate(self, linear_responses: LinearResponse, point: Point) -> tuple[float, Tensor]:
         nowhere = torch.inf, torch.zeros(5, dtype=torch.float64)
         if not point.is_finite:
             return nowhere
         self._place_others(point.head)
-        variables = point.vector.to(responses.layer[0])
+        variables = point.vector.to(linear_responses.layer[0])
         with self._rewind.call():
-            loss, derivative = self._call(responses, variables)
+            loss, derivative = self._call(linear_responses, variables)
             derivative[-1] += self._along_others()
         if not (torch.isfinite(loss) and derivative.isfinite().all()):
             return nowhere
@@ -159,17 +163,17 @@ class LineFamily:
 
     def evaluate_plain(self, point: Point) -> tuple[float, Tensor]:
         """The same as :meth:`evaluate` without any correction: of the plain network's own loss."""
-        return self._evaluate(Responses(self._responses.plain), point)
+        return self._evaluate(LinearResponse(self._responses.plain), point)
 
     def _place_others(self, head: float) -> None:
         """Put every parameter but the decoupled weights where a step of the head leads."""
         for part, start in zip(self._others, self._starts, strict=True):
             part.tensor.copy_(start + head * part.descent)
 
-    def _call(self, responses: Responses, variables: Tensor) -> tuple[Tensor, Tensor]:
+    def _call(self, linear_responses: LinearResponse, variables: Tensor) -> tuple[Tensor, Tensor]:
         attachment, variables = self._attachment, variables.requires_grad_()
         with torch.enable_grad():
-            trial = Trial(attachment, responses, variables, self._dtype)
+            trial = PointForward(attachment, linear_responses, variables, self._dtype)
             with attachment.trying(trial), forward_replaced(attachment.layer, trial.forward):
                 loss = self._closure()
         if variables.grad is None or not isinstance(loss, Tensor):
@@ -192,14 +196,14 @@ class LineFamily:
         Raises:
             RuntimeError: if along the layer's gradient that changes otherwise than its slope says.
         """
-        here, slope = self.evaluate(STILL)
+        here, slope = self.evaluate(NO_MOVE)
         down = -float(slope[1])
         if not (math.isfinite(here) and down > 0):
             return
         # So short that pre-activations hardly move, where they can tell.
         sizes = self.gram.diagonal().sqrt()
         length = _SHORT * min(abs(here) / down, float(sizes[0] / sizes[1]))
-        there, slope_there = self.evaluate(replace(STILL, step=length))
+        there, slope_there = self.evaluate(replace(NO_MOVE, step=length))
         expected = length * float(slope[1] + slope_there[1]) / 2
         eps = max(torch.finfo(kind).eps for kind in (self._dtype, self._loss_dtype))
         rounding = 16 * eps * abs(here)

@@ -11,7 +11,7 @@ from dd.correction.layer_forward import place
 from dd.correction.training_forward import full_precision
 from dd.functional import at_least_single
 
-__all__ = ["PRODUCT", "FirstForward", "keep_product", "mark_of", "require_all_again"]
+__all__ = ["PRODUCT", "FirstForward", "keep_product", "require_all_again", "tensor_checksum"]
 
 PRODUCT, MARK, AGE = "shadow_product", "shadow_product_mark", "shadow_product_age"
 
@@ -87,7 +87,7 @@ class FirstForward:
         if torch.is_autocast_enabled(inputs.device.type) or inputs.dtype != product.dtype:
             return None
         weight = attachment.layer.weight
-        if weight is not attachment.weight or not torch.equal(mark_of(weight), state[MARK]):
+        if weight is not attachment.weight or not torch.equal(tensor_checksum(weight), state[MARK]):
             return None
         placement = place(attachment, inputs, state, binds=True)
         whole = placement is not None and placement.index is None
@@ -146,10 +146,10 @@ def keep_product(state: dict[str, Any], weight: Tensor, product: Tensor, age: in
         # Weights in half precision are rounded at every step, and XW with them.
         state.pop(PRODUCT, None)
         return
-    state[PRODUCT], state[MARK], state[AGE] = product, mark_of(weight), age
+    state[PRODUCT], state[MARK], state[AGE] = product, tensor_checksum(weight), age
 
 
-def mark_of(weight: Tensor) -> Tensor:
+def tensor_checksum(weight: Tensor) -> Tensor:
     """A number that tells a tensor of 4 or 8 bytes a number from any other, int64, shape ().
 
     Unlike a tensor's version it survives copies and files, and sees changes through ``.data``.

@@ -10,7 +10,7 @@ from torch._compile import _disable_dynamo
 
 from dd.correction.hook import UNTRACEABLE
 
-__all__ = ["UNLIKE_FIRST", "Rewind", "batch_norms", "forward_replaced", "own_statistics"]
+__all__ = ["UNLIKE_FIRST", "ClosureReplay", "batch_norms", "forward_replaced", "own_statistics"]
 
 UNLIKE_FIRST = (
     "DecoupledDescent: a later call of the closure did not do as the first: run the model in train "
@@ -68,7 +68,7 @@ def own_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-class Rewind:
+class ClosureReplay:
     """What every call of a closure finds alike: random numbers, buffers, empty gradients.
 
     To be made before the first call.

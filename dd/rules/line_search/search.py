@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dd.support.newton import minimise
 
-__all__ = ["STILL", "Family", "LineSearch", "Point", "Policy"]
+__all__ = ["NO_MOVE", "Family", "LineSearch", "Point", "Policy"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Point:
         return all(math.isfinite(x) for x in astuple(self))
 
 
-STILL = Point(1.0, 0.0, 0.0, 0.0, 0.0)
+NO_MOVE = Point(1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Family(Protocol):
@@ -139,7 +139,7 @@ class LineSearch:
         rotations, renewals = memory.get("rotations", 0.0), memory.get("renewals", 0.0)
         memory["highest"] = max(memory.get("highest", 0.0), abs(family.loss))
         if memory.get("lost"):
-            return STILL
+            return NO_MOVE
         if not memory.get("informed"):
             without, point = _without_weights(family)
             constant = memory["constant"] = min(memory.get("constant", math.inf), without)
@@ -157,7 +157,7 @@ class LineSearch:
             if loss < math.inf:
                 return point
         memory["searching"] = 1.0
-        return self._lowest(family, STILL, [0, 1, 2, 3, 4], memory)[1]
+        return self._lowest(family, NO_MOVE, [0, 1, 2, 3, 4], memory)[1]
 
     def _turned_again(self, family: Family, without: Point, memory: dict[str, float]) -> Point:
         if memory["rotations"] >= _MOST_ROTATIONS:
@@ -166,7 +166,7 @@ class LineSearch:
             return without
         memory["rotations"] += 1
         loss, point = _rotation(family, _ANGLE, _SIZE)
-        return point if loss < math.inf else STILL
+        return point if loss < math.inf else NO_MOVE
 
     def _renewed(self, family: Family, memory: dict[str, float]) -> tuple[float, Point]:
         away = (1 - _KEPT) * _layer_units(family)[1].item()
@@ -223,7 +223,7 @@ def _is_informed(family: Family, constant: float, memory: dict[str, float]) -> b
     # Memory of the samples can only lower the plain loss. Where that is higher, the training loss
     # is low because the correction takes more away than there is, as with a wrong noise model.
     # Before the weights have moved the two are one, but for rounding.
-    return informed and family.evaluate_plain(STILL)[0] < _SAME * loss
+    return informed and family.evaluate_plain(NO_MOVE)[0] < _SAME * loss
 
 
 def _layer_units(family: Family) -> Tensor:
@@ -243,7 +243,7 @@ def _first_turn(family: Family, constant: float) -> Point:
     loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE)
     if loss >= _INFORMED * constant:
         loss, point = _rotation(family, _ANGLE, _SIZE)
-    return point if loss < math.inf else STILL
+    return point if loss < math.inf else NO_MOVE
 
 
 def _rotation(family: Family, angle: float, size: float) -> tuple[float, Point]:

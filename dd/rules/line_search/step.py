@@ -9,22 +9,22 @@ from torch import Tensor
 
 from dd.correction.attachment import Attachment
 from dd.correction.capture import Capture
+from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadow_step import ShadowStep
-from dd.correction.store import Store
 from dd.correction.training_forward import full_precision
-from dd.correction.weight_gradient import pending_pushes, weight_edit
+from dd.correction.weight_gradient import pending_gradients, weight_edit
 from dd.functional import at_least_single
 from dd.rules.line_search.best_state import BestState
+from dd.rules.line_search.extra_probes import refined
 from dd.rules.line_search.family import LineFamily
-from dd.rules.line_search.more_probes import refined
-from dd.rules.line_search.parts import Maps, Part, Responses, responses_of
+from dd.rules.line_search.moving_tensors import LinearResponse, Maps, Part, linear_response
 from dd.rules.line_search.product_cache import PRODUCT, FirstForward, keep_product
-from dd.rules.line_search.replay import Rewind, forward_replaced, own_statistics
+from dd.rules.line_search.replay import ClosureReplay, forward_replaced, own_statistics
 from dd.rules.line_search.search import Point, Policy
 from dd.rules.line_search.settings import require_dense, require_loss, require_plain_rule
 from dd.rules.line_search.stopping import Outputs, StopRule
 from dd.support.user_warning import warn_user
-from dd.watch.watches import Watches
+from dd.watch.step_watches import StepWatches
 
 __all__ = ["LineStep", "NoSignalWarning", "SearchWarning"]
 
@@ -102,7 +102,7 @@ class LineStep:
     """
 
     def __init__(
-        self, attachment: Attachment, store: Store, policy: Policy, *, stops: bool
+        self, attachment: Attachment, store: OptimizerState, policy: Policy, *, stops: bool
     ) -> None:
         self._attachment, self._store, self._policy = attachment, store, policy
         self._stops = stops
@@ -110,7 +110,7 @@ class LineStep:
         self._moving = [p for p in parameters if p.requires_grad]
         self._state = store.of(attachment.weight)
         self._first = FirstForward(attachment, self._state)
-        self._rewind = Rewind(attachment.module, parameters, attachment.weight.device)
+        self._rewind = ClosureReplay(attachment.module, parameters, attachment.weight.device)
 
     def __call__(self, closure: Callable[[], Any]) -> Any:
         """Call the closure, choose a point and move there; or leave everything as it was.
@@ -140,8 +140,8 @@ class LineStep:
             parts, maps = self._parts(self._refined(closure))
             if self._stops and self._has_stopped(float(loss.detach()), outputs, parts):
                 return loss
-            responses = self._responses(parts, maps, signal)
-            point, memory = self._chosen(closure, parts, responses, float(loss.detach()))
+            linear_responses = self._responses(parts, maps, signal)
+            point, memory = self._chosen(closure, parts, linear_responses, float(loss.detach()))
         except BaseException:
             self._store.state.clear()
             self._store.state.update(before)
@@ -187,9 +187,9 @@ class LineStep:
         Raises:
             RuntimeError: if there are none, or they were edited.
         """
-        ShadowStep(self._attachment, self._store, Watches(), 1.0).require_delivered()
+        ShadowStep(self._attachment, self._store, StepWatches(), 1.0).require_delivered()
         with full_precision(self._attachment.weight):
-            edit = weight_edit(self._attachment, pending_pushes(self._attachment))
+            edit = weight_edit(self._attachment, pending_gradients(self._attachment))
         if edit != 1.0:
             raise RuntimeError(
                 f"DecoupledDescent: the closure multiplied its gradients by {edit:.4g}, as "
@@ -268,7 +268,7 @@ class LineStep:
         attachment = self._attachment
         with full_precision(attachment.weight):
             # The watches judge learning rates that were given.
-            step = ShadowStep(attachment, self._store, Watches(), 1.0, better)
+            step = ShadowStep(attachment, self._store, StepWatches(), 1.0, better)
             updates = step.updates()
             parts = [self._part(p, None, p, _descent(p)) for p in self._moving]
             for (owner, key), update in zip(attachment.shadowed, updates, strict=True):
@@ -290,17 +290,23 @@ class LineStep:
         return Part(owner, key, tensor, descent, units)
 
     @torch.no_grad()
-    def _responses(self, parts: list[Part], maps: Maps, signal: Tensor | None) -> Responses:
+    def _responses(self, parts: list[Part], maps: Maps, signal: Tensor | None) -> LinearResponse:
         with full_precision(self._attachment.weight):
-            return responses_of(parts, maps, self._attachment.shared, signal)
+            return linear_response(parts, maps, self._attachment.shared, signal)
 
     @torch.no_grad()
     def _chosen(
-        self, closure: Callable[[], Any], parts: list[Part], responses: Responses, loss: float
+        self,
+        closure: Callable[[], Any],
+        parts: list[Part],
+        linear_responses: LinearResponse,
+        loss: float,
     ) -> tuple[Point, dict[str, float]]:
         attachment, dtype = self._attachment, self._first.dtype
         assert dtype is not None
-        family = LineFamily(attachment, parts, responses, closure, self._rewind, loss, dtype=dtype)
+        family = LineFamily(
+            attachment, parts, linear_responses, closure, self._rewind, loss, dtype=dtype
+        )
         memory = dict(self._state.get(MEMORY, {}))
         try:
             if not memory.get("checked"):

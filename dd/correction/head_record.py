@@ -11,7 +11,7 @@ from dd.functional import (
     softmax_curvature,
 )
 
-__all__ = ["Scores"]
+__all__ = ["HeadRecord"]
 
 
 # Share of the gradient by which it may differ from that of cross-entropy: rounding of probabilities
@@ -20,7 +20,7 @@ _SINGLE_TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2
 
 
 @dataclass(eq=False)
-class Scores:
+class HeadRecord:
     """What the head saw and said in one training forward.
 
     Attributes:
@@ -36,7 +36,7 @@ class Scores:
     gradient: Tensor | None = None
 
     @classmethod
-    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+    def joined(cls, parts: Sequence["HeadRecord"]) -> "HeadRecord":
         """Put the rows of micro-batches together."""
         if len(parts) == 1:
             return parts[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from dd.correction.attachment import Attachment
 from dd.curvature.estimators import Probe, Rows
 from dd.rules.line_search.product_cache import FirstForward
-from dd.rules.line_search.replay import UNLIKE_FIRST, Rewind, forward_replaced
+from dd.rules.line_search.replay import UNLIKE_FIRST, ClosureReplay, forward_replaced
 
 __all__ = ["refined"]
 
@@ -19,7 +19,7 @@ MOST_UNITS = 32
 
 
 def refined(
-    attachment: Attachment, first: FirstForward, closure: Callable[[], Any], rewind: Rewind
+    attachment: Attachment, first: FirstForward, closure: Callable[[], Any], rewind: ClosureReplay
 ) -> Callable[[Tensor], Tensor]:
     """Estimate H better than by one probe, from further calls of the closure.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Verdicts"]
+__all__ = ["DeferredChecks"]
 
 # Makes the error of some flags of which not all are up.
 Explain = Callable[[list[bool]], Exception]
@@ -53,7 +53,7 @@ class _Step:
         return None
 
 
-class Verdicts:
+class DeferredChecks:
     """Conditions of the steps of one optimizer.
 
     To look at a number on an accelerator waits for all work queued before it. So a condition may be

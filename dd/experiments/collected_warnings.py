@@ -11,13 +11,13 @@ from dd.watch.divergence import DivergenceWarning
 from dd.watch.shadow_size import ShadowWarning
 from dd.watch.strain import StrainWarning
 
-__all__ = ["noted"]
+__all__ = ["collected_warnings_of"]
 
 NOTED = (AugmentationWarning, CurvatureWarning, DivergenceWarning, ShadowWarning, StrainWarning)
 
 
 @contextmanager
-def noted() -> Iterator[list[str]]:
+def collected_warnings_of() -> Iterator[list[str]]:
     """Collect the sentences of the optimizer's warnings; every other warning takes its own way."""
     sentences: list[str] = []
     with warnings.catch_warnings():

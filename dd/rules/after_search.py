@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from dd.correction.attachment import Attachment
-from dd.correction.store import Store
+from dd.correction.optimizer_state import OptimizerState
 from dd.rules.line_search.best_state import BestState
 
-__all__ = ["idle_step", "restore_best"]
+__all__ = ["restore_best", "step_after_stop"]
 
 
-def idle_step(drop: Callable[[], None], closure: Callable[[], Any]) -> Any:
+def step_after_stop(drop: Callable[[], None], closure: Callable[[], Any]) -> Any:
     """Call a closure after training has stopped, and change nothing.
 
     Args:
@@ -25,7 +25,7 @@ def idle_step(drop: Callable[[], None], closure: Callable[[], Any]) -> Any:
     return loss
 
 
-def restore_best(attachment: Attachment, store: Store) -> None:
+def restore_best(attachment: Attachment, store: OptimizerState) -> None:
     """Go back to the best state that was kept.
 
     Args:

@@ -7,7 +7,7 @@ from statistics import fmean, median
 import torch
 from torch import nn
 
-from dd.baselines.candidate_run import CandidateRun, Judgement
+from dd.baselines.candidate_run import CandidateRun, ValidationPoint
 from dd.baselines.selection import Candidate, Part, Selection, everything
 from dd.data.split import Split
 from dd.runs.fit import Fit
@@ -15,7 +15,7 @@ from dd.training.batches import Batches
 from dd.training.doubts import doubts_of
 from dd.training.loop import Schedule, TrainingStopped, train
 
-__all__ = ["Chooser", "Chosen", "Trained"]
+__all__ = ["HyperparameterSearch", "SearchResult", "Trained"]
 
 _Rank = tuple[bool, tuple[float, float]]
 
@@ -34,7 +34,7 @@ class Trained:
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class SearchResult:
     """What the choice came to.
 
     Attributes:
@@ -47,13 +47,13 @@ class Chosen:
 
     fit: Fit
     trained: Trained
-    curves: dict[Candidate, list[Judgement]]
+    curves: dict[Candidate, list[ValidationPoint]]
     diverged: list[Candidate]
     doubted: list[Candidate]
 
 
 @dataclass(eq=False)
-class Chooser:
+class HyperparameterSearch:
     """Tries every candidate on every part of the training samples.
 
     Attributes:
@@ -89,7 +89,7 @@ class Chooser:
         runs = len(self.candidates) * len(self.parts) + (self.selection.by == "kfold")
         return runs * self.schedule.steps
 
-    def choose(self, setup: float = 0.0) -> Chosen:
+    def choose(self, setup: float = 0.0) -> SearchResult:
         """Train all of them, and return the best.
 
         Args:
@@ -98,8 +98,8 @@ class Chooser:
         Raises:
             TrainingStopped: if all candidates diverge.
         """
-        curves: dict[Candidate, list[Judgement]] = {}
-        best: tuple[_Rank, Judgement, Candidate, Trained] | None = None
+        curves: dict[Candidate, list[ValidationPoint]] = {}
+        best: tuple[_Rank, ValidationPoint, Candidate, Trained] | None = None
         doubted: list[Candidate] = []
         for candidate in self.candidates:
             found = self._try(candidate)
@@ -128,7 +128,7 @@ class Chooser:
             trained.run.model.load_state_dict(trained.run.best[1])
         fit = self._fit(trained.run, candidate, judged, setup)
         passed_over = [] if candidate in doubted else doubted
-        return Chosen(fit, trained, curves, diverged, passed_over)
+        return SearchResult(fit, trained, curves, diverged, passed_over)
 
     def _try(self, candidate: Candidate) -> list[Trained] | None:
         """Its training runs, one a part; None if one of them diverged."""
@@ -160,7 +160,9 @@ class Chooser:
         if self.shown is not None:
             self.shown(self._spent.steps + step, figures)
 
-    def _fit(self, run: CandidateRun, candidate: Candidate, judged: Judgement, setup: float) -> Fit:
+    def _fit(
+        self, run: CandidateRun, candidate: Candidate, judged: ValidationPoint, setup: float
+    ) -> Fit:
         samples = len(self.split.train_targets)
         return Fit(
             seconds=self._spent.seconds,
@@ -191,7 +193,7 @@ class _Spent:
         self.gradients += run.gradients
 
 
-def mean_curve(curves: Sequence[Sequence[Judgement]]) -> list[Judgement]:
+def mean_curve(curves: Sequence[Sequence[ValidationPoint]]) -> list[ValidationPoint]:
     """Average judgements over folds, at steps that all of them have.
 
     Args:
@@ -200,7 +202,7 @@ def mean_curve(curves: Sequence[Sequence[Judgement]]) -> list[Judgement]:
     means = []
     for judgements in zip(*curves, strict=False):
         loss, error = (fmean(getattr(j, name) for j in judgements) for name in ("loss", "error"))
-        means.append(Judgement(judgements[0].step, loss, error))
+        means.append(ValidationPoint(judgements[0].step, loss, error))
     return means
 
 

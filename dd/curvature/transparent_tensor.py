@@ -6,10 +6,10 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-__all__ = ["MarkedTensor"]
+__all__ = ["TransparentTensor"]
 
 
-class MarkedTensor(Tensor):
+class TransparentTensor(Tensor):
     """A tensor whose results are of its class, and that is printed, saved and copied as plain."""
 
     @classmethod

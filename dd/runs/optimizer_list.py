@@ -11,10 +11,10 @@ from dd.optimizer import DecoupledDescent
 __all__ = [
     "AUTO",
     "OURS",
-    "asked_for",
     "is_decoupled",
     "known_optimizers",
-    "lined_up",
+    "requested_optimizers",
+    "resolve_optimizers",
 ]
 
 AUTO = "auto"
@@ -34,7 +34,7 @@ def known_optimizers(config: DictConfig) -> dict[str, DictConfig]:
     return {**config.available, config.optimizer.name: config.optimizer}
 
 
-def asked_for(config: DictConfig) -> list[Any]:
+def requested_optimizers(config: DictConfig) -> list[Any]:
     """Return the names of ``optimizers``; "auto" is the usual ones and that of ``optimizer``."""
     if config.optimizers != AUTO:
         return list(config.optimizers) if OmegaConf.is_list(config.optimizers) else []
@@ -52,7 +52,7 @@ def is_decoupled(settings: Mapping[str, Any]) -> bool:
     return issubclass(kind, DecoupledDescent)
 
 
-def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]:
+def resolve_optimizers(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]:
     """Settle which optimizers a valid configuration trains.
 
     Args:
@@ -69,7 +69,7 @@ def lined_up(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]
     known = known_optimizers(config)
     everything = config.optimizers == AUTO
     names, left_out = [], []
-    for name in asked_for(config):
+    for name in requested_optimizers(config):
         obstacle = _obstacle(config, known[name], processes)
         if obstacle is None:
             names.append(name)

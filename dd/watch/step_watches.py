@@ -8,12 +8,12 @@ from torch import Tensor
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.watch.divergence import DivergenceWatch, SharpnessWatch
-from dd.watch.oversight import Oversight
+from dd.watch.model_watch import ModelWatch
 
-__all__ = ["Watches"]
+__all__ = ["StepWatches"]
 
 
-class Watches:
+class StepWatches:
     """Follows training from step to step, where a step is of all samples, on one process."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Watches:
             self._edge = SharpnessWatch()
         self._edge.look(curvature, list(groups))
 
-    def tell(self, oversight: Oversight) -> None:
+    def tell(self, oversight: ModelWatch) -> None:
         """Issue the warnings that are due, and leave a doubt for each."""
         for watch in (self._feedback, self._edge):
             # A warning may be an error, and the doubt remains.

@@ -13,12 +13,12 @@ from hydra import compose, initialize_config_dir
 
 import dd
 from dd.data import xor
-from dd.experiments import together
+from dd.experiments import batched_trials
 from dd.experiments.assembly import make_model, make_split
+from dd.experiments.batched_trials import batchable_groups
 from dd.experiments.experiment import Experiment
 from dd.experiments.models import informed_two_layer
 from dd.experiments.resume import resumed
-from dd.experiments.together import groups_of
 from dd.tracking import figures
 from dd.tracking.history import METRICS
 
@@ -109,18 +109,18 @@ def test_damped_trials_of_the_paper_figure_too(tmp_path):
 )
 def test_what_cannot_run_at_once_runs_one_by_one(overrides, wanted):
     config = configure("optimizers=[gd,dd,dd_auto]", *overrides)
-    assert [group.names for group in groups_of(config, 1)] == wanted
-    assert groups_of(config, 2) == []
+    assert [group.names for group in batchable_groups(config, 1)] == wanted
+    assert batchable_groups(config, 2) == []
 
 
 def test_optimizers_of_other_noise_models_are_groups_of_their_own():
     config = configure("components=none", "optimizer.curvature=stein", experiment="xor_paper")
-    found = {group.names for group in groups_of(config, 1)}
+    found = {group.names for group in batchable_groups(config, 1)}
     assert found == {("gd", "dd"), ("dd_half", "dd_pure")}
 
 
 def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
-    make = together.make_model
+    make = batched_trials.make_model
 
     def damaged(config, split):
         model = make(config, split)
@@ -128,7 +128,7 @@ def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
             model[2].weight.data *= 1e38
         return model
 
-    monkeypatch.setattr(together, "make_model", damaged)
+    monkeypatch.setattr(batched_trials, "make_model", damaged)
     found = run(tmp_path, "optimizers=[gd,dd]", "components=known")
     assert [failure.split(":")[0] for failure in found.failures] == ["gd 3/4", "dd 3/4"]
     assert "not finite at step" in found.failures[0]
@@ -139,7 +139,7 @@ def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
 def test_an_interrupted_batch_goes_on_with_what_is_left(tmp_path, monkeypatch):
     settings = ["optimizers=[gd,dd]"]
     whole = run(tmp_path / "whole", *settings)
-    folder, chunks, seen = tmp_path / "run", together.Together.chunks, []
+    folder, chunks, seen = tmp_path / "run", batched_trials.BatchedTrials.chunks, []
 
     def interrupted(self, trials, device):
         seen.append(list(trials))
@@ -151,7 +151,7 @@ def test_an_interrupted_batch_goes_on_with_what_is_left(tmp_path, monkeypatch):
 
     # One trial at a time.
     monkeypatch.setattr("dd.trials.run._AT_ONCE", 1)
-    monkeypatch.setattr(together.Together, "chunks", interrupted)
+    monkeypatch.setattr(batched_trials.BatchedTrials, "chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(folder, *settings)
     for place in (folder, tmp_path / "copy"):

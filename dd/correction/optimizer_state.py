@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
 
-__all__ = ["HEAD_LEFT", "Store"]
+__all__ = ["HEAD_LEFT", "OptimizerState"]
 
 # Where the state of the decoupled weight says that the head is corrected no more.
 HEAD_LEFT = "shadow_head_left"
@@ -17,7 +17,7 @@ HEAD_LEFT = "shadow_head_left"
 _FUSED = (torch.float32, torch.float64)
 
 
-class Store:
+class OptimizerState:
     """Access to what an optimizer keeps of each parameter.
 
     Args:
@@ -69,7 +69,9 @@ class Store:
         return all(p.grad is None for group in self.groups for p in group["params"])
 
     def may_defer(self, attachment: Attachment) -> bool:
-        """Whether a step may go on before its conditions are known (:mod:`dd.watch.verdicts`).
+        """Whether a step may go on before its conditions are known.
+
+        Those are kept by :mod:`dd.watch.deferred_checks`.
 
         It may where to look would stall the device, and where torch's fused update, which can be
         told there to change nothing, is as good as another: one process, single or double

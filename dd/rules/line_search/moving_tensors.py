@@ -11,7 +11,7 @@ from dd.correction.head import SharedParameters, row_products
 from dd.rules.line_search.product_cache import PRODUCT
 from dd.rules.line_search.search import Point
 
-__all__ = ["Maps", "Part", "Responses", "responses_of"]
+__all__ = ["LinearResponse", "Maps", "Part", "linear_response"]
 
 # A Newton step goes along flat directions as if they had this share of the largest curvature.
 _FLOOR = 0.03
@@ -79,7 +79,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Responses:
+class LinearResponse:
     """What the network's two corrected layers receive at a point.
 
     Attributes:
@@ -97,9 +97,9 @@ class Responses:
     head_bias: Sequence[Tensor] = ()
 
 
-def responses_of(
+def linear_response(
     parts: Sequence[Part], maps: Maps, shared: SharedParameters | None, signal: Tensor | None
-) -> Responses:
+) -> LinearResponse:
     """What a family does to the layers that are corrected.
 
     Args:
@@ -119,12 +119,12 @@ def responses_of(
     )
     plain = _of_layer(*found[id(layer), PRODUCT], maps)
     if shared is None:
-        return Responses(_of_layer(present, descent, maps), plain)
+        return LinearResponse(_of_layer(present, descent, maps), plain)
     assert signal is not None
     omega, omega_descent = found[id(layer), "signal_shadow"]
     present = present + row_products(omega, signal).to(present.dtype)
     descent = descent + row_products(omega_descent, signal).to(descent.dtype)
-    return Responses(
+    return LinearResponse(
         _of_layer(present, descent, maps),
         plain,
         found.get((id(shared.layer.bias), "shadow"), ()),

@@ -17,17 +17,17 @@ from dd.experiments.assembly import (
     with_seed,
 )
 from dd.optimizer import DecoupledDescent
-from dd.runs.lineup import AUTO
+from dd.runs.optimizer_list import AUTO
 from dd.tracking.history import Record
 from dd.trials import trial_chunks
 from dd.trials.results import METRICS, Trials
-from dd.watch.shadow_size import of_share
+from dd.watch.shadow_size import shadow_size_message
 
-__all__ = ["Together", "doubts_in", "failure_of", "groups_of", "records_of"]
+__all__ = ["BatchedTrials", "batchable_groups", "doubts_in", "failure_of", "records_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class Together:
+class BatchedTrials:
     """Optimizers of a configuration that run together in every trial but the first.
 
     The first is trained by the loop, with everything that watches it.
@@ -80,7 +80,7 @@ class Together:
             first += len(found.seeds)
 
 
-def groups_of(config: DictConfig, processes: int) -> list[Together]:
+def batchable_groups(config: DictConfig, processes: int) -> list[BatchedTrials]:
     """Return the optimizers that can run together, those that share a noise model in one group.
 
     Args:
@@ -101,7 +101,7 @@ def groups_of(config: DictConfig, processes: int) -> list[Together]:
         groups[first] = [n for n in config.optimizers if n in {*plain, *groups[first]}]
     elif plain:
         groups[None] = plain
-    return [Together(config, tuple(names)) for names in groups.values()]
+    return [BatchedTrials(config, tuple(names)) for names in groups.values()]
 
 
 def _is_batchable(config: DictConfig, name: str) -> bool:
@@ -149,7 +149,7 @@ def records_of(name: str, trial: int, found: Trials, row: int) -> list[Record]:
 
 def doubts_in(name: str, seed: int, found: Trials) -> list[str]:
     """Why the training error of an optimizer's trial is not to be believed, a sentence each."""
-    return [of_share(d.share) for d in found.doubts if (d.name, d.seed) == (name, seed)]
+    return [shadow_size_message(d.share) for d in found.doubts if (d.name, d.seed) == (name, seed)]
 
 
 def failure_of(name: str, seed: int, found: Trials) -> str | None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import dd
 from dd.correction.attachment import Attachment
-from dd.watch.verdicts import Verdicts
+from dd.watch.deferred_checks import DeferredChecks
 from tests.correction.test_mini_batches import RULES
 from tests.optimizer.test_optimizer import make_model, make_problem, parameters_of
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_told_to_stay_waits(stalling, settings):
 
 
 def test_conditions_are_told_in_their_order():
-    verdicts = Verdicts()
+    verdicts = DeferredChecks()
     verdicts.require(torch.tensor([True, True]), lambda flags: AssertionError)
     with pytest.raises(ValueError, match="second of 2"):
         verdicts.require(

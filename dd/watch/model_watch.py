@@ -18,16 +18,27 @@ from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
 from dd.support.user_warning import warn_user
 from dd.watch.audit import Audit, AuditedForward, AuditedTensor, is_due, is_safe
-from dd.watch.shadow_size import MARGIN, ShadowSizeWatch, ShadowWarning, largest_share, of_share
-from dd.watch.strain import StrainWarning, of_copies, of_head, strains
+from dd.watch.shadow_size import (
+    MARGIN,
+    ShadowSizeWatch,
+    ShadowWarning,
+    largest_shadow_ratio,
+    shadow_size_message,
+)
+from dd.watch.strain import (
+    StrainWarning,
+    copies_strain_message,
+    head_strain_message,
+    strain_messages,
+)
 
-__all__ = ["Oversight", "Subject"]
+__all__ = ["ModelWatch", "WatchedModel"]
 
 logger = logging.getLogger("dd")
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class WatchedModel:
     """What is looked after.
 
     Attributes:
@@ -55,7 +66,7 @@ class Subject:
     uncorrected: Callable[[], int]
 
 
-class Oversight:
+class ModelWatch:
     """Looks after one subject: its noise model, its sizes and Stein's curvature.
 
     Attributes:
@@ -85,7 +96,7 @@ class Oversight:
         if self._has_found:
             found.append("Stein's curvature is not that of the loss.")
         if self._size.found is not None:
-            found.append(of_share(self._size.found))
+            found.append(shadow_size_message(self._size.found))
         return tuple(found)
 
     def forget_limit(self) -> None:
@@ -123,12 +134,12 @@ class Oversight:
         self._told = list(state["told"])
         self.has_copies = state.get("has_copies", False)
 
-    def looks_at_shadows(self, subject: Subject) -> bool:
+    def looks_at_shadows(self, subject: WatchedModel) -> bool:
         """Whether the size of shadows is looked at in the next training forward."""
         # To look at a number waits for an accelerator.
         return not subject.stalls or self._closely or is_due(self._forwards + 1)
 
-    def look_at_shadows(self, subject: Subject, shadow: Tensor, preactivation: Tensor) -> None:
+    def look_at_shadows(self, subject: WatchedModel, shadow: Tensor, preactivation: Tensor) -> None:
         """Warn once of shadows that the theory cannot explain.
 
         Args:
@@ -144,7 +155,7 @@ class Oversight:
         if subject.noise is None or (count := subject.total()) is None:
             return
         if self._limit is None or self._limit_for != count:
-            self._limit, self._limit_for = largest_share(subject.noise, count), count
+            self._limit, self._limit_for = largest_shadow_ratio(subject.noise, count), count
         found = self._size.look(shadow, preactivation, self._limit, count)
         if not self._has_grown and self._size.latest > self._limit / MARGIN:
             # What may still be chance deserves another look at Stein's curvature.
@@ -165,7 +176,7 @@ class Oversight:
         """Whether an audit has found Stein's curvature wrong; there are no more audits then."""
         return self._has_found
 
-    def look(self, subject: Subject, placement: Placement, inputs: Tensor) -> None:
+    def look(self, subject: WatchedModel, placement: Placement, inputs: Tensor) -> None:
         """Log the noise model and warn of strained sizes and of copies, once.
 
         Copies are told at the end of the first pass where nobody has seen all samples before.
@@ -188,7 +199,7 @@ class Oversight:
             self._copies = CopyWatch()
             self._look_for_copies(subject, placement, inputs)
         self.has_copies = bool(copies)
-        for sentence in strains(
+        for sentence in strain_messages(
             total,
             layer.in_features,
             layer.out_features,
@@ -199,16 +210,16 @@ class Oversight:
         ):
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
-    def look_at_head(self, subject: Subject) -> None:
+    def look_at_head(self, subject: WatchedModel) -> None:
         """Warn of a large head whose correction has ended after :meth:`look`."""
         if not self._has_looked or (total := subject.total()) is None:
             return
-        sentence = of_head(subject.uncorrected(), total)
+        sentence = head_strain_message(subject.uncorrected(), total)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def _copies_at_once(
-        self, subject: Subject, placement: Placement, inputs: Tensor
+        self, subject: WatchedModel, placement: Placement, inputs: Tensor
     ) -> float | None:
         """Share of copies among the samples, or None where a first batch does not show it."""
         noise, samples = subject.noise, subject.samples
@@ -219,7 +230,7 @@ class Oversight:
             return None
         return count_copies(placement.fingerprints, inputs.__getitem__) / len(inputs)
 
-    def _look_for_copies(self, subject: Subject, placement: Placement, inputs: Tensor) -> None:
+    def _look_for_copies(self, subject: WatchedModel, placement: Placement, inputs: Tensor) -> None:
         known = subject.samples.known
         if self._copies is None or known is None:
             return
@@ -229,12 +240,12 @@ class Oversight:
         if copies is None:
             return
         self._copies, self.has_copies = None, copies > 0
-        sentence = of_copies(copies, known.count)
+        sentence = copies_strain_message(copies, known.count)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def outgoing(
-        self, subject: Subject, capture: AuditedForward, preactivation: Tensor, seed: int
+        self, subject: WatchedModel, capture: AuditedForward, preactivation: Tensor, seed: int
     ) -> Tensor:
         """Return what the following layers receive, marked for an audit where one is due.
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Contribution", "along", "product_node"]
+__all__ = ["ProjectedTerm", "along", "product_node"]
 
 _PRODUCTS = ("AddmmBackward0", "MmBackward0")
 
 
 @dataclass(frozen=True, eq=False)
-class Contribution:
+class ProjectedTerm:
     """A term XᵀG of a weight gradient, along random directions U of the inputs.
 
     Attributes:
@@ -24,7 +24,7 @@ class Contribution:
     rounding: float
 
     @classmethod
-    def of(cls, term: Tensor, directions: Tensor) -> "Contribution":
+    def of(cls, term: Tensor, directions: Tensor) -> "ProjectedTerm":
         """Look at a term.
 
         Args:
