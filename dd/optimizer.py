@@ -9,7 +9,6 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from dd.correction.attachment import Attachment
-from dd.correction.copied import Copied
 from dd.correction.head_choice import AUTO
 from dd.correction.head_form import follow_state
 from dd.correction.hook import Forward
@@ -25,6 +24,7 @@ from dd.correction.tracker import Tracker
 from dd.correction.training_forward import TrainingForward, refuse_capture
 from dd.noise.model import NoiseModel
 from dd.rules.after_search import restore_best, step_after_stop
+from dd.rules.copied import Copied
 from dd.rules.line_search.search import LineSearch, Policy
 from dd.rules.line_search.settings import (
     is_auto,

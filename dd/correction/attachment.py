@@ -11,8 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dd.correction.capture import Capture
 from dd.correction.head import SharedParameters
-from dd.correction.head_choice import AUTO, form_and_head, uncorrected_count
-from dd.correction.hook import Correct, Forward, ForwardHook, take_over
+from dd.correction.head_choice import (
+    AUTO,
+    form_and_head,
+    require_matching_means,
+    uncorrected_count,
+)
+from dd.correction.hook import Correct, Forward, ForwardHook, OutputHook, sweep, take_over
 from dd.correction.layers import find_layer, input_changing_modules
 from dd.correction.shadows import Shadows
 from dd.curvature.choice import build
@@ -124,7 +129,7 @@ class Attachment:
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
                 f"{self.name!r} takes {self.layer.in_features}; fit it on what this layer receives"
             )
-        _require_matching_means(noise, corrects_head=self.shared is not None)
+        require_matching_means(noise, corrects_head=self.shared is not None)
         self.orphans: list[Tensor] = []
         self.is_taken = False
 
@@ -172,6 +177,9 @@ class Attachment:
         self.orphans = take_over(self.layer)
         hook = self._hook = ForwardHook(at_layer, self.give_up)
         self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
+        sweep(self.module)
+        if self.estimator.records and self.module is not self.layer:
+            self._handles.append(self.module.register_forward_hook(OutputHook(self.marked)))
         if self.shared is not None:
             hook = ForwardHook(at_head)
             head = self.shared.head
@@ -218,6 +226,12 @@ class Attachment:
         """Trained numbers that all samples share and that are not corrected."""
         corrected = {id(parameter) for parameter, _ in self.shadowed}
         return uncorrected_count(self.module, self.layer, self.noise, corrected)
+
+    def marked(self, output: Tensor) -> Tensor:
+        """An output of the model that leads to the loss of a pending forward."""
+        if type(output) is Tensor and output.requires_grad and torch.is_grad_enabled():
+            return next((c.passes_again(output) for c in self.pending), output)
+        return output
 
     def give_up(self) -> None:
         """Leave the layer to another optimizer."""
@@ -378,20 +392,3 @@ def _group(choice: Any, module: nn.Module) -> Any:
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     return distributed.group.WORLD if distributed.get_world_size() > 1 else None
-
-
-def _require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) -> None:
-    if noise is None:
-        return
-    separated = noise.mean_directions is not None
-    if corrects_head and noise.components is not None and not separated:
-        raise ValueError(
-            "DecoupledDescent: head=True follows the decoupled layer along the component means by "
-            "itself; keep them out of the noise model: NoiseModel.fit(inputs, components, "
-            "separate_means=True)"
-        )
-    if separated and not corrects_head:
-        raise ValueError(
-            "DecoupledDescent: this noise model leaves out the directions of the component means, "
-            "which only head=True follows; use head=True, or NoiseModel.fit without separate_means"
-        )

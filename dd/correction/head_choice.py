@@ -9,6 +9,7 @@ __all__ = [
     "AUTO",
     "form_and_head",
     "form_to_correct",
+    "require_matching_means",
     "shared_count",
     "uncorrected_count",
     "worth_correcting",
@@ -180,3 +181,29 @@ def uncorrected_count(
         linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
         components = linear[-1].out_features
     return count + layer.out_features * min(max(components - 1, 0), layer.in_features)
+
+
+def require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) -> None:
+    """Check that a noise model keeps the component means where the head's correction has them.
+
+    Args:
+        noise: the noise model, or None.
+        corrects_head: whether the head is corrected.
+
+    Raises:
+        ValueError: if both follow the means, or neither.
+    """
+    if noise is None:
+        return
+    separated = noise.mean_directions is not None
+    if corrects_head and noise.components is not None and not separated:
+        raise ValueError(
+            "DecoupledDescent: head=True follows the decoupled layer along the component means by "
+            "itself; keep them out of the noise model: NoiseModel.fit(inputs, components, "
+            "separate_means=True)"
+        )
+    if separated and not corrects_head:
+        raise ValueError(
+            "DecoupledDescent: this noise model leaves out the directions of the component means, "
+            "which only head=True follows; use head=True, or NoiseModel.fit without separate_means"
+        )

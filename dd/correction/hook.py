@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils._pytree import tree_map_only
 
-__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook", "take_over"]
+__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook", "OutputHook", "sweep", "take_over"]
 
 UNTRACEABLE = (
     "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
@@ -97,6 +98,37 @@ class ForwardHook:
             return correct(layer, inputs, output)
 
 
+class OutputHook:
+    """Marks what a model returns, where something within took the mark away.
+
+    Args:
+        mark: a method that marks a tensor; its owner may be forgotten.
+    """
+
+    def __init__(self, mark: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._method = None if mark is None else weakref.WeakMethod(mark)
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether the owner of the method lives."""
+        return self._method is not None and self._method() is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OutputHook":
+        """Return an inert hook."""
+        return OutputHook()
+
+    def __reduce__(self) -> tuple[type["OutputHook"], tuple[()]]:
+        """Pickle as an inert hook."""
+        return OutputHook, ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return the output, marked in training; compiled code keeps marks as they are."""
+        if self._method is None or not module.training or torch.compiler.is_compiling():
+            return None
+        mark = self._method()
+        return None if mark is None else tree_map_only(Tensor, mark, output)
+
+
 def take_over(layer: nn.Module) -> list[Tensor]:
     """Remove the hooks of optimizers attached to a layer; return the weights that they left."""
     left = []
@@ -108,3 +140,10 @@ def take_over(layer: nn.Module) -> list[Tensor]:
             if hook.left is not None:
                 left.append(hook.left)
     return left
+
+
+def sweep(module: nn.Module) -> None:
+    """Remove what optimizers that are gone have left at a model's end."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, OutputHook) and not hook.is_owned:
+            del module._forward_hooks[key]

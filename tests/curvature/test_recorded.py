@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
+import dd
 from dd.curvature.custom import CurvatureWarning
 from dd.curvature.recorded import RecordedTensor
 
@@ -455,3 +456,44 @@ def test_functions_that_keep_conditions_are_differentiated_in_silence():
         lambda r: r.clamp(-0.7, 0.7).tanh().square().sum(), point(), forward.probe
     )
     torch.testing.assert_close(forward.product, expected, rtol=1e-6, atol=1e-7)
+
+
+class Numpy(torch.autograd.Function):
+    """Leaves torch in its forward, and every mark behind."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 3)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * g * x**2
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return Numpy.apply(x)
+
+
+def test_marks_that_are_lost_within_a_model_are_found_again_at_its_end():
+    inputs, labels = torch.randn(60, 20), torch.arange(60) % 2
+    shadows = []
+    for apart in (Cube(), PowerOfThree()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 4), apart, nn.Linear(4, 2))
+        optimizer = dd.DecoupledDescent(model, lr=0.1, noise=dd.NoiseModel.isotropic(inputs))
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        shadows.append(optimizer.shadow)
+        optimizer.detach()
+        assert not model._forward_hooks
+    torch.testing.assert_close(*shadows)
+
+
+class PowerOfThree(nn.Module):
+    def forward(self, x):
+        return x**3

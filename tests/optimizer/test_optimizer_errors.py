@@ -351,6 +351,7 @@ def test_weights_swapped_and_restored_are_the_same(trained):
     train(model, optimizer, inputs, targets)
 
 
+@pytest.mark.filterwarnings("ignore::dd.UnattachedWarning")
 def test_momentum_from_uncorrected_steps():
     inputs, targets = make_problem()
     model = make_model()
