@@ -94,6 +94,8 @@ def made(name: str, make: MakeOptimizer, parameters: list[Tensor]) -> torch.opti
     group["fused"] = False
     if isinstance(optimizer, DecoupledDescent):
         _check_settings(name, optimizer)
+        # Its steps are plain on purpose: the correction of all trials stands beside it.
+        optimizer.detach()
     return optimizer
 
 
