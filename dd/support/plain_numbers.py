@@ -31,6 +31,14 @@ class PlainGroups(torch.optim.Optimizer):
 
         Args:
             param_group: as in ``torch.optim.SGD``.
+
+        Example:
+            >>> import numpy as np
+            >>> optimizer = dd.DecoupledDescent(model[0].parameters(), lr=0.5)
+            >>> rate = np.geomspace(0.1, 0.001, 3)[1]
+            >>> optimizer.add_param_group({"params": list(model[-1].parameters()), "lr": rate})
+            >>> type(optimizer.param_groups[1]["lr"])
+            <class 'float'>
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]

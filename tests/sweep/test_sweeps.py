@@ -11,11 +11,11 @@ from pathlib import Path
 import hydra
 import matplotlib.image
 import pytest
-from dd.sweep_study import bind_study
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dd.experiments.experiment import Experiment
+from dd.experiments.sweep_study import bind_study
 from dd.support.folder_lock import FolderLocked
 from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
 from dd.sweep.show import show
