@@ -12,12 +12,12 @@ import torch
 from dd.data.constant import constant_columns
 from dd.data.counts import sample_count
 from dd.data.reading import DataWarning, Reading
+from dd.data.sample_file import Samples, check_finite, read_samples
 from dd.data.seeding import generator
 from dd.data.split import Split
 from dd.data.standardise import check_scaling, standardise
 from dd.data.tables.agreement import aligned, doubts_of, order_doubts
 from dd.data.tables.labels import numbered
-from dd.data.tables.sample_file import Samples, check_finite, read_samples
 
 __all__ = ["probe"]
 
@@ -47,7 +47,7 @@ def probe(
     What was read, and how it was understood, is the split's ``reading``.
 
     Args:
-        path: the file, .npz, .csv or .parquet (:func:`~dd.data.tables.sample_file.read_samples`).
+        path: the file, .npz, .csv or .parquet (:func:`~dd.data.sample_file.read_samples`).
         test_path: another file of the same features.
         test_share: share of the samples to test on, between 0 and 1.
         label: column of the labels in a table.

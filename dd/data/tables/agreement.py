@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dd.data.tables.sample_file import Samples
+from dd.data.sample_file import Samples
 from dd.noise.copies import coincidences
 
 __all__ = ["aligned", "doubts_of", "order_doubts"]
