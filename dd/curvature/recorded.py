@@ -7,7 +7,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
@@ -69,14 +68,7 @@ class RecordedTensor(TwiceTensor):
         cls._pending.discard(forward)
 
     @classmethod
-    @_disable_dynamo
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _run(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; differentiate twice where it differentiates.
 
         Raises:
@@ -84,10 +76,10 @@ class RecordedTensor(TwiceTensor):
         """
         special = _SPECIAL.get(func)
         if special is not None:
-            return special(*args, **kwargs or {})
+            return special(*args, **kwargs)
         if func == _REQUIRES_GRAD:
             watch_module_hooks()
-        return super().__torch_function__(func, types, args, kwargs)
+        return super()._run(func, types, args, kwargs)
 
 
 class Ways(NamedTuple):

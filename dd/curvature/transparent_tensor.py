@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-__all__ = ["TransparentTensor"]
+__all__ = ["TransparentTensor", "UncompiledTensor"]
 
 
 class TransparentTensor(Tensor):
@@ -20,6 +21,11 @@ class TransparentTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Run ``func`` as :meth:`_run` does."""
+        return cls._run(func, types, args, kwargs or {})
+
+    @classmethod
+    def _run(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; what is detached is plain."""
         result = super().__torch_function__(func, types, args, kwargs)
         return result.as_subclass(Tensor) if func is Tensor.detach else result
@@ -39,3 +45,19 @@ class TransparentTensor(Tensor):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle as an ordinary tensor."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+class UncompiledTensor(TransparentTensor):
+    """A transparent tensor that ``torch.compile`` leaves alone."""
+
+    @classmethod
+    @_disable_dynamo
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` as :meth:`_run` does, out of the compiler's sight."""
+        return cls._run(func, types, args, kwargs or {})

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dd.curvature.transparent_tensor import TransparentTensor
+from dd.curvature.transparent_tensor import UncompiledTensor
 
 __all__ = ["TwiceTensor", "explained"]
 
@@ -41,7 +40,7 @@ _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}
 
 
-class TwiceTensor(TransparentTensor):
+class TwiceTensor(UncompiledTensor):
     """A marked tensor whose operations have second derivatives, as far as torch knows any.
 
     ``torch.compile`` leaves it alone: compiled code drops the second derivatives of
@@ -49,18 +48,11 @@ class TwiceTensor(TransparentTensor):
     """
 
     @classmethod
-    @_disable_dynamo
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _run(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``, or what is equal to it up to rounding; what is detached is plain."""
         with _twice_differentiable(func):
             func = _ELEMENTARY.get(func, func)
-            return super().__torch_function__(func, types, args, kwargs)
+            return super()._run(func, types, args, kwargs)
 
 
 def _twice_differentiable(func: Callable[..., Any]) -> AbstractContextManager[Any]:

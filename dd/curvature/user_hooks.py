@@ -11,30 +11,23 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import BackwardHook
 
-from dd.curvature.transparent_tensor import TransparentTensor
+from dd.curvature.transparent_tensor import UncompiledTensor
 
 __all__ = ["WatchedHook", "keep_gradient", "quiet", "silenced", "watch_module_hooks"]
 
 
-class HandedGradient(TransparentTensor):
+class HandedGradient(UncompiledTensor):
     """A recorded gradient as a hook gets it: to all appearances one that is not recorded."""
 
     @classmethod
-    @_disable_dynamo
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _run(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; what leaves torch leaves the graph."""
         if func == _REQUIRES_GRAD:
             return False
         if func in _LEAVING:
             args = (args[0].as_subclass(Tensor).detach(), *args[1:])
-            return func(*args, **kwargs or {})
-        return super().__torch_function__(func, types, args, kwargs)
+            return func(*args, **kwargs)
+        return super()._run(func, types, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy as an ordinary tensor."""

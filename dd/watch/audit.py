@@ -110,38 +110,26 @@ class AuditedTensor(TransparentTensor):
     """
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _run(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``, and the audits before a backward pass."""
         if torch.compiler.is_compiling():
-            return super().__torch_function__(func, types, args, kwargs)
-        return cls._run(func, types, args, kwargs)
+            return super()._run(func, types, args, kwargs)
+        return cls._run_watched(func, types, args, kwargs)
 
     # A backward pass called from a compiled function must not compile the audits.
     @classmethod
     @_disable_dynamo
-    def _run(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None,
-    ) -> Any:
+    def _run_watched(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func in SEES_GRADIENTS or _recomputes():
             Audit.abandon_all()
         if any(not issubclass(cls, kind) for kind in types):
             # Another subclass decides what becomes of a mixed operation.
             Audit.abandon_all()
-            args, kwargs = tree_map_only(cls, _plain, (args, kwargs or {}))
+            args, kwargs = tree_map_only(cls, _plain, (args, kwargs))
             return func(*args, **kwargs)
         if func is Tensor.backward:
-            Audit.run_all(_plain(args[0]), ordinary=_is_ordinary(*args, **kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+            Audit.run_all(_plain(args[0]), ordinary=_is_ordinary(*args, **kwargs))
+        return super()._run(func, types, args, kwargs)
 
 
 SEES_GRADIENTS = {
