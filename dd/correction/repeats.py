@@ -46,9 +46,9 @@ class Repeats:
             alone = True
         else:
             alone = ranks.size == 1
-        if attachment.oversight.has_copies:
-            labels = _labels(known.values).to(counts.device)
-            counts = counts.new_zeros(len(counts)).index_add(0, labels, counts)
+        # Copies have numbers of their own, but are one sample.
+        labels = _labels(known.values).to(counts.device)
+        counts = counts.new_zeros(len(counts)).index_add(0, labels, counts)
         found = torch.stack([counts.count_nonzero().double(), counts.sum(), counts.square().sum()])
         distinct, rows, squares = (found if alone else ranks.sum(found)).tolist()
         unknown = float(ranks.sum(torch.tensor(self._unknown, device=counts.device)))

@@ -72,11 +72,10 @@ class ModelWatch:
     Attributes:
         is_suspicious: set it to have the next training forward audited that can be, besides those
             that are by their number.
-        has_copies: whether training samples were found to be copies of others.
     """
 
     def __init__(self) -> None:
-        self.is_suspicious = self.has_copies = False
+        self.is_suspicious = False
         self._forwards = 0
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
@@ -123,7 +122,6 @@ class ModelWatch:
         """Return what was said so far, between two training forwards."""
         has = {"has_looked": self._has_looked, "has_found": self._has_found}
         more: dict[str, Any] = {"size": self._size.state_dict(), "told": list(self._told)}
-        more["has_copies"] = self.has_copies
         return {"forwards": self._forwards, **has, **more}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,7 +130,6 @@ class ModelWatch:
         self._has_looked, self._has_found = state["has_looked"], state["has_found"]
         self._size.load_state_dict(state["size"])
         self._told = list(state["told"])
-        self.has_copies = state.get("has_copies", False)
 
     def looks_at_shadows(self, subject: WatchedModel) -> bool:
         """Whether the size of shadows is looked at in the next training forward."""
@@ -198,7 +195,6 @@ class ModelWatch:
         if copies is None:
             self._copies = CopyWatch()
             self._look_for_copies(subject, placement, inputs)
-        self.has_copies = bool(copies)
         for sentence in strain_messages(
             total,
             layer.in_features,
@@ -239,7 +235,7 @@ class ModelWatch:
         copies = self._copies.see(index, inputs, known)
         if copies is None:
             return
-        self._copies, self.has_copies = None, copies > 0
+        self._copies = None
         sentence = copies_strain_message(copies, known.count)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)

@@ -192,3 +192,10 @@ def test_copies_among_the_samples_count_once():
     optimizer.step()
     found = optimizer.estimate([(inputs, labels)], losses_of(model))
     assert found.num_samples == N
+    resumed = nn.Sequential(nn.Linear(D, K), nn.GELU(), nn.Linear(K, C)).double()
+    resumed.load_state_dict(model.state_dict())
+    other = dd.DecoupledDescent(resumed, lr=0.1, noise=dd.NoiseModel.fit(inputs))
+    other.load_state_dict(optimizer.state_dict())
+    again = other.estimate([(inputs, labels)], losses_of(resumed))
+    assert again.num_samples == N
+    assert torch.equal(again.upper, found.upper)
