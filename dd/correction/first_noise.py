@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dd.correction.attachment import Attachment
-from dd.noise.measures import LARGEST_GRAM
+from dd.noise.by_default import fitted_by_default
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 
@@ -27,10 +27,7 @@ def fit_noise(attachment: Attachment, placement: Placement, inputs: Tensor) -> N
     noise = attachment.given_noise
     if noise is None:
         inputs = attachment.ranks.gather(_all_inputs(attachment, placement, inputs.detach()))
-        large = min(inputs.shape) > LARGEST_GRAM
-        noise = (
-            NoiseModel.isotropic(inputs) if large else NoiseModel.fit(inputs, bins=attachment.bins)
-        )
+        noise = fitted_by_default(inputs, attachment.bins)
     dtype = torch.promote_types(attachment.layer.weight.dtype, torch.float32)
     attachment.noise = noise.to(attachment.layer.weight.device, dtype)
     if attachment.ranks.size > 1:

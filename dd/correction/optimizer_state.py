@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dd.correction.attachment import Attachment
+from dd.functional.arithmetic import stored_numbers
 
 __all__ = ["HEAD_LEFT", "OptimizerState"]
 
@@ -61,7 +62,7 @@ class OptimizerState:
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient that is not zero."""
         gradients = (p.grad for group in self.groups for p in group["params"])
-        found = (_numbers(g) for g in gradients if g is not None and not g.is_meta)
+        found = (stored_numbers(g) for g in gradients if g is not None and not g.is_meta)
         return any(bool(numbers.count_nonzero()) for numbers in found)
 
     def lacks_gradients(self) -> bool:
@@ -127,7 +128,3 @@ def _is_plain(parameter: Tensor) -> bool:
         return True
     dense = not gradient.is_sparse and gradient.dtype == parameter.dtype
     return dense and gradient.is_contiguous()
-
-
-def _numbers(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient

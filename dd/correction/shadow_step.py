@@ -18,6 +18,7 @@ from dd.correction.weight_gradient import (
     weight_edit,
 )
 from dd.functional import all_finite, damped_weight_gradient
+from dd.functional.arithmetic import stored_numbers
 from dd.watch.step_watches import StepWatches
 
 __all__ = ["ShadowStep"]
@@ -208,7 +209,7 @@ class ShadowStep:
         attachment, groups = self._attachment, self._store.groups
         captured = [c.gradient for c in attachment.pending if c.gradient is not None]
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
-        found = [_values(p.grad.detach()) for p in moved if p.grad is not None]
+        found = [stored_numbers(p.grad.detach()) for p in moved if p.grad is not None]
         defers, terms = attachment.verdicts.defers, seen_terms(attachment)
         # A number of G that is not finite leaves no term of ∂L/∂W that is.
         if terms and not defers and bool(all_finite(*(t.along for t in terms), *found).all()):
@@ -246,7 +247,3 @@ def _not_finite(names: Sequence[str], finite: list[bool], step: int) -> Floating
         f"step {step}; nothing was updated. Likely causes: the learning rate is too large "
         "(halve it), or the inputs or targets contain NaN or infinity."
     )
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -36,14 +36,10 @@ def step_curvature(
         RuntimeError: if there are too few samples.
     """
     estimator = attachment.estimator
-    product, index = pushes.product(), pushes.placement.index
-    if not isinstance(scale, Tensor) and scale != 1.0:
-        # Sums over a scaled loss may be infinite.
-        product = scale * at_least_single(product)
+    # Sums over a scaled loss may be infinite.
+    product, index = _scaled(pushes.product(), scale), pushes.placement.index
     pools = attachment.ranks.size > 1 or state.get("shadow_moments") is not None
-    gradient = pushes.gradient
-    if not isinstance(scale, Tensor) and scale != 1.0:
-        gradient = scale * at_least_single(gradient)
+    gradient = _scaled(pushes.gradient, scale)
     rows = Rows(
         pushes.observed, product, index, attachment.ranks, pushes.preactivation, gradient, pools
     )
@@ -132,11 +128,14 @@ def _curvature_overflows(attachment: Attachment, dtype: torch.dtype) -> Floating
     )
 
 
+def _scaled(rows: Tensor, scale: float | Tensor) -> Tensor:
+    """Rows times a scale that is known; one that waits for the device is applied to sums."""
+    return rows if isinstance(scale, Tensor) or scale == 1.0 else scale * at_least_single(rows)
+
+
 def _gradient_size(attachment: Attachment, pushes: StepGradients, scale: float | Tensor) -> Tensor:
     """Σ_i ‖g_i‖ over all ranks, shape ()."""
-    gradient = at_least_single(pushes.gradient)
-    if not isinstance(scale, Tensor) and scale != 1.0:
-        gradient = scale * gradient
+    gradient = at_least_single(_scaled(pushes.gradient, scale))
     size = attachment.ranks.sum(torch.linalg.vector_norm(gradient, dim=1).sum())
     if isinstance(scale, Tensor):
         size = scale.abs().to(size) * size

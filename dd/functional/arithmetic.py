@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "at_least_single", "outer", "rademacher", "scaled_by_mass", "symmetrised"]
+__all__ = [
+    "all_finite",
+    "at_least_single",
+    "outer",
+    "rademacher",
+    "scaled_by_mass",
+    "stored_numbers",
+    "symmetrised",
+]
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
@@ -65,3 +73,8 @@ def symmetrised(matrix: Tensor) -> Tensor:
 def outer(left: Tensor, right: Tensor) -> Tensor:
     """Outer products of vectors, shapes (..., a) and (..., b), of shape (..., a, b)."""
     return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+
+def stored_numbers(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor: itself, or of a sparse one those that are stored."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor

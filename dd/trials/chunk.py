@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dd.correction.head_choice import AUTO, worth_correcting
 from dd.curvature.choice import has_leaky_kinks
-from dd.noise.measures import LARGEST_GRAM
+from dd.noise.by_default import fitted_by_default
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
 from dd.trials.inputs import (
@@ -306,16 +306,10 @@ class _Noises:
         """
         if bins not in self._fitted:
             self._fitted[bins] = [
-                _fitted(split.train_inputs, bins) if given is None else given
+                fitted_by_default(split.train_inputs, bins) if given is None else given
                 for given, split in zip(self._given, self._splits, strict=True)
             ]
         return self._fitted[bins]
-
-
-def _fitted(inputs: Tensor, bins: int | None) -> NoiseModel:
-    if min(inputs.shape) > LARGEST_GRAM:
-        return NoiseModel.isotropic(inputs)
-    return NoiseModel.fit(inputs, bins=bins)
 
 
 def _check_alike(model: nn.Module, seed: int, first: nn.Module) -> None:
