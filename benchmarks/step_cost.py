@@ -209,8 +209,8 @@ def formula(case: Case, bins: int) -> int:
 def memory_limit(case: Case, bins: int) -> float:
     """Peak memory beyond that of SGD, in B n k numbers.
 
-    The probe takes its own n k numbers and as many for every tangent behind it: of the activation,
-    its gradient and that of R, and what torch's formulas for them hold meanwhile.
+    The probe takes its own n k numbers and as many for everything that the recorded backward pass
+    keeps: of the activation, its gradient and that of R, and what torch's formulas hold meanwhile.
     """
     return MEMORY_LIMIT + (0 if case.curvature == "stein" else 9 / bins)
 

@@ -77,7 +77,6 @@ class Curvature(ABC):
     Attributes:
         records: whether backward passes are differentiated along the observed probe.
         second_order: whether the gradient must be part of a graph.
-        draws: whether it draws a probe in every forward.
         sees_kinks: whether it needs R beside what it observes, to find what kinks add.
         pooled_rows: how many rows a unit the moments of small batches are pooled to, over steps.
         num_components: means that the moments are centred by.
@@ -85,7 +84,6 @@ class Curvature(ABC):
 
     records: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
-    draws: ClassVar[bool] = False
     sees_kinks: ClassVar[bool] = False
     pooled_rows: ClassVar[int] = 0
     num_components: int = 0
@@ -219,7 +217,7 @@ class _SecondDerivative(Curvature):
 class Probe(_SecondDerivative):
     """One Rademacher curvature-vector product, of a backward pass that the library records."""
 
-    records = draws = True
+    records = True
     # More would lag behind, fewer leave the noise of the probe: each biases the shadows.
     pooled_rows = 16
     _unit: int | None = None

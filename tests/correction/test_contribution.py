@@ -186,7 +186,7 @@ def test_a_gradient_that_a_hook_changed_by_rows_is_refused(kind):
 
 
 def test_a_gradient_that_a_hook_changed_by_rows_is_followed_by_a_probe():
-    """The hook is on the dual number, and what it returns is what the correction sees."""
+    """What the hook returns is what the correction sees, and what is differentiated once more."""
     loop, twin = Loop(), Loop()
     mask = torch.arange(N).remainder(2).double()
     follow(loop, lambda gradient: mask.unsqueeze(1) * gradient)

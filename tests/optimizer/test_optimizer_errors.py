@@ -413,7 +413,7 @@ def huber(output, targets):
     return F.huber_loss(output[:, 0], targets.to(output.dtype))
 
 
-WITHOUT_FORWARD_MODE = {
+WITHOUT_FORWARD_FORMULAS = {
     "silu": (nn.SiLU, F.cross_entropy),
     "mish": (nn.Mish, F.cross_entropy),
     "huber": (nn.Tanh, huber),
@@ -422,9 +422,9 @@ WITHOUT_FORWARD_MODE = {
 
 
 @create_graph_warns
-@pytest.mark.parametrize("case", WITHOUT_FORWARD_MODE)
+@pytest.mark.parametrize("case", WITHOUT_FORWARD_FORMULAS)
 def test_operators_without_forward_mode_need_nothing(case):
-    activation, loss_fn = WITHOUT_FORWARD_MODE[case]
+    activation, loss_fn = WITHOUT_FORWARD_FORMULAS[case]
     inputs, targets = make_problem()
     shadows = []
     for curvature in ("auto", "probe_create_graph", "stein", "exact"):
