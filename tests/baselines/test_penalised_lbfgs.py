@@ -1,18 +1,15 @@
 """L-BFGS with weight decay."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 
 from dd.baselines.penalised_lbfgs import LBFGS
 from dd.data import Split
 from dd.experiments.assembly import make_optimizer
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.composed import composed
 
 
 @pytest.fixture
@@ -78,8 +75,7 @@ def test_line_search_of_the_configured_optimizer_goes_on_after_a_step_too_long()
     # Where curvature rises along the way, the first trial of a step is too long.
     weight = torch.tensor([3.0, 2.0], requires_grad=True)
     holder = torch.nn.ParameterList([weight])
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", ["experiment=xor"])
+    config = composed("experiment=xor")
     empty = torch.zeros(1, 2)
     split = Split(empty, torch.zeros(1).long(), None, empty, torch.zeros(1).long())
     optimizer = make_optimizer(config, "lbfgs", holder, split)

@@ -3,12 +3,10 @@
 import copy
 import csv
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +15,8 @@ from dd.baselines.selection import Candidate, Selection, stratified_folds
 from dd.experiments.assembly import make_model, make_split
 from dd.experiments.experiment import Experiment
 from dd.tracking.console import METHOD_COLUMNS, methods
+from tests.composed import composed, ran
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "experiment=xor",
     "lr=0.5",
@@ -36,8 +34,7 @@ TRACKED = {**HOLDOUT, "by": "tracked"}
 
 
 def configured(*overrides):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", [*SMALL, *overrides])
+    return composed(*SMALL, *overrides)
 
 
 def given_to(name, selection):
@@ -45,10 +42,8 @@ def given_to(name, selection):
     return f"available.{name}.selection={{{inside}}}".replace(" ", "")
 
 
-def ran(folder, *overrides):
-    experiment = Experiment(configured(*overrides), folder)
-    experiment.run()
-    return experiment
+def ran_small(folder, *overrides):
+    return ran(folder, *SMALL, *overrides)
 
 
 def rows_of(folder):
@@ -184,7 +179,7 @@ def test_choice_is_that_of_plain_loops(tmp_path, settings):
     name = f"gd_{settings['by']}"
     overrides = [f"optimizers=[{name}]", given_to(name, settings), "seed=3"]
     split, table, ((error, _), candidate, step, model) = by_hand(configured(*overrides), settings)
-    ran(tmp_path, *overrides)
+    ran_small(tmp_path, *overrides)
     found = rows_of(tmp_path)
     assert len(found) == len(table) == 12
     for row in found:
@@ -208,7 +203,7 @@ def test_choice_is_that_of_plain_loops(tmp_path, settings):
 def test_the_chosen_weights_are_kept(tmp_path):
     overrides = ["optimizers=[gd_holdout]", given_to("gd_holdout", HOLDOUT)]
     _, _, (_, _, step, model) = by_hand(configured(*overrides), HOLDOUT)
-    ran(tmp_path, *overrides)
+    ran_small(tmp_path, *overrides)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["optimizers"]["gd_holdout"]["step"] == step
     for key, value in model.state_dict().items():
@@ -217,7 +212,7 @@ def test_the_chosen_weights_are_kept(tmp_path):
 
 
 def test_passes_and_samples_are_counted(tmp_path):
-    summary = ran(
+    summary = ran_small(
         tmp_path,
         "optimizers=[gd,sgd,gd_holdout,gd_kfold,dd_tracked]",
         given_to("gd_holdout", HOLDOUT),
@@ -239,7 +234,7 @@ def test_passes_and_samples_are_counted(tmp_path):
 
 
 def test_the_tracked_choice_is_that_of_the_lowest_training_error(tmp_path):
-    summary = ran(
+    summary = ran_small(
         tmp_path / "chosen",
         "optimizers=[dd_tracked]",
         given_to("dd_tracked", TRACKED),
@@ -247,7 +242,7 @@ def test_the_tracked_choice_is_that_of_the_lowest_training_error(tmp_path):
     lowest = []
     for rate in (0.15, 0.5):
         for decay in (0.0, 0.1):
-            found = ran(
+            found = ran_small(
                 tmp_path / f"{rate}_{decay}",
                 "optimizers=[dd]",
                 f"optimizer.lr={rate}",
@@ -264,7 +259,7 @@ def test_the_tracked_choice_is_that_of_the_lowest_training_error(tmp_path):
 
 def test_candidates_that_diverge_are_left_out_and_named(tmp_path):
     settings = {**HOLDOUT, "lr_factors": [1.0, 1e30], "weight_decays": [0.0]}
-    experiment = ran(tmp_path, "optimizers=[gd_holdout]", given_to("gd_holdout", settings))
+    experiment = ran_small(tmp_path, "optimizers=[gd_holdout]", given_to("gd_holdout", settings))
     assert any("candidates diverged and were left out: lr=5e+29" in n for n in experiment.notes)
     assert experiment.summary["gd_holdout"]["chosen_lr"] == 0.5
     assert not experiment.failures
@@ -283,7 +278,7 @@ def test_weights_that_were_not_trained_are_never_chosen():
 
 def test_all_candidates_diverge(tmp_path):
     settings = {**HOLDOUT, "lr_factors": [1e30], "weight_decays": [0.0]}
-    experiment = ran(tmp_path, "optimizers=[gd_holdout,gd]", given_to("gd_holdout", settings))
+    experiment = ran_small(tmp_path, "optimizers=[gd_holdout,gd]", given_to("gd_holdout", settings))
     (failure,) = experiment.failures
     assert "all 1 candidates diverged" in failure
     assert "lr=5e+29" in failure
@@ -297,7 +292,7 @@ def test_all_candidates_diverge(tmp_path):
 
 
 def test_plain_and_self_stopping_optimizers_report_their_training_error(tmp_path):
-    experiment = ran(tmp_path, "optimizers=[gd,dd_auto]", "tracking.record_every_auto=1")
+    experiment = ran_small(tmp_path, "optimizers=[gd,dd_auto]", "tracking.record_every_auto=1")
     gd, auto = (experiment.history.select(name, 0) for name in ("gd", "dd_auto"))
     lowest = min(gd, key=lambda r: (r.train_error, r.train_loss))
     summary = experiment.summary
@@ -308,7 +303,7 @@ def test_plain_and_self_stopping_optimizers_report_their_training_error(tmp_path
 
 
 def test_table_of_methods_has_a_row_for_each(tmp_path):
-    experiment = ran(tmp_path, "optimizers=[gd,gd_holdout]", given_to("gd_holdout", HOLDOUT))
+    experiment = ran_small(tmp_path, "optimizers=[gd,gd_holdout]", given_to("gd_holdout", HOLDOUT))
     table = methods(experiment.summary)
     assert [column.header for column in table.columns][1:] == [
         label for label, *_ in METHOD_COLUMNS
@@ -320,7 +315,7 @@ def test_table_of_methods_has_a_row_for_each(tmp_path):
 
 
 def test_validation_of_the_chosen_candidate_is_drawn(tmp_path):
-    experiment = ran(tmp_path, "optimizers=[gd_holdout,dd]", given_to("gd_holdout", HOLDOUT))
+    experiment = ran_small(tmp_path, "optimizers=[gd_holdout,dd]", given_to("gd_holdout", HOLDOUT))
     (name,) = experiment.results.validation()
     steps, errors = experiment.results.validation()[name]["error"]
     chosen = experiment.summary[name]

@@ -4,23 +4,20 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dd.data import probe
 from dd.data.reading import DataWarning
 from dd.experiments.assembly import make_split
-from dd.experiments.experiment import Experiment
 from dd.runs.results import Results
 from dd.tracking.console import comparison, methods
+from tests.composed import composed, ran
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "experiment=probe",
     "optimizers=[gd,gd_holdout,dd,dd_auto]",
@@ -328,17 +325,13 @@ def test_a_table_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
 # --- Runs ------------------------------------------------------------------------------------
 
 
-def ran(folder, *overrides):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", [*SMALL, *overrides])
-    experiment = Experiment(config, folder)
-    experiment.run()
-    return experiment
+def ran_small(folder, *overrides):
+    return ran(folder, *SMALL, *overrides)
 
 
 def test_run_without_a_test_set_says_what_it_would_have_reported(tmp_path):
     path = saved(tmp_path, features=FEATURES, labels=LABELS)
-    experiment = ran(tmp_path / "run", f"data.path={path}")
+    experiment = ran_small(tmp_path / "run", f"data.path={path}")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name in ("gd", "gd_holdout", "dd", "dd_auto"):
         found = summary[name]
@@ -357,7 +350,7 @@ def test_run_without_a_test_set_says_what_it_would_have_reported(tmp_path):
 
 def test_run_with_a_share_to_test_on(tmp_path):
     path = saved(tmp_path, features=FEATURES, labels=LABELS)
-    experiment = ran(tmp_path / "run", f"data.path={path}", "data.test_share=0.25")
+    experiment = ran_small(tmp_path / "run", f"data.path={path}", "data.test_share=0.25")
     for found in experiment.summary.values():
         assert 0 <= found["reported_test_error"] <= 1
     assert experiment.summary["gd_holdout"]["samples"] == 36
@@ -389,7 +382,7 @@ def test_samples_on_both_sides_are_a_note_of_the_run(tmp_path):
     features, labels = np.concatenate([FEATURES] * 2), np.concatenate([LABELS] * 2)
     path = saved(tmp_path, features=features, labels=labels)
     with pytest.warns(DataWarning, match="equal a training sample"):
-        experiment = ran(
+        experiment = ran_small(
             tmp_path / "run", f"data.path={path}", "data.test_share=0.3", "optimizers=[gd]"
         )
     assert any("equal a training sample" in note for note in experiment.notes)
@@ -408,6 +401,5 @@ def test_command_names_the_setting_that_is_missing(tmp_path):
 def test_relative_paths_are_those_of_the_shell(tmp_path, monkeypatch):
     saved(tmp_path, features=FEATURES, labels=LABELS)
     monkeypatch.chdir(tmp_path)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", [*SMALL, "data.path=features.npz"])
+    config = composed(*SMALL, "data.path=features.npz")
     assert len(make_split(config).train_targets) == 60

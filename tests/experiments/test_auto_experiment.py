@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -28,18 +27,8 @@ from dd.training import loop as training
 from dd.training.batches import Batches
 from dd.training.loop import Schedule, TrainingStopped, train
 from dd.training.stability import EdgeWatch
+from tests.composed import CONFIGS, QUICK, composed, ran
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = [
-    "data.num_train=120",
-    "data.num_test=100",
-    "data.dimension=40",
-    "steps=22",
-    "tracking.record_every=5",
-    "tracking.checkpoint_every=4",
-    "tracking.progress=false",
-    "tracking.wandb.mode=disabled",
-]
 ALONE = "optimizers=[dd_auto]"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
@@ -52,14 +41,11 @@ def no_picture(monkeypatch):
 
 
 def configure(*overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", ["experiment=xor", *SMALL, *overrides])
+    return composed("experiment=xor", *QUICK, *overrides)
 
 
 def run(folder: Path, *overrides: str) -> Experiment:
-    experiment = Experiment(configure(*overrides), folder)
-    experiment.run()
-    return experiment
+    return ran(folder, "experiment=xor", *QUICK, *overrides)
 
 
 def steps_of(experiment: Experiment, name: str = "dd_auto", trial: int = 0) -> list[int]:
@@ -91,9 +77,7 @@ OWN_LINE_UP = {
 
 @pytest.mark.parametrize("experiment", [p.stem for p in (CONFIGS / "experiment").glob("*.yaml")])
 def test_full_batches_in_one_process_train_all_three(experiment):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", [f"experiment={experiment}"])
-    found = Experiment(config, Path("unused"))
+    found = Experiment(composed(f"experiment={experiment}"), Path("unused"))
     usual = ["gd", "dd", "dd_auto"]
     assert list(found.config.optimizers) == OWN_LINE_UP.get(experiment, usual)
     assert found.notes == []

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import dd
 from dd.data import xor
@@ -21,8 +20,8 @@ from dd.experiments.models import informed_two_layer
 from dd.experiments.resume import resumed
 from dd.tracking import figures
 from dd.tracking.history import METRICS
+from tests.composed import composed, ran
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "data.num_train=120",
     "data.num_test=100",
@@ -37,8 +36,7 @@ SMALL = [
 
 
 def configure(*overrides: str, experiment: str = "xor"):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", [f"experiment={experiment}", *SMALL, *overrides])
+    return composed(f"experiment={experiment}", *SMALL, *overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +45,7 @@ def no_picture(monkeypatch):
 
 
 def run(folder: Path, *overrides: str, experiment: str = "xor") -> Experiment:
-    found = Experiment(configure(*overrides, experiment=experiment), folder)
-    found.run()
-    return found
+    return ran(folder, f"experiment={experiment}", *SMALL, *overrides)
 
 
 def numbers(experiment: Experiment):

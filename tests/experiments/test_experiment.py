@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dd
@@ -29,9 +28,9 @@ from dd.runs.optimizer_list import resolve_optimizers
 from dd.tracking.history import COLUMNS
 from dd.training import loop as training
 from dd.training.loop import Schedule
+from tests.composed import CONFIGS, composed, ran
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "configs"
 SMALL = [
     "data.num_train=200",
     "data.num_test=300",
@@ -69,14 +68,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_gra
 
 
 def configure(*overrides: str, experiment: str = "xor"):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", [f"experiment={experiment}", *overrides])
+    return composed(f"experiment={experiment}", *overrides)
 
 
 def run(folder: Path, *overrides: str) -> Experiment:
-    experiment = Experiment(configure(*SMALL, *overrides), folder)
-    experiment.run()
-    return experiment
+    return ran(folder, "experiment=xor", *SMALL, *overrides)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

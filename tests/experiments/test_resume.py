@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dd
@@ -30,27 +29,16 @@ from dd.experiments.resume import named_folder, resumed
 from dd.support.folder_lock import FolderLocked
 from dd.tracking import figures
 from dd.training import loop as training
+from tests.composed import QUICK, composed
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "configs"
-SMALL = [
-    "optimizers=[gd,dd]",
-    "data.num_train=120",
-    "data.num_test=100",
-    "data.dimension=40",
-    "steps=22",
-    "tracking.record_every=5",
-    "tracking.checkpoint_every=4",
-    "tracking.progress=false",
-    "tracking.wandb.mode=disabled",
-]
+SMALL = ["optimizers=[gd,dd]", *QUICK]
 # What two runs of one configuration do not share: times, and the token that is each run's own.
 OWN = {"seconds", "steps_per_second", "fit_seconds", "fits", "setup", "token"}
 
 
 def configure(*overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", ["experiment=xor", *SMALL, *overrides])
+    return composed("experiment=xor", *SMALL, *overrides)
 
 
 def go_on(folder: Path, *arguments: str) -> Experiment:
@@ -495,8 +483,7 @@ def interrupted_after_file(folder: Path, *overrides: str) -> Path:
     """A run from f.npz in the current directory, interrupted at its seventh update."""
     np.savez(Path.cwd() / "f.npz", **made_data())
     given = [*FROM_FILE, "data.path=f.npz", *SMALL[5:], *overrides]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", given)
+    config = composed(*given)
     update, left = training._update, iter(range(6))
 
     def interrupting(*arguments: Any) -> int:

@@ -58,9 +58,10 @@ def test_training_error_tracks_the_test_error_as_that_of_sgd_does_not(train):
     assert sgd_test_error - sgd_train_error > 2 * SAMPLING_ERROR
 
 
-def test_unattached_recipe_is_sgd_bit_for_bit(train, monkeypatch):
+def test_unattached_recipe_is_sgd_bit_for_bit_and_says_so(train, monkeypatch):
     monkeypatch.setattr(dd.DecoupledDescent, "attach", lambda *_, **__: None)
-    weights, *errors = train()
+    with pytest.warns(dd.UnattachedWarning):
+        weights, *errors = train()
     sgd_weights, *sgd_errors = train("--sgd")
     assert all(torch.equal(a, b) for a, b in zip(weights, sgd_weights, strict=True))
     assert errors == sgd_errors

@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 import matplotlib.image
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dd.experiments.experiment import Experiment
@@ -21,9 +20,9 @@ from dd.sweep.job import SweepJob, objective_of, read_job, tracked_loss
 from dd.sweep.show import show
 from dd.sweep.table import FIGURES, gather, swept
 from dd.tracking.history import History, Record
+from tests.composed import composed
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "configs"
 SMALL = [
     "experiment=xor",
     "data.num_train=60",
@@ -36,8 +35,7 @@ SMALL = [
 
 
 def configure(*overrides, hydra=False):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", [*SMALL, *overrides], return_hydra_config=hydra)
+    return composed(*SMALL, *overrides, hydra=hydra)
 
 
 def command(folder, *overrides):

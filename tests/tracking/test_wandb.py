@@ -15,9 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from dd.experiments.experiment import Experiment
 from dd.experiments.output import first_token
 from dd.sweep.job import SweepJob
 from dd.tracking.console import METHOD_COLUMNS
@@ -25,9 +23,9 @@ from dd.tracking.history import METRICS, Record
 from dd.tracking.wandb_logging import WandbRun
 from dd.tracking.wandb_server import answers
 from dd.tracking.wandb_session import WandbSession, check_settings, group_of
+from tests.composed import ran
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "configs"
 NAN = float("nan")
 SMALL = [
     "experiment=xor",
@@ -195,12 +193,8 @@ def test_online_without_credentials_names_the_remedy(start):
 # --- The runs of an experiment ----------------------------------------------------------------
 
 
-def ran(folder, *overrides):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", [*SMALL, *overrides])
-    experiment = Experiment(config, folder)
-    experiment.run()
-    return experiment
+def ran_small(folder, *overrides):
+    return ran(folder, *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +204,7 @@ def experiment(tmp_path_factory):
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("WANDB_MODE", raising=False)
         folder = tmp_path_factory.mktemp("outputs") / "xor" / "2026-01-31_12-00-00_0"
-        return ran(
+        return ran_small(
             folder,
             "optimizers=[gd,dd]",
             "trials=2",
@@ -357,7 +351,7 @@ def test_a_silent_server_costs_no_run(silent, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("dd.tracking.wandb_session.server_address", lambda: silent)
-    experiment = ran(tmp_path / "run", "optimizers=[gd]", "tracking.wandb.mode=online")
+    experiment = ran_small(tmp_path / "run", "optimizers=[gd]", "tracking.wandb.mode=online")
     (note,) = [note for note in experiment.notes if "does not answer" in note]
     assert silent in note
     assert f"`cd {tmp_path / 'run'} && wandb sync --include-online`" in note
@@ -481,7 +475,7 @@ def test_a_later_run_that_cannot_be_started_ends_no_experiment(tmp_path, monkeyp
         return init(self, *arguments) if calls == 1 else failing()
 
     monkeypatch.setattr(WandbRun, "_init", first_alone)
-    experiment = ran(tmp_path / "run", "optimizers=[gd,sgd]", "tracking.wandb.mode=offline")
+    experiment = ran_small(tmp_path / "run", "optimizers=[gd,sgd]", "tracking.wandb.mode=offline")
     assert experiment.history.optimizers == ["gd", "sgd"]
     assert any("not logged any more" in note for note in experiment.notes)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]

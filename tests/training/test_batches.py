@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 
 from dd.experiments.assembly import make_model, make_optimizer, make_split
 from dd.experiments.experiment import Experiment
 from dd.training.batches import Batches
+from tests.composed import ran
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "data.num_train=200",
     "data.num_test=300",
@@ -26,11 +25,7 @@ SMALL = [
 
 
 def run(folder: Path, *overrides: str) -> Experiment:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", ["experiment=xor", *SMALL, *overrides])
-    experiment = Experiment(config, folder)
-    experiment.run()
-    return experiment
+    return ran(folder, "experiment=xor", *SMALL, *overrides)
 
 
 def test_a_pass_holds_every_sample_once_and_its_last_batch_is_what_is_left():
