@@ -19,7 +19,7 @@ from dd.correction.head_choice import (
 )
 from dd.correction.hook import Correct, Forward, ForwardHook, OutputHook, sweep, take_over
 from dd.correction.layers import find_layer, input_changing_modules
-from dd.correction.shadows import Shadows
+from dd.correction.shadows import KeptShadows, Shadows
 from dd.curvature.choice import build
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
@@ -44,6 +44,7 @@ class Attachment:
         bins: most eigenvalues of a noise model that is fitted here; None: as many as it takes.
         process_group: that shares the samples; None for the default one, False for none.
         searches: whether steps are searched for.
+        shadows: keeps the shadows; by default those that SGD moves.
 
     Attributes:
         module: the model.
@@ -87,6 +88,7 @@ class Attachment:
         bins: int | None = None,
         process_group: Any = None,
         searches: bool = False,
+        shadows: KeptShadows | None = None,
     ) -> None:
         self.module = module
         self.bins = bins
@@ -107,7 +109,7 @@ class Attachment:
         self.pending: list[Capture] = []
         # Not a method of this object, which would then outlive its last reference.
         self.samples = Samples(partial(input_changing_modules, module, self.name, self.layer))
-        self.shadows = Shadows()
+        self.shadows = Shadows() if shadows is None else shadows
         self.oversight = ModelWatch()
         self.verdicts = DeferredChecks()
         self.now: Placement | None = None

@@ -1,6 +1,8 @@
 """How all shadows move in one step."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,13 @@ from dd.correction.attachment import Attachment
 from dd.correction.capture import StepGradients
 from dd.correction.head_form import leave_head
 from dd.correction.optimizer_state import OptimizerState
-from dd.correction.shadows import ShadowSlice, ShadowTerms, ShadowUpdate, momentum_writer
+from dd.correction.shadows import (
+    Shadows,
+    ShadowSlice,
+    ShadowTerms,
+    ShadowUpdate,
+    momentum_writer,
+)
 from dd.correction.step_curvature import step_curvature
 from dd.correction.weight_gradient import (
     gathered_gradients,
@@ -21,7 +29,24 @@ from dd.functional import all_finite, damped_weight_gradient
 from dd.functional.arithmetic import stored_numbers
 from dd.watch.step_watches import StepWatches
 
-__all__ = ["ShadowStep"]
+__all__ = ["ShadowStep", "StepMeasures"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepMeasures:
+    """What the pending forwards tell of a step.
+
+    Attributes:
+        pushes: the rows whose shadows this process keeps.
+        scale: of the step's gradient over that of the backward pass, on the mean of all processes.
+        curvature: H, shape (k, k).
+        shared: H_ψ, shape (p, p), or None where the head is not corrected.
+    """
+
+    pushes: StepGradients
+    scale: float | Tensor
+    curvature: Tensor
+    shared: Tensor | None
 
 
 class ShadowStep:
@@ -64,26 +89,64 @@ class ShadowStep:
         if not attachment.pending:
             self._check_idle()
             return self._idle()
+        found = self.measure(weight_edit)
+        shared = found.shared
+        updates = [
+            self._of_layer(found),
+            *([] if shared is None else self._of_shared(found.pushes, found.scale, shared)),
+        ]
+        self.finish()
+        return updates
+
+    def measure(self, edit: Callable[[Attachment, StepGradients], float | Tensor]) -> StepMeasures:
+        """What the pending forwards tell of the step that is due.
+
+        Args:
+            edit: returns by which scale the weight's gradient was edited since its backward pass.
+
+        Raises:
+            RuntimeError: as :meth:`updates`, or whatever ``edit`` raises.
+            FloatingPointError: if a gradient is not finite.
+        """
+        attachment = self._attachment
         self.require_delivered()
         self._check_finite()
         pushes = pending_gradients(attachment)
-        edit = weight_edit(attachment, pushes)
+        edited = edit(attachment, pushes)
         # A data-parallel loss is the mean of the ranks' losses.
-        scale = edit / attachment.ranks.size
+        scale = edited / attachment.ranks.size
         # First, as a head that cannot be followed leaves another noise model behind.
-        shared = self._followed_head(pushes, edit, scale)
+        shared = self._followed_head(pushes, edited, scale)
         curvature = step_curvature(attachment, pushes, scale, self._store.of(attachment.weight))
         if self._better is not None:
             curvature = self._better(curvature)
         self.layer_curvature = curvature
-        pushes = gathered_gradients(attachment, pushes)
-        updates = [
-            self._of_layer(pushes, scale, curvature),
-            *([] if shared is None else self._of_shared(pushes, scale, shared)),
-        ]
-        attachment.drop()
-        attachment.samples.finish()
-        return updates
+        return StepMeasures(gathered_gradients(attachment, pushes), scale, curvature, shared)
+
+    def begin(self, found: StepMeasures, watched: dict[str, Any] | None = None) -> ShadowTerms:
+        """Make the shadows, where there are none yet, and what drives them.
+
+        Args:
+            found: as :meth:`measure` returns it.
+            watched: settings of the group that holds the decoupled weight, where the step is SGD's.
+        """
+        attachment, weight = self._attachment, self._attachment.weight
+        noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
+        assert noise is not None
+        assert count is not None
+        gradient, curvature = found.pushes.by_sample, found.curvature
+        if watched is not None and attachment.holds_all(found.pushes.placement):
+            self._watches.look(gradient, found.scale, curvature, watched)
+        attachment.shadows.make(state, noise, count, gradient)
+        attachment.remember_samples(state)
+        state["shadow_step"] = state.get("shadow_step", 0) + 1
+        damped = self._damped(curvature, noise.eigenvalues)
+        return ShadowTerms(weight, gradient, curvature, noise, self._damping, found.scale, damped)
+
+    def finish(self) -> None:
+        """Give up the pending forwards, whose step is made."""
+        self._attachment.drop()
+        self._attachment.samples.finish()
 
     def require_delivered(self) -> None:
         """Check that the pending forwards have their gradients.
@@ -148,25 +211,15 @@ class ShadowStep:
         found = shared.shadow_gradients(pushes, curvature, float(scale), self._store.read)
         return [self._moved(*part) for part in found]
 
-    def _of_layer(
-        self, pushes: StepGradients, scale: float | Tensor, curvature: Tensor
-    ) -> ShadowUpdate:
+    def _of_layer(self, found: StepMeasures) -> ShadowUpdate:
         attachment, weight = self._attachment, self._attachment.weight
-        noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
         group = self._store.group_of(weight)
-        assert noise is not None
-        assert count is not None
         assert group is not None
-        gradient = pushes.by_sample
-        if attachment.holds_all(pushes.placement):
-            self._watches.look(gradient, scale, curvature, group)
-        attachment.shadows.make(state, noise, count, gradient)
-        attachment.remember_samples(state)
-        state["shadow_step"] = state.get("shadow_step", 0) + 1
-        damped = self._damped(curvature, noise.eigenvalues)
-        push = ShadowTerms(weight, gradient, curvature, noise, self._damping, scale, damped)
-        momentum = group["momentum"] != 0
-        return attachment.shadows.update(state, pushes.placement, push, momentum=momentum)
+        push = self.begin(found, group)
+        state, momentum = self._store.of(weight), group["momentum"] != 0
+        placement, shadows = found.pushes.placement, attachment.shadows
+        assert isinstance(shadows, Shadows)
+        return shadows.update(state, placement, push, momentum=momentum)
 
     def _damped(self, curvature: Tensor, eigenvalues: Tensor) -> Tensor | None:
         weight = self._attachment.weight

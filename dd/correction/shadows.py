@@ -14,7 +14,16 @@ from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.support.blocks import bin_groups, row_blocks
 
-__all__ = ["ShadowSlice", "ShadowTerms", "ShadowUpdate", "Shadows", "momentum_writer"]
+__all__ = [
+    "BUFFER_KEY",
+    "KEY",
+    "KeptShadows",
+    "ShadowSlice",
+    "ShadowTerms",
+    "ShadowUpdate",
+    "Shadows",
+    "momentum_writer",
+]
 
 KEY, BUFFER_KEY = "shadow", "shadow_momentum_buffer"
 
@@ -143,15 +152,18 @@ class ShadowTerms:
         return self.scale.to(mass) * mass if isinstance(self.scale, Tensor) else mass
 
 
-class Shadows:
-    """Shadows Q, shape (B, n, k), in the optimizer's state of the decoupled weight.
+class KeptShadows:
+    """Shadows Q, shape (B, n, k), and what moves along with them, in the decoupled weight's state.
 
     Samples absent from a batch decay when they appear again (:mod:`dd.correction.decay`).
+
+    Attributes:
+        keys: of the tensors that go through a step's map together, the shadows first.
     """
 
     def __init__(self) -> None:
+        self.keys = [KEY]
         self._log: DecayLog | None = None
-        self._with_momentum = False
 
     def forget(self) -> None:
         """Take the state as up to date, after another one was loaded."""
@@ -165,14 +177,12 @@ class Shadows:
         """
         if self._log is None or self._log.is_empty:
             return
-        shadow = state[KEY]
-        if not self._with_momentum:
-            self._log.flush(shadow)
+        if len(self.keys) == 1:
+            self._log.flush(state[KEY])
             return
-        width = shadow.shape[-1]
-        moved = self._log.flush(torch.cat([shadow, state[BUFFER_KEY]], -1))
-        shadow.copy_(moved[..., :width])
-        state[BUFFER_KEY].copy_(moved[..., width:])
+        moved = self._log.flush(torch.cat([state[key] for key in self.keys], -1))
+        for key, part in zip(self.keys, moved.chunk(len(self.keys), -1), strict=True):
+            state[key].copy_(part)
 
     def of(self, state: dict[str, Any], placement: Placement) -> Tensor:
         """Shadows of a batch's rows, brought up to date, shape (B, m, k)."""
@@ -193,15 +203,13 @@ class Shadows:
         if log.prefers_flush(due):
             self.flush(state)
             return
-        shadow = state[KEY]
-        rows = due.to(shadow.device)
-        if not self._with_momentum:
-            shadow[:, rows] = log.catch_up(shadow[:, rows], due)
+        rows = due.to(state[KEY].device)
+        if len(self.keys) == 1:
+            state[KEY][:, rows] = log.catch_up(state[KEY][:, rows], due)
             return
-        width, buffer = shadow.shape[-1], state[BUFFER_KEY]
-        moved = log.catch_up(torch.cat([shadow[:, rows], buffer[:, rows]], -1), due)
-        shadow[:, rows] = moved[..., :width]
-        buffer[:, rows] = moved[..., width:]
+        moved = log.catch_up(torch.cat([state[key][:, rows] for key in self.keys], -1), due)
+        for key, part in zip(self.keys, moved.chunk(len(self.keys), -1), strict=True):
+            state[key][:, rows] = part
 
     def make(
         self, state: dict[str, Any], noise: NoiseModel, num_samples: int, gradient: Tensor
@@ -220,12 +228,44 @@ class Shadows:
         missing = num_samples - state[KEY].shape[1]
         if missing == 0:
             return
-        for key in (KEY, BUFFER_KEY):
+        for key in dict.fromkeys([*self.keys, BUFFER_KEY]):
             if state.get(key) is not None:
                 more = state[key].new_zeros(shape[0], missing, shape[2])
                 state[key] = torch.cat([state[key], more], 1)
         if self._log is not None:
             self._log.grow(num_samples)
+
+    def begin(self, state: dict[str, Any], placement: Placement, keys: list[str]) -> None:
+        """Prepare a step on some samples, whose rows are brought up to date.
+
+        Args:
+            state: of the decoupled weight, with its shadows made.
+            placement: the samples of the step.
+            keys: of the tensors that the step moves together.
+        """
+        if self._log is None:
+            self._log = DecayLog(state[KEY].shape[1])
+        if self.keys != keys:
+            self.flush(state)
+            self.keys = keys
+        # Rows of other processes have not been in a forward here.
+        self._bring(state, placement)
+
+    def passed(self, state: dict[str, Any], step: Tensor, rows_on_cpu: Tensor) -> None:
+        """Note the map that the absent samples are still to go through.
+
+        Args:
+            state: of the decoupled weight.
+            step: shape (B, p, p), p the width of all keys together.
+            rows_on_cpu: the samples of the step, shape (u,).
+        """
+        assert self._log is not None
+        if self._log.append(step, rows_on_cpu, state[KEY].shape[-1]):
+            self.flush(state)
+
+
+class Shadows(KeptShadows):
+    """Shadows that SGD moves, and their momentum."""
 
     def update(
         self, state: dict[str, Any], placement: Placement, push: ShadowTerms, *, momentum: bool
@@ -240,13 +280,7 @@ class Shadows:
         """
         if placement.rows is None or placement.rows_on_cpu is None:
             return self._update_all(state, push)
-        if self._log is None:
-            self._log = DecayLog(state[KEY].shape[1])
-        if self._with_momentum != momentum:
-            self.flush(state)
-            self._with_momentum = momentum
-        # Rows of other processes have not been in a forward here.
-        self._bring(state, placement)
+        self.begin(state, placement, [KEY, BUFFER_KEY] if momentum else [KEY])
         return self._update_rows(state, placement.rows, placement.rows_on_cpu, push)
 
     def _update_all(self, state: dict[str, Any], push: ShadowTerms) -> ShadowUpdate:
@@ -274,7 +308,8 @@ class Shadows:
         shadow, before = state[KEY], state.get(BUFFER_KEY)
         bins, _, width = shadow.shape
         # Beside the batch's rows the rule moves a basis: where it goes is the map of the absent.
-        start, pace = _basis(bins, width, shadow, momentum=self._with_momentum)
+        momentum = len(self.keys) > 1
+        start, pace = _basis(bins, width, shadow, momentum=momentum)
         some = torch.cat([shadow[:, rows], start], 1)
         buffer = None if before is None else torch.cat([before[:, rows], pace], 1)
         mass = push.noise.relative_mass
@@ -286,15 +321,13 @@ class Shadows:
             count = len(rows)
             shadow[:, rows] = some[:, :count]
             basis = some[:, count:]
-            if self._with_momentum:
+            if momentum:
                 assert pace is not None
                 if state.get(BUFFER_KEY) is None:
                     state[BUFFER_KEY] = torch.zeros_like(shadow)
                 state[BUFFER_KEY][:, rows] = pace[:, :count]
                 basis = torch.cat([basis, pace[:, count:]], -1)
-            assert self._log is not None
-            if self._log.append(basis, rows_on_cpu, width):
-                self.flush(state)
+            self.passed(state, basis, rows_on_cpu)
 
         piece = ShadowSlice(..., some, moved, buffer, finish)
         return ShadowUpdate(push.weight, some, lambda: iter([piece]), push.parameter_gradient)
