@@ -11,6 +11,7 @@ two Gaussian classes ``y``, 2000 samples of the same law ``X_test`` and ``y_test
 
 from dd.correction.estimate import Estimate
 from dd.curvature.custom import CurvatureWarning
+from dd.decouple import ErrorTracker, decouple
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
@@ -36,6 +37,7 @@ __all__ = [
     "CurvatureWarning",
     "DecoupledDescent",
     "DivergenceWarning",
+    "ErrorTracker",
     "Estimate",
     "GaussianMixture",
     "NoSignalWarning",
@@ -45,6 +47,7 @@ __all__ = [
     "StrainWarning",
     "Trials",
     "UnattachedWarning",
+    "decouple",
     "find_components",
     "run_trials",
     "state_evolution",

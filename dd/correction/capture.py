@@ -49,11 +49,13 @@ class Capture:
         contribution: what the only backward pass added to the weight's gradient, where it was seen.
         tangent: derivative of the gradient along the probe, or None.
         is_intact: whether what the following layers received was not changed in place.
+        inputs: of the layer, shape (m, d), where they may be asked for.
         signal: coordinates of the samples along the component means, shape (m, j), where the head
             is corrected.
         scores: what the head saw and said, where it is corrected.
     """
 
+    inputs: Tensor | None = None
     signal: Tensor | None = None
     scores: HeadRecord | None = None
 

@@ -87,7 +87,7 @@ class ShadowStep:
         """
         attachment = self._attachment
         if not attachment.pending:
-            self._check_idle()
+            self.require_idle()
             return self._idle()
         found = self.measure(weight_edit)
         shared = found.shared
@@ -247,7 +247,12 @@ class ShadowStep:
         piece = ShadowSlice(..., shadow, gradient, buffer, keep)
         return ShadowUpdate(parameter, shadow, lambda: iter([piece]))
 
-    def _check_idle(self) -> None:
+    def require_idle(self) -> None:
+        """Check that a step without a training forward has no gradients.
+
+        Raises:
+            RuntimeError: if it has.
+        """
         # Distributed checkpointing creates optimizer state by a step on zero gradients.
         if self._store.has_gradients():
             raise RuntimeError(

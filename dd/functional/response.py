@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ResponseFit", "combined", "fit_across_units", "fit_by_unit", "without_directions"]
+__all__ = [
+    "ResponseFit",
+    "combined",
+    "fit_across_units",
+    "fit_by_unit",
+    "fit_of_all_units",
+    "without_directions",
+]
 
 # Rows of the basis beyond this share of the coordinates leave no freedom to tell a fit by.
 _MOST_COLUMNS = 0.9
@@ -24,12 +31,18 @@ class ResponseFit:
         coefficients: one a quantity and unit, shape (p, k); or, across units, shape (p, k, k): what
             unit l of the quantity adds to unit j of the update stands at [., l, j].
         share: of the update's squared size that the combination explains, all units together.
-        unexplained: the rest, per degree of freedom that the fit leaves.
+        unexplained: squared size of the rest, per degree of freedom that the fit leaves, times the
+            number of coordinates.
     """
 
     coefficients: Tensor
     share: float
     unexplained: float
+
+    @property
+    def is_across_units(self) -> bool:
+        """Whether units are combined with each other."""
+        return self.coefficients.dim() == 3
 
 
 def fit_by_unit(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit:
@@ -75,6 +88,22 @@ def fit_across_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> R
     found = _solved(gram, right, ridge) / lengths.mT
     rest = target - found.mT @ columns
     return _fit(found.unflatten(0, (count, width)), target, rest, count * width)
+
+
+def fit_of_all_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit:
+    """Combine the update of all units by one coefficient a quantity, by least squares.
+
+    Args:
+        update: U, shape (k, d).
+        basis: p quantities, each of shape (k, d).
+        ridge: as in :func:`fit_by_unit`.
+
+    Returns:
+        The fit, in float64, its coefficients repeated for every unit.
+    """
+    flat = [part.reshape(1, -1) for part in basis]
+    fit = fit_by_unit(update.reshape(1, -1), flat, ridge)
+    return ResponseFit(fit.coefficients.expand(-1, len(update)), fit.share, fit.unexplained)
 
 
 def combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -123,4 +152,4 @@ def _fit(coefficients: Tensor, target: Tensor, rest: Tensor, columns: int) -> Re
     size, dimension = float(target.square().sum()), target.shape[1]
     missing = float(rest.square().sum()) / size if size > 0 else 0.0
     freedom = max(dimension - columns, 1)
-    return ResponseFit(coefficients, 1.0 - missing, missing * dimension / freedom)
+    return ResponseFit(coefficients, 1.0 - missing, missing * size * dimension / freedom)

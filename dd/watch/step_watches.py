@@ -10,7 +10,7 @@ from dd.noise.model import NoiseModel
 from dd.watch.divergence import DivergenceWatch, SharpnessWatch
 from dd.watch.model_watch import ModelWatch
 
-__all__ = ["StepWatches"]
+__all__ = ["StepWatches", "Unwatched"]
 
 
 class StepWatches:
@@ -89,3 +89,13 @@ class StepWatches:
             if watch is not None and watch.is_due:
                 oversight.doubt("The correction feeds back on itself.")
                 watch.tell()
+
+
+class Unwatched(StepWatches):
+    """Looks at nothing: what a step of another rule than SGD's does is not known to them."""
+
+    def observe(self, noise: NoiseModel | None, preactivation: Tensor) -> None:
+        """Keep nothing."""
+
+    def look_at_edge(self, curvature: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+        """Take nothing into account."""

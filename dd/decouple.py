@@ -1,0 +1,283 @@
+"""The correction beside any optimizer, whose steps stay its own."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from dd.correction.attachment import Attachment
+from dd.correction.hook import Forward
+from dd.correction.optimizer_state import OptimizerState
+from dd.correction.saved_state import bind_samples
+from dd.correction.tracker import Tracker
+from dd.correction.training_forward import TrainingForward
+from dd.noise.model import NoiseModel
+from dd.rules.decoupled_optimizers import owner_of
+from dd.rules.outside_step import OutsideMoves
+from dd.rules.response import Response
+from dd.rules.response_shadows import ResponseShadows
+from dd.rules.response_step import ResponseStep, require_unmoved
+from dd.rules.settings import check_settings
+from dd.rules.step_hooks import StepHooks
+from dd.watch.step_watches import Unwatched
+
+__all__ = ["ErrorTracker", "decouple"]
+
+
+def decouple(
+    model: nn.Module,
+    *optimizers: torch.optim.Optimizer,
+    layer: nn.Module | str | None = None,
+    noise: NoiseModel | None = None,
+    curvature: str = "auto",
+    head: bool | nn.Module | str = False,
+    seed: int = 0,
+    process_group: Any = None,
+) -> "ErrorTracker":
+    """Make the training error of a model estimate its test error, whatever optimizer trains it.
+
+    In train mode the decoupled layer's output becomes R = XW + Q, where the shadow Q removes from
+    each sample the imprint that it left on the weights. How an imprint moves is identified from
+    each step that the optimizer makes (section 9 of ``docs/theory.md``). Hooks on the layer and on
+    the optimizer's own step do it: the loop stays as it is, and so do the optimizers.
+
+    Args:
+        model: is trained.
+        *optimizers: all that train it; exactly one holds the decoupled weight.
+        layer: as in :class:`dd.DecoupledDescent`.
+        noise: as in :class:`dd.DecoupledDescent`.
+        curvature: as in :class:`dd.DecoupledDescent`.
+        head: False; other values are not followed yet by rules that are identified.
+        seed: of the curvature probes.
+        process_group: as in :class:`dd.DecoupledDescent`.
+
+    Returns:
+        What the corrected error is asked of. The optimizer's hooks keep it alive.
+
+    Raises:
+        ValueError: if no optimizer holds the decoupled weight or several do, one cannot be
+            followed, or an argument is out of range.
+        TypeError: if what is given is no module or no optimizer.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+        >>> for step in range(20):
+        ...     optimizer.zero_grad()
+        ...     train_loss = criterion(model(X), y)
+        ...     train_loss.backward()
+        ...     optimizer.step()
+        >>> test_loss = criterion(model.eval()(X_test), y_test)
+        >>> bool((train_loss - test_loss).abs() < 0.05)
+        True
+    """
+    return ErrorTracker(
+        model,
+        *optimizers,
+        layer=layer,
+        noise=noise,
+        curvature=curvature,
+        head=head,
+        seed=seed,
+        process_group=process_group,
+    )
+
+
+class ErrorTracker(Tracker):
+    """What :func:`decouple` returns; the arguments are those.
+
+    Example:
+        >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.003)
+        >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+        >>> for step in range(10):
+        ...     optimizer.zero_grad()
+        ...     criterion(model(X), y).backward()
+        ...     optimizer.step()
+        >>> wrong = lambda batch: (model(batch[0]).argmax(1) != batch[1]).float()
+        >>> print(tracker.estimate([(X, y)], wrong))  # of the test error
+        0.0... (90 %: 0.0... to 0..., n = 500)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *optimizers: torch.optim.Optimizer,
+        layer: nn.Module | str | None = None,
+        noise: NoiseModel | None = None,
+        curvature: str = "auto",
+        head: bool | nn.Module | str = False,
+        seed: int = 0,
+        process_group: Any = None,
+    ) -> None:
+        self._attachment: Attachment | None = None
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"dd.decouple: expected a module first, got {type(model).__name__}")
+        check_settings(1.0, curvature, process_group)
+        if head is not False:
+            raise ValueError(
+                f"dd.decouple: head={head!r} needs the optimizer's own rule for parameters that "
+                "all samples share; use head=False, or dd.DecoupledDescent with head=True"
+            )
+        attachment = Attachment(
+            model,
+            layer,
+            noise,
+            curvature,
+            False,
+            process_group=process_group,
+            shadows=ResponseShadows(),
+        )
+        self._optimizer, followed = owner_of(attachment, optimizers)
+        self._seed = int(seed)
+        self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        self._groups = [group for optimizer in followed for group in optimizer.param_groups]
+        self._rule = ResponseStep(attachment, self._store(), self._optimizer)
+        self._moves = OutsideMoves(attachment, self._store(), self._optimizer)
+        attachment.register(self._correct, self._correct_scores)
+        self._hooks = StepHooks(self._optimizer, self._rule.before, self._after_step)
+        self._attachment = attachment
+
+    @property
+    def response(self) -> Response | None:
+        """How the optimizer answered in its last step, or None before the first.
+
+        Example:
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+            >>> criterion(model(X), y).backward()
+            >>> optimizer.step()
+            >>> tracker.response.exact
+            True
+        """
+        return self._rule.response
+
+    def detach(self) -> None:
+        """Remove every trace from model and optimizer.
+
+        Example:
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> tracker = dd.decouple(model, optimizer)
+            >>> tracker.detach()
+            >>> print(tracker.layer)
+            None
+        """
+        attachment = self._attachment
+        if attachment is None:
+            return
+        attachment.remove()
+        self._hooks.remove()
+        self._attachment = None
+        self._state.clear()
+        self._rule.drop()
+
+    @_disable_dynamo
+    def drop_forward(self) -> None:
+        """Forget training forwards that will get no step, after a skipped or interrupted one.
+
+        Example:
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+            >>> criterion(model(X), y).backward()
+            >>> tracker.drop_forward()
+        """
+        super().drop_forward()
+        self._rule.drop()
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on, beside the states of model and optimizers.
+
+        Raises:
+            ValueError: if detached.
+
+        Example:
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+            >>> criterion(model(X), y).backward()
+            >>> optimizer.step()
+            >>> sorted(tracker.state_dict())
+            ['layer', 'optimizer', 'oversight', 'response', 'state']
+        """
+        attachment = self._required("state_dict()")
+        self._settle()
+        state = self._store().of(attachment.weight)
+        return {
+            "layer": attachment.name,
+            "optimizer": type(self._optimizer).__name__,
+            "state": {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            },
+            "response": self._rule.identifier.state_dict(),
+            "oversight": attachment.oversight.state_dict(),
+        }
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned; load model and optimizers as well.
+
+        Args:
+            state_dict: of a tracker of the same layer, optimizer and samples.
+
+        Raises:
+            ValueError: if it is of another layer, optimizer or of other samples.
+
+        Example:
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+            >>> criterion(model(X), y).backward()
+            >>> optimizer.step()
+            >>> saved = tracker.state_dict()
+            >>> tracker.load_state_dict(saved)
+            >>> torch.equal(tracker.shadow, saved["state"]["shadow"])
+            True
+        """
+        attachment = self._required("load_state_dict()")
+        own = {"layer": attachment.name, "optimizer": type(self._optimizer).__name__}
+        for key, value in own.items():
+            if state_dict.get(key) != value:
+                raise ValueError(
+                    f"dd.decouple: the state is of {key} {state_dict.get(key)!r}, this tracker of "
+                    f"{value!r}; load it into a tracker of the same kind"
+                )
+        attachment.forget()
+        self._rule.drop()
+        weight = attachment.weight
+        self._state[weight] = {
+            key: value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
+            for key, value in state_dict["state"].items()
+        }
+        self._rule.identifier.load_state_dict(state_dict["response"])
+        attachment.oversight.load_state_dict(state_dict["oversight"])
+        bind_samples(attachment, self._state[weight])
+
+    def _after_step(self) -> None:
+        self._rule.after()
+        self._moves.remember()
+
+    def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
+        attachment = self._attachment
+        if attachment is None or layer is not attachment.layer:
+            return super()._correct(layer, inputs, output)
+        self._hooks.forward_begins()
+        state = self._store().of(attachment.weight)
+        if state.get("shadow") is None:
+            require_unmoved(self._optimizer, attachment)
+        self._moves.follow()
+        pending = len(attachment.pending)
+        result = super()._correct(layer, inputs, output)
+        if len(attachment.pending) > pending:
+            attachment.pending[-1].inputs = inputs.detach()
+        return result
+
+    def _forward(self) -> Forward | None:
+        attachment = self._attachment
+        if attachment is None:
+            return None
+        return TrainingForward(attachment, self._store(), Unwatched(), self._seed, defers=False)
+
+    def _store(self) -> OptimizerState:
+        return OptimizerState(self._state, self._groups)

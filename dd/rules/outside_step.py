@@ -1,0 +1,86 @@
+"""Weights that an optimizer moves outside of its steps, as Schedule-Free's ``eval()`` does."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dd.correction.attachment import Attachment
+from dd.correction.gradient_check import same_weight
+from dd.correction.optimizer_state import OptimizerState
+from dd.correction.shadows import KEY
+from dd.functional.response import combined
+from dd.rules.response import WEIGHT, state_name
+from dd.rules.response_shadows import shadow_key
+from dd.rules.response_step import own_states
+
+__all__ = ["OutsideMoves"]
+
+# Of the weight's length: what rounding leaves of a combination of a few tensors.
+_EXACT = 1e-5
+
+
+class OutsideMoves:
+    """Follows a weight that has become a combination of what its optimizer keeps.
+
+    Args:
+        attachment: of the layer.
+        store: what is kept of each parameter.
+        optimizer: moves the decoupled weight.
+    """
+
+    def __init__(
+        self, attachment: Attachment, store: OptimizerState, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._attachment, self._store, self._optimizer = attachment, store, optimizer
+        self._left: Tensor | None = None
+
+    def remember(self) -> None:
+        """Keep the weight as a step has left it, where something may be swapped with it."""
+        weight = self._attachment.weight
+        followed = self._followed(self._store.of(weight))
+        self._left = weight.detach().clone() if followed else None
+
+    def follow(self) -> None:
+        """Move the shadows as the weight has moved since it was last looked at.
+
+        A weight that is no combination is left to be refused by the forward.
+        """
+        attachment, left = self._attachment, self._left
+        weight, directions = attachment.weight.detach(), attachment.samples.directions
+        state = self._store.of(attachment.weight)
+        expected = state.get("shadow_weight")
+        if left is None or expected is None or directions is None:
+            return
+        if bool(same_weight(weight, directions[0], expected)):
+            return
+        tensors = {WEIGHT: left} | self._followed(state)
+        coefficients = _combination(weight, tensors)
+        if coefficients is None:
+            return
+        with torch.no_grad():
+            attachment.shadows.flush(state)
+            parts = [state[shadow_key(name)] for name in tensors]
+            state[KEY] = combined(parts, coefficients[:, None])
+            attachment.remember_weight(state)
+            self._left = weight.clone()
+
+    def _followed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the optimizer's state whose shadows are kept, by their names."""
+        states = own_states(self._optimizer, self._attachment.weight)
+        named = {state_name(key): value for key, value in states.items()}
+        return {name: value for name, value in named.items() if shadow_key(name) in state}
+
+
+def _combination(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Coefficients of a weight as a combination of tensors, shape (p,), or None.
+
+    Args:
+        weight: shape (k, d).
+        tensors: p of the same shape.
+    """
+    columns = torch.stack([value.double().flatten() for value in tensors.values()], 1)
+    target = weight.double().flatten()
+    found = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
+    rest = torch.linalg.vector_norm(columns @ found - target)
+    return found if bool(rest <= _EXACT * torch.linalg.vector_norm(target)) else None

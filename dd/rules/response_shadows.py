@@ -1,0 +1,163 @@
+"""The shadows of a weight that an optimizer moves by a response of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.correction.shadows import KEY, KeptShadows, ShadowTerms
+from dd.functional.response import combined
+from dd.rules.response import (
+    AVERAGE_RATES,
+    GRADIENT,
+    WEIGHT,
+    Combination,
+    Response,
+    after_step,
+    average_name,
+    state_name,
+)
+from dd.samples.placement import Placement
+from dd.support.blocks import row_blocks
+
+__all__ = ["ResponseShadows", "shadow_key"]
+
+
+def shadow_key(name: str) -> str:
+    """Key, in the state of the decoupled weight, of the shadow of a quantity."""
+    return KEY if name == WEIGHT else f"{KEY}.{name}"
+
+
+class ResponseShadows(KeptShadows):
+    """Shadows of the weight, of averages of its gradients, and of the optimizer's own state."""
+
+    def move(
+        self,
+        state: dict[str, Any],
+        placement: Placement | None,
+        terms: ShadowTerms | None,
+        response: Response,
+        *,
+        averages: bool,
+    ) -> None:
+        """Move them with a step.
+
+        Args:
+            state: of the decoupled weight, with its shadows made.
+            placement: the samples of the step; None for all.
+            terms: what drives the shadow of the gradient; None for a step on no gradient.
+            response: of the optimizer.
+            averages: whether averages of the gradients are kept.
+        """
+        names = [WEIGHT, *(average_name(i) for i in range(len(AVERAGE_RATES) * averages))]
+        names += [state_name(key) for key in response.states]
+        keys = [shadow_key(name) for name in names]
+        absent = placement is not None and placement.rows is not None
+        if not absent:
+            self.flush(state)
+        self._keep(state, keys)
+        if not absent or placement is None or placement.rows is None:
+            self.keys = keys
+            self._move_all(state, names, terms, response)
+            return
+        assert placement.rows_on_cpu is not None
+        self.begin(state, placement, keys)
+        self._move_rows(state, names, placement, terms, response)
+
+    def _keep(self, state: dict[str, Any], keys: list[str]) -> None:
+        """Make shadows of what begins to be followed, and forget what ends to be."""
+        known = [key for key in state if key.startswith(f"{KEY}.")]
+        ended = [key for key in known if key not in keys]
+        if ended or any(key not in state for key in keys):
+            self.flush(state)
+            self.keys = [key for key in self.keys if key in keys]
+        for key in ended:
+            del state[key]
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(state[KEY])
+
+    def _move_all(
+        self,
+        state: dict[str, Any],
+        names: list[str],
+        terms: ShadowTerms | None,
+        response: Response,
+    ) -> None:
+        shadow: Tensor = state[KEY]
+        bins, count, width = shadow.shape
+        for rows in row_blocks(count, bins * width, shadow.device):
+            some = {name: state[shadow_key(name)][:, rows] for name in names}
+            gradient = None
+            if terms is not None:
+                gradient = terms.gradient_of(rows, terms.noise.relative_mass)
+            for name, value in _moved(some, gradient, terms, response).items():
+                some[name].copy_(value)
+
+    def _move_rows(
+        self,
+        state: dict[str, Any],
+        names: list[str],
+        placement: Placement,
+        terms: ShadowTerms | None,
+        response: Response,
+    ) -> None:
+        rows = placement.rows
+        assert rows is not None
+        assert placement.rows_on_cpu is not None
+        # Beside the batch's rows a basis moves: where it goes is the map of the absent.
+        shadow: Tensor = state[KEY]
+        bins, _, width = shadow.shape
+        total = len(names) * width
+        basis = torch.eye(total, dtype=shadow.dtype, device=shadow.device).expand(bins, -1, -1)
+        parts = basis.chunk(len(names), -1)
+        some = {
+            name: torch.cat([state[shadow_key(name)][:, rows], part], 1)
+            for name, part in zip(names, parts, strict=True)
+        }
+        gradient = None
+        if terms is not None:
+            mass = terms.noise.relative_mass
+            present = terms.gradient_of(slice(None), None if mass is None else mass[rows])
+            gradient = torch.cat([present, present.new_zeros(total, width)])
+        moved = _moved(some, gradient, terms, response)
+        for name, value in moved.items():
+            state[shadow_key(name)][:, rows] = value[:, : len(rows)]
+        step = torch.cat([moved[name][:, len(rows) :] for name in names], -1)
+        self.passed(state, step, placement.rows_on_cpu)
+
+
+def _moved(
+    before: Mapping[str, Tensor],
+    gradient: Tensor | None,
+    terms: ShadowTerms | None,
+    response: Response,
+) -> dict[str, Tensor]:
+    """The shadows of some rows after a step, each of shape (B, u, k).
+
+    Args:
+        before: the shadows of these rows, by the names of what they belong to.
+        gradient: G of these rows, scaled by their relative masses, shape (u, k).
+        terms: as in :meth:`ResponseShadows.move`.
+        response: of the optimizer.
+    """
+    shadow, known = before[WEIGHT], dict(before)
+    if terms is None or gradient is None:
+        known[GRADIENT] = torch.zeros_like(shadow)
+    else:
+        known[GRADIENT] = terms.shadow_gradient(shadow, slice(None), gradient)
+    found: dict[str, Tensor] = {}
+    for position, rate in enumerate(AVERAGE_RATES):
+        name = average_name(position)
+        if name in before:
+            found[name] = known[name] = torch.lerp(known[GRADIENT], before[name], rate)
+    for key, change in response.states.items():
+        name = state_name(key)
+        found[name] = known[after_step(name)] = before[name] + _of(change, known)
+    found[WEIGHT] = shadow + _of(response.weight, known)
+    return found
+
+
+def _of(change: Combination, known: Mapping[str, Tensor]) -> Tensor:
+    return combined([known[name] for name in change.names], change.coefficients)

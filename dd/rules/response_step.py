@@ -1,0 +1,217 @@
+"""One step of an optimizer of any kind, seen from before and from after."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.correction.attachment import Attachment
+from dd.correction.capture import StepGradients
+from dd.correction.optimizer_state import OptimizerState
+from dd.correction.shadow_step import ShadowStep, StepMeasures
+from dd.correction.training_forward import full_precision, refuse_capture
+from dd.correction.weight_gradient import weight_edit
+from dd.rules.response import (
+    AVERAGE_RATES,
+    OptimizerStep,
+    Response,
+    ResponseIdentifier,
+    average_name,
+)
+from dd.rules.response_shadows import ResponseShadows
+from dd.rules.value_clipping import unclipped_gradient
+from dd.watch.step_watches import Unwatched
+
+__all__ = ["ResponseStep", "own_states", "require_unmoved"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Due:
+    """What a step is to be compared with; gradient and measures of none are None."""
+
+    before: Tensor
+    states: dict[str, Tensor]
+    gradient: Tensor | None
+    step: ShadowStep
+    measures: StepMeasures | None
+
+
+class ResponseStep:
+    """Moves shadows by the response that is identified of each step.
+
+    Args:
+        attachment: the bond to the model, whose shadows are :class:`ResponseShadows`.
+        store: what is kept of each parameter.
+        optimizer: moves the decoupled weight.
+
+    Attributes:
+        identifier: knows what was found so far.
+        response: of the last step, or None.
+    """
+
+    def __init__(
+        self, attachment: Attachment, store: OptimizerState, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._attachment, self._store, self._optimizer = attachment, store, optimizer
+        self._due: _Due | None = None
+        self.identifier = ResponseIdentifier()
+        self.response: Response | None = None
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Look at what the step will be made from.
+
+        Raises:
+            RuntimeError: as :meth:`dd.correction.shadow_step.ShadowStep.measure`.
+            FloatingPointError: likewise.
+        """
+        attachment, weight = self._attachment, self._attachment.weight
+        self._due = None
+        attachment.require_own()
+        refuse_capture("step()")
+        if self._is_skipped():
+            return
+        step = ShadowStep(attachment, self._store, Unwatched(), 1.0)
+        with full_precision(weight):
+            gradient, measures = None, None
+            if attachment.pending:
+                edited = _EditedGradient(self._unscaling())
+                measures = step.measure(edited)
+                gradient = edited.gradient
+            else:
+                step.require_idle()
+            states = self.identifier.watched(own_states(self._optimizer, weight))
+            kept = {key: value.clone() for key, value in states.items()}
+            self._due = _Due(weight.detach().clone(), kept, gradient, step, measures)
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Move the shadows as the weight was moved.
+
+        Raises:
+            RuntimeError: if a tensor of the optimizer's state has vanished.
+            ValueError: if the layer has too few inputs to tell the response.
+        """
+        due, self._due = self._due, None
+        attachment, weight = self._attachment, self._attachment.weight
+        if due is None:
+            # A gradient scaler has found what is not finite.
+            attachment.drop()
+            attachment.samples.release()
+            return
+        state = self._store.of(weight)
+        if due.measures is None and state.get("shadow") is None:
+            return
+        with full_precision(weight):
+            terms, placement = None, None
+            if due.measures is not None:
+                terms, placement = due.step.begin(due.measures), due.measures.pushes.placement
+            step = self._step(due, state)
+            self.response = response = self.identifier.identify(step)
+            averages = self.identifier.averages
+            shadows = attachment.shadows
+            assert isinstance(shadows, ResponseShadows)
+            shadows.move(state, placement, terms, response, averages=averages)
+            for position, average in enumerate(step.averages if averages else []):
+                state[_average_key(position)] = average
+            attachment.remember_weight(state)
+        due.step.finish()
+
+    def drop(self) -> None:
+        """Forget a step that was begun."""
+        self._due = None
+
+    def _step(self, due: _Due, state: dict[str, Any]) -> OptimizerStep:
+        weight = self._attachment.weight.detach()
+        gradient = torch.zeros_like(weight) if due.gradient is None else due.gradient
+        averages = []
+        for position, rate in enumerate(AVERAGE_RATES):
+            kept = state.get(_average_key(position))
+            averages.append((1 - rate) * gradient if kept is None else gradient.lerp(kept, rate))
+        states = self.identifier.watched(own_states(self._optimizer, self._attachment.weight))
+        directions = self._signal_directions()
+        return OptimizerStep(due.before, weight, gradient, due.states, states, averages, directions)
+
+    def _signal_directions(self) -> Tensor | None:
+        """Span of the component means, in which a gradient is no noise, or None."""
+        noise = self._attachment.noise_of_all
+        if noise is None:
+            return None
+        if noise.mean_directions is None and noise.is_in_both_forms:
+            noise = noise.with_means_apart()
+        directions = noise.mean_directions
+        # All directions would leave nothing.
+        if directions is None or directions.shape[1] == directions.shape[0]:
+            return None
+        return directions
+
+    def _is_skipped(self) -> bool:
+        # Set by a gradient scaler that leaves all the rest to a fused update.
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _unscaling(self) -> float:
+        scale = getattr(self._optimizer, "grad_scale", None)
+        return 1.0 if scale is None else 1.0 / float(scale)
+
+
+class _EditedGradient:
+    """Finds the gradient that an optimizer sees, and its scale over what was delivered."""
+
+    gradient: Tensor
+
+    def __init__(self, unscaling: float) -> None:
+        self._unscaling = unscaling
+
+    def __call__(self, attachment: Attachment, pushes: StepGradients) -> float | Tensor:
+        weight = attachment.weight
+        assert weight.grad is not None
+        try:
+            edit = weight_edit(attachment, pushes)
+            self.gradient = weight.grad.detach().to(weight.dtype) * self._unscaling
+        except RuntimeError as error:
+            if attachment.ranks.size > 1:
+                raise
+            try:
+                found, edit = unclipped_gradient(attachment, pushes)
+            except ValueError:
+                raise error from None
+            self.gradient = found.to(weight.dtype) * self._unscaling
+        return edit * self._unscaling
+
+
+def _average_key(position: int) -> str:
+    return f"gradient_{average_name(position)}"
+
+
+def own_states(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
+    """Tensors of a weight's shape in an optimizer's state of it, by their keys."""
+    state = optimizer.state.get(weight, {})
+    return {
+        key: value.detach()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point()
+    }
+
+
+def _has_moved(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    """Whether an optimizer has made steps on a weight."""
+    state = optimizer.state.get(weight, {})
+    if "step" in state:
+        return float(state["step"]) > 0
+    return any(bool(value.count_nonzero()) for value in own_states(optimizer, weight).values())
+
+
+def require_unmoved(optimizer: torch.optim.Optimizer, attachment: Attachment) -> None:
+    """Check that an optimizer without shadows has made no steps.
+
+    Raises:
+        RuntimeError: if it has.
+    """
+    if _has_moved(optimizer, attachment.weight):
+        raise RuntimeError(
+            f"dd.decouple: {type(optimizer).__name__} has made steps on layer {attachment.name!r} "
+            "without correction. Call dd.decouple before the first step, or load the tracker's "
+            "state as well as the optimizer's."
+        )
