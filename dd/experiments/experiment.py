@@ -276,7 +276,8 @@ class Experiment(Output):
         if kept is not None:
             require_same_data(origin, split, _source(config))
         elif self.kept is not None:
-            origin["directory"] = self.kept["origin"]["directory"]
+            # Of a later trial the data alone are its own.
+            origin = {**self.kept["origin"], "data": origin["data"]}
         split = split.to(self.device)
         if config.get("theory", False):
             check_theory(config, split)

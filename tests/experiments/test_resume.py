@@ -483,8 +483,15 @@ def interrupted_after_file(folder: Path, *overrides: str) -> Path:
     """A run from f.npz in the current directory, interrupted at its seventh update."""
     np.savez(Path.cwd() / "f.npz", **made_data())
     given = [*FROM_FILE, "data.path=f.npz", *SMALL[5:], *overrides]
-    config = composed(*given)
-    update, left = training._update, iter(range(6))
+    with interrupted_after(6):
+        Experiment(composed(*given), folder).run()
+    return folder
+
+
+@contextlib.contextmanager
+def interrupted_after(updates: int) -> Iterator[None]:
+    """Interrupt what runs in here after so many updates."""
+    update, left = training._update, iter(range(updates))
 
     def interrupting(*arguments: Any) -> int:
         if next(left, None) is None:
@@ -494,8 +501,7 @@ def interrupted_after_file(folder: Path, *overrides: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_update", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            Experiment(config, folder).run()
-    return folder
+            yield
 
 
 @pytest.fixture
@@ -583,6 +589,23 @@ def test_the_second_trial_is_held_against_its_own_data(tmp_path, monkeypatch):
     again = go_on(tmp_path / "at_30")
     assert_same_run(tmp_path / "run", tmp_path / "at_30")
     assert again.kept["trial"] == 1
+
+
+def test_a_run_that_was_interrupted_in_two_trials_goes_on(tmp_path, monkeypatch):
+    """What the first resumption changed, as where its data are, is not what the run began with."""
+    monkeypatch.chdir(tmp_path)
+    trials = ("trials=2", "together=false")
+    folder = interrupted_after_file(tmp_path / "run", *trials)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with interrupted_after(12), monkeypatch.context() as patch:
+        patch.setattr(dd, "__version__", "0.0.9")
+        go_on(folder, "tracking.report=true")
+    again = go_on(folder)
+    assert (again.kept["trial"], again.history.records[-1].step) == (1, 12)
+    assert [note for note in again.notes if "the run began with" in note] == [
+        "the run began with dd 0.1.0 and went on with 0.0.9"
+    ]
 
 
 # --- What goes with it -----------------------------------------------------------------------
