@@ -129,11 +129,11 @@ class Experiment(Output):
                 self._run()
 
     def _run(self) -> None:
-        self.wandb = WandbSession.of_settings(
-            self.config.tracking.wandb, self.config.name, self.folder, self.results.token
-        )
         display = ProgressDisplay() if self.config.tracking.progress else None
         try:
+            self.wandb = WandbSession.of_settings(
+                self.config.tracking.wandb, self.config.name, self.folder, self.results.token
+            )
             self.wandb.settle()
             with display or nullcontext():
                 self._train_all(display)
@@ -153,7 +153,7 @@ class Experiment(Output):
             self._draw(finished=True)
             self._compare()
         finally:
-            self._write_report()
+            self._write_report(finished=True)
 
     def _train_all(self, display: ProgressDisplay | None) -> None:
         first = 0 if self.kept is None else self.kept["trial"]

@@ -164,7 +164,7 @@ class Output:
             self.results.note([f"{self.figure.name} could not be drawn: {error}"])
             self._write_summary(finished=finished)
 
-    def _write_report(self) -> None:
+    def _write_report(self, *, finished: bool = False) -> None:
         """Write the report from what is in the folder; without it the run has lost nothing."""
         # A run of an earlier version has no such setting.
         wanted = self.config.tracking.get("report", True) and self.processes.leads
@@ -180,6 +180,7 @@ class Output:
             with suppress(OSError):
                 (self.folder / "report.html").unlink(missing_ok=True)
             self.results.note([f"report.html could not be written: {error}"])
+            self._write_summary(finished=finished)
 
     def _write_summary(self, *, finished: bool) -> None:
         self.results.note(self.wandb.notes)

@@ -13,6 +13,7 @@ import pytest
 
 from dd.experiments.experiment import Experiment
 from dd.experiments.interruption import Interruption, exit_code, interruptible
+from dd.report import page
 from dd.runs.folder import read_run
 from dd.tracking import figures
 from dd.tracking.any_backend import any_backend
@@ -113,6 +114,19 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch
     assert "train_vs_test.png could not be drawn: no such font" in summary["notes"]
     assert (tmp_path / "report.html").exists()
     assert not experiment.figure.exists()
+
+
+def test_a_report_that_cannot_be_written_is_noted_beside_what_was_found(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("no such template")
+
+    monkeypatch.setattr(page, "write_report", broken)
+    experiment = Experiment(configure("optimizers=[gd]"), tmp_path)
+    experiment.run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"]
+    assert "report.html could not be written: no such template" in summary["notes"]
+    assert summary["notes"] == experiment.notes
 
 
 def test_the_backend_of_the_environment_is_not_needed(tmp_path):
