@@ -422,12 +422,12 @@ def test_a_checkpoint_of_another_format_is_told(interrupted, content):
 @pytest.mark.parametrize(
     ("group", "key", "value", "message"),
     [
-        ("model", "width", 9, r"model\.width is 9, and was 8"),
-        ("data", "noise", 2.0, r"data\.noise is 2\.0, and was 1\.0"),
-        (None, "optimizers", ["gd"], r"optimizers is \[gd\], and was \[gd,dd\]"),
-        (None, "trials", 3, "trials is 3, and was 1"),
-        (None, "steps", 40, "steps is 40, and was 22"),
-        (None, "seed", 1, "seed is 1, and was 0"),
+        ("model", "width", 9, r"model\.width was 8 and is 9"),
+        ("data", "noise", 2.0, r"data\.noise was 1\.0 and is 2\.0"),
+        (None, "optimizers", ["gd"], r"optimizers was \[gd,dd\] and is \[gd\]"),
+        (None, "trials", 3, "trials was 1 and is 3"),
+        (None, "steps", 40, "steps was 22 and is 40"),
+        (None, "seed", 1, "seed was 0 and is 1"),
     ],
 )
 def test_an_edited_configuration_is_told(interrupted, group, key, value, message):
@@ -451,7 +451,7 @@ def test_a_configuration_written_in_other_words_is_the_same(interrupted, runs):
 def test_a_checkpoint_of_another_run_is_told(interrupted, tmp_path):
     run_with_snapshots(tmp_path / "other", set(), "lr=0.3")
     shutil.copy(tmp_path / "other" / "checkpoint.pt", interrupted)
-    with pytest.raises(ValueError, match=r"are not of one run: .*lr is 0\.2, and was 0\.3"):
+    with pytest.raises(ValueError, match=r"are not of one run: .*lr was 0\.3 and is 0\.2"):
         go_on(interrupted)
 
 

@@ -164,21 +164,26 @@ def search(storage, monkeypatch, *overrides):
     config = configure("hydra/sweeper=tracked", *overrides, hydra=True)
     OmegaConf.set_struct(config, False)
     config.hydra.sweeper.storage = {"_target_": "a.storage"}
-    config.hydra.overrides.task = list(overrides)
     return config
 
 
 def test_a_stored_study_is_bound_to_its_settings_and_data(tmp_path, monkeypatch):
+    """Wherever they stand: on the command line, which nothing here tells apart, or in a file."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     optuna = pytest.importorskip("optuna")
     storage = optuna.storages.InMemoryStorage()
     data = tmp_path / "f.csv"
     data.write_text("1,2")
-    first = ("lr=0.1", "tracking.progress=false", f"+data.path={data}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    follows = "+data.progress=${tracking.progress}"
+    first = ("lr=0.1", "tracking.progress=false", follows, "+data.path='~/f.csv'")
     bind_study(search(storage, monkeypatch, *first))
     study = optuna.load_study(study_name="tracked", storage=storage)
     study.tell(study.ask(), 0.5)
-    bind_study(search(storage, monkeypatch, *first, "tracking.record_every=1"))
+    idle = ("tracking.record_every=1", "tracking.progress=true")
+    bind_study(search(storage, monkeypatch, *first, *idle))
+    with pytest.raises(ValueError, match=r"settings: data\.noise was 1\.0 and is 2\.0\. Its best"):
+        bind_study(search(storage, monkeypatch, *first, "data.noise=2.0"))
     with pytest.raises(ValueError, match=r"1 trials of other settings: lr was 0\.1 and is 0\.2"):
         bind_study(search(storage, monkeypatch, "lr=0.2", *first[1:]))
     data.write_text("1,3")
