@@ -83,10 +83,8 @@ class Experiment(Output):
         self.schedule = Schedule(
             self.config.steps, tracking.record_every, tracking.checkpoint_every
         )
-        # A run of an earlier version has no such setting.
-        every = tracking.get("record_every_auto", tracking.record_every)
-        check_count("tracking.record_every_auto", every)
-        self.schedule_auto = replace(self.schedule, record_every=every)
+        check_count("tracking.record_every_auto", tracking.record_every_auto)
+        self.schedule_auto = replace(self.schedule, record_every=tracking.record_every_auto)
         check_settings(tracking.wandb)
         self.device = choose_device(self.processes.device(self.config.device))
         if self.kept is None:
@@ -137,8 +135,7 @@ class Experiment(Output):
             self.wandb.settle()
             with display or nullcontext():
                 self._train_all(display)
-            # A run of an earlier version has no such setting.
-            if self.config.get("theory", False) and self.processes.leads:
+            if self.config.theory and self.processes.leads:
                 self._predict()
         except BaseException:
             # On a full disk this fails too, and the first error says more. A run that could not go
@@ -279,7 +276,7 @@ class Experiment(Output):
             # Of a later trial the data alone are its own.
             origin = {**self.kept["origin"], "data": origin["data"]}
         split = split.to(self.device)
-        if config.get("theory", False):
+        if config.theory:
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
         if split.reading is not None:

@@ -166,8 +166,7 @@ class Output:
 
     def _write_report(self, *, finished: bool = False) -> None:
         """Write the report from what is in the folder; without it the run has lost nothing."""
-        # A run of an earlier version has no such setting.
-        wanted = self.config.tracking.get("report", True) and self.processes.leads
+        wanted = self.config.tracking.report and self.processes.leads
         if not wanted or not self.history.records:
             return
         try:

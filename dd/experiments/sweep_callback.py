@@ -63,7 +63,7 @@ def conclude() -> None:
         failures.append(f"the jobs of {folder} could not be gathered: {error}")
         sys.stderr.write(failures[-1] + "\n")
         return
-    if config.tracking.get("report", True):
+    if config.tracking.report:
         _report(sweep)
     searches = not config.hydra.sweeper["_target_"].endswith(".BasicSweeper")
     # To diverge is an answer that a search asks for.

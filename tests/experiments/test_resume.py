@@ -216,7 +216,8 @@ def test_the_history_may_be_older_or_younger_than_the_checkpoint(tmp_path):
 
 
 def test_killed_between_the_last_checkpoint_and_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr(Experiment, "_write_results", lambda *_, **__: None)
+    for write in ("_write_results", "_write_report"):
+        monkeypatch.setattr(Experiment, write, lambda *_, **__: None)
     run_with_snapshots(tmp_path / "killed", set())
     monkeypatch.undo()
     run_with_snapshots(tmp_path / "run", set())
