@@ -1,10 +1,11 @@
 """What the documents say of the repository."""
 
-import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from scripts.draw_rooms import floors, picture, stairs
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
@@ -34,16 +35,14 @@ def test_columns_chosen_by_labels_are_spoken_of_where_nothing_can_warn(place):
     assert re.search(r"chosen by the labels of (the same|these) samples", words)
 
 
-def test_rooms_are_drawn_as_they_are(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    picture = importlib.import_module("draw_rooms").picture(REPOSITORY / "dd")
+def test_rooms_are_drawn_as_they_are():
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert picture in text, "CONTRIBUTING.md lacks what `python scripts/draw_rooms.py` prints"
+    assert picture(REPOSITORY / "dd") in text, (
+        "CONTRIBUTING.md lacks what `python scripts/draw_rooms.py` prints"
+    )
 
 
-def test_stairs_are_the_arrows_that_no_others_imply(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    rooms = importlib.import_module("draw_rooms")
+def test_stairs_are_the_arrows_that_no_others_imply():
     arrows = {"a": {"b", "c", "d"}, "b": {"c"}, "c": set(), "d": set()}
-    assert rooms.stairs(arrows) == {"a": {"b", "d"}, "b": {"c"}, "c": set(), "d": set()}
-    assert rooms.floors(arrows) == {"a": 2, "b": 1, "c": 0, "d": 0}
+    assert stairs(arrows) == {"a": {"b", "d"}, "b": {"c"}, "c": set(), "d": set()}
+    assert floors(arrows) == {"a": 2, "b": 1, "c": 0, "d": 0}

@@ -24,7 +24,6 @@ from dd.support.files import replacing, write_json, write_rows
 from dd.support.folder_lock import FolderLocked
 from dd.sweep.job import FILE, read_job
 from dd.theory.state_evolution import StateEvolution
-from dd.tracking.any_backend import any_backend
 from dd.tracking.history import History
 from dd.tracking.wandb_comparison import compared, comparison_figures
 from dd.tracking.wandb_logging import WandbRun
@@ -154,8 +153,7 @@ class Output:
         validation = self.results.validation()
         try:
             # Imported here, because matplotlib would double the time to an error message.
-            with any_backend():
-                from dd.tracking.figures import train_vs_test
+            from dd.tracking.figures import train_vs_test
 
             train_vs_test(self.history, self.figure, self.config.name, theory, validation)
         except Exception as error:
@@ -171,8 +169,7 @@ class Output:
             return
         try:
             # Imported here, because it would double the time to an error message.
-            with any_backend():
-                from dd.report.page import write_report
+            from dd.report.page import write_report
 
             self.report = write_report(self.folder)
         except Exception as error:

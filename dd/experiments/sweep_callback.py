@@ -14,7 +14,6 @@ from dd.support.folder_lock import FolderLocked, folder_lock_of
 from dd.sweep.job import read_job
 from dd.sweep.show import show
 from dd.sweep.table import Sweep, gather, job_folders
-from dd.tracking.any_backend import any_backend
 
 __all__ = ["Gather", "conclude", "failures"]
 
@@ -98,8 +97,7 @@ def _report(sweep: Sweep) -> None:
     """Write a report that compares the jobs; there is nothing to lose by a failure any more."""
     try:
         # Imported here, because the jobs of a parallel launcher need none of it.
-        with any_backend():
-            from dd.report.comparison import write_sweep_report
+        from dd.report.comparison import write_sweep_report
 
         path = write_sweep_report(sweep)
     except Exception as error:

@@ -129,11 +129,10 @@ def test_a_report_that_cannot_be_written_is_noted_beside_what_was_found(tmp_path
     assert summary["notes"] == experiment.notes
 
 
-def test_the_backend_of_the_environment_is_not_needed(tmp_path):
+@pytest.mark.parametrize("module", ["dd.tracking.figures", "dd.sweep.figure", "dd.report.charts"])
+def test_the_backend_of_the_environment_is_not_needed(module):
     program = (
-        "from dd.tracking.any_backend import any_backend\n"
-        "with any_backend():\n    import dd.tracking.figures\n"
-        "import os, matplotlib\n"
+        f"import {module}, os, matplotlib\n"
         "print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])\n"
     )
     for backend, then in (("module://nobody.knows", None), ("pdf", "pdf")):
