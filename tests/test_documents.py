@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from scripts.draw_rooms import floors, picture, stairs
 
@@ -24,6 +25,17 @@ def test_programs_named_exist(path):
     text = path.read_text(encoding="utf-8")
     for program in re.findall(r"\b((?:scripts|benchmarks|tests)/[\w/]+\.py)\b", text):
         assert (REPOSITORY / program).exists(), program
+
+
+def test_settings_of_the_readme_can_be_typed():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| override | meaning |")[2].partition("\n\n")[0]
+    typed = re.findall(r"`([^`]*)`", " ".join(line.split("|")[1] for line in table.split("\n")[2:]))
+    words = [w.replace("…", "x") for each in typed for w in each.split() if "=" in w]
+    assert len(words) > 20
+    parser = OverridesParser.create()
+    for word in words:
+        parser.parse_override(word.removeprefix("--"))
 
 
 @pytest.mark.parametrize(
