@@ -40,7 +40,8 @@ class Gather(Callback):
             bind_study(config)
         # Hydra would only warn of it, and begin.
         except Exception as error:
-            sys.exit(f"error: {error}")
+            # Optuna fails without a word where a storage and it do not fit.
+            sys.exit(f"error: {str(error) or repr(error)}")
         _going_on.append(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

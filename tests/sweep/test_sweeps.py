@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 from omegaconf import OmegaConf
 
+from dd.experiments import sweep_callback
 from dd.experiments.experiment import Experiment
 from dd.experiments.sweep_study import bind_study
 from dd.support.folder_lock import FolderLocked
@@ -199,6 +200,16 @@ def test_a_study_of_unknown_settings_is_refused(monkeypatch):
     study.tell(study.ask(), 0.5)
     with pytest.raises(ValueError, match=r"1 trials of unknown settings.*study_name="):
         bind_study(search(storage, monkeypatch, "lr=0.1"))
+
+
+def test_a_study_that_cannot_be_read_ends_the_search_with_a_reason(tmp_path, monkeypatch):
+    def broken(config):
+        raise AssertionError
+
+    monkeypatch.setattr(sweep_callback, "bind_study", broken)
+    config = configure(f"hydra.sweep.dir={tmp_path}", hydra=True)
+    with pytest.raises(SystemExit, match=r"error: AssertionError\(\)"):
+        sweep_callback.Gather().on_multirun_start(config)
 
 
 @pytest.mark.slow
