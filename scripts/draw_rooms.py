@@ -16,32 +16,51 @@ def room(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-def rooms(package: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """What every room is for, by its docstring's first line, and the rooms that it imports."""
-    purpose: dict[str, str] = {}
-    imported: dict[str, set[str]] = {}
-    names = {
-        path: ".".join(path.relative_to(package.parent).with_suffix("").parts)
+def modules(package: Path) -> dict[str, Path]:
+    """Every module of a package by its name, and its file."""
+    files = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts): path
         for path in sorted(package.rglob("*.py"))
     }
-    modules = {name.removesuffix(".__init__") for name in names.values()}
-    for path, name in names.items():
-        tree, own = (
-            ast.parse(path.read_text(encoding="utf-8")),
-            room(name.removesuffix(".__init__")),
-        )
-        if name.removesuffix(".__init__") == own:
-            purpose[own] = (ast.get_docstring(tree) or "").partition("\n")[0]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                targets = {f"{node.module}.{alias.name}" for alias in node.names} & modules
-                targets = targets or {node.module} & modules
-            elif isinstance(node, ast.Import):
-                targets = {alias.name for alias in node.names} & modules
-            else:
-                continue
-            imported.setdefault(own, set()).update(map(room, targets))
-    return purpose, {name: imported.get(name, set()) - {name} for name in purpose}
+    return {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+
+def arrows(package: Path) -> dict[str, set[str]]:
+    """Every module of a package, and those that it imports, in functions and for its types too.
+
+    Raises:
+        ValueError: if one imports relatively, so that its file alone does not tell what.
+    """
+    files = modules(package)
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        targets: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                if node.level or node.module is None:
+                    raise ValueError(f"{name} imports relatively")
+                own = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= own & set(files) or {node.module}
+        found[name] = (targets & set(files)) - {name}
+    return found
+
+
+def rooms(package: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
+    """What every room is for, by its docstring's first line, and the rooms that it imports."""
+    trees = {
+        name: ast.parse(path.read_text(encoding="utf-8"))
+        for name, path in modules(package).items()
+        if name == room(name)
+    }
+    purpose = {
+        name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in trees.items()
+    }
+    imported: dict[str, set[str]] = {name: set() for name in purpose}
+    for name, targets in arrows(package).items():
+        imported[room(name)] |= set(map(room, targets)) - {room(name)}
+    return purpose, imported
 
 
 def floors(imported: Mapping[str, set[str]]) -> dict[str, int]:

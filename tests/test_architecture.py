@@ -7,6 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from scripts.draw_rooms import arrows, modules, room
+
 REPOSITORY = Path(__file__).parents[1]
 
 # From top to bottom: a room imports from itself and from rooms in lines below its own. Rooms of one
@@ -34,30 +38,9 @@ LAYERS = """
 """
 MOST_MODULES, MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_POSITIONAL = 25, 400, 60, 6
 
-FILES = sorted((REPOSITORY / "dd").rglob("*.py"))
-NAMES = {path: ".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in FILES}
-MODULES = {name.removesuffix(".__init__"): path for path, name in NAMES.items()}
+MODULES = modules(REPOSITORY / "dd")
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-
-
-def imported(name: str) -> set[str]:
-    """Every module of ``dd`` that a module imports, in functions and for its types too."""
-    found = set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
-            own = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (own & set(MODULES)) or {str(node.module)}
-    return (found & set(MODULES)) - {name}
-
-
-ARROWS = {name: imported(name) for name in MODULES}
-
-
-def room(name: str) -> str:
-    return ".".join(name.split(".")[:2])
+ARROWS = arrows(REPOSITORY / "dd")
 
 
 def circle(arrows: dict[str, set[str]]) -> list[str]:
@@ -91,13 +74,32 @@ def test_arrows_point_downwards():
     assert not wrong
 
 
+def test_arrows_are_all_imports_and_no_relative_ones(tmp_path):
+    package = tmp_path / "p"
+    (package / "a").mkdir(parents=True)
+    texts = {
+        "__init__": "",
+        "a/__init__": "import os, p.b",
+        "a/c": "def f():\n    from p import b\n    from p.a import NAME\n    from p.a.c import f",
+        "b": "if TYPE_CHECKING:\n    from p.a import c",
+    }
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text)
+    found = {"p": set(), "p.a": {"p.b"}, "p.a.c": {"p.a", "p.b"}, "p.b": {"p.a.c"}}
+    assert arrows(package) == found
+    assert room("p.a.c") == "p.a"
+    (package / "b.py").write_text("from . import a")
+    with pytest.raises(ValueError, match=r"p\.b imports relatively"):
+        arrows(package)
+
+
 def test_no_module_comes_back_to_itself():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert not circle(ARROWS)
 
 
 def test_folders_are_small():
-    folders = {path.parent for path in FILES}
+    folders = {path.parent for path in MODULES.values()}
     sizes = {str(f.relative_to(REPOSITORY)): len(list(f.glob("*.py"))) for f in folders}
     assert {f: size for f, size in sizes.items() if size > MOST_MODULES} == {}
 
@@ -142,9 +144,8 @@ def test_arguments_are_few_or_named():
 
 
 def test_every_room_says_what_it_is_for():
-    inits = [name for path, name in NAMES.items() if path.name == "__init__.py"]
-    docs = {n: ast.get_docstring(TREES[n.removesuffix(".__init__")]) or "" for n in inits}
-    rooms = {n: doc.split() for n, doc in docs.items() if n != "dd.__init__"}
+    inits = [n for n, path in MODULES.items() if path.name == "__init__.py" and n != "dd"]
+    rooms = {n: (ast.get_docstring(TREES[n]) or "").split() for n in inits}
     assert [n for n, words in rooms.items() if not {"In:", "Out:"} <= set(words)] == []
 
 

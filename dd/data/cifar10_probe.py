@@ -115,7 +115,7 @@ def cifar10_probe(
         train_inputs, test_inputs = features.split([len(train), len(test)])
     else:
         train_inputs, test_inputs = (torch.from_numpy(native(x)).flatten(1) for x in (train, test))
-    train_inputs, test_inputs = standardise(train_inputs, test_inputs, scaling)
+    train_inputs, test_inputs, _ = standardise(train_inputs, test_inputs, scaling)
     targets = torch.from_numpy(content.train_labels[train_rows])
     return Split(
         train_inputs=train_inputs,

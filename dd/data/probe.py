@@ -9,22 +9,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dd.data.constant import constant_columns
 from dd.data.counts import sample_count
 from dd.data.reading import DataWarning, Reading
-from dd.data.sample_file import Samples, check_finite, read_samples
+from dd.data.sample_file import check_finite, read_samples
 from dd.data.seeding import generator
 from dd.data.split import Split
 from dd.data.standardise import check_scaling, standardise
 from dd.data.tables.agreement import aligned, doubts_of, order_doubts
 from dd.data.tables.labels import numbered
+from dd.data.tables.listed import listed
+from dd.data.tables.samples import Samples
 
 __all__ = ["probe"]
 
 REMEDY = "point data.path at a larger file"
 # Of fewer samples a class has no spread to speak of.
 FEW = 5
-SHOWN = 8
 
 
 def probe(
@@ -101,20 +101,19 @@ def probe(
         doubts += doubts_of(train, test, divided=test_share is not None)
     features = torch.from_numpy(train.features)
     empty = features[:0] if test is None else torch.from_numpy(test.features)
-    inputs, test_inputs = standardise(features, empty, scaling)
-    others = () if test is None else (test.source, *test.notes)
+    inputs, test_inputs, constant = standardise(features, empty, scaling)
+    theirs = () if test is None else test.notes
     files = [str(path)] if test_path is None else [str(path), str(test_path)]
-    constant = np.nonzero(constant_columns(train.features))[0].tolist()
     few = [f"class {name!r} has {n} training samples" for name, (n, _) in counts.items() if n < FEW]
     reading = Reading(
         files=files,
         train_samples=len(targets),
         test_samples=len(test_targets),
         features=train.features.shape[1],
-        left_out=dict(train.left_out),
-        constant=[train.names[place] for place in constant],
+        left_out=_left_out(train, test),
+        constant=[name for name, same in zip(train.names, constant, strict=True) if same],
         classes=counts,
-        notes=list(dict.fromkeys([*train.notes, *others[1:], *label_notes, *few])),
+        notes=list(dict.fromkeys([*train.notes, *theirs, *label_notes, *few])),
         doubts=doubts,
     )
     for doubt in doubts:
@@ -176,11 +175,19 @@ def _check_named(setting: str, names: Sequence[str], train: Samples, test: Sampl
         there |= {*test.names, *test.left_out}
     for name in names:
         if name not in there:
-            some = ", ".join(map(repr, list(train.names)[:SHOWN]))
-            more = "" if len(train.names) <= SHOWN else f" and {len(train.names) - SHOWN} more"
             raise ValueError(
-                f"{train.source} has no column {name!r} but {some}{more}; correct {setting}"
+                f"{train.source} has no column {name!r} but {listed(train.names)}; correct "
+                f"{setting}"
             )
+
+
+def _left_out(train: Samples, test: Samples | None) -> dict[str, str]:
+    """Columns of either file that are no features, and why."""
+    found = dict(train.left_out)
+    if test is not None:
+        for name, why in test.left_out.items():
+            found.setdefault(name, f"{why}, in {test.source} alone")
+    return found
 
 
 def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
@@ -229,7 +236,7 @@ def _counted(
     if empty:
         raise ValueError(
             f"{source}: the num_train={len(targets)} samples drawn have none of class "
-            f"{', '.join(empty[:SHOWN])}; raise num_train"
+            f"{listed(empty, written=str)}; raise num_train"
         )
     return dict(zip(classes, zip(*both, strict=True), strict=True))
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dd.data.tables.listed import listed
+
 __all__ = ["DataWarning", "Reading", "described"]
 
 SHOWN = 20
@@ -53,14 +55,14 @@ def described(reading: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("features", str(reading["features"])),
         (
             "columns left out",
-            _listed([f"{name} ({why})" for name, why in reading["left_out"].items()]),
+            _all([f"{name} ({why})" for name, why in reading["left_out"].items()]),
         ),
-        ("constant, set to 0", _listed(reading["constant"])),
+        ("constant, set to 0", _all(reading["constant"])),
         # Files with a missing value are refused.
         ("missing values", "none"),
         (
             f"classes: samples to train{'/test' * tested}",
-            _listed(
+            _all(
                 [
                     f"{name}: {train}" + (f"/{test}" if tested else "")
                     for name, (train, test) in reading["classes"].items()
@@ -72,6 +74,5 @@ def described(reading: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows + [("WARNING", doubt) for doubt in reading["doubts"]]
 
 
-def _listed(words: Sequence[str]) -> str:
-    more = "" if len(words) <= SHOWN else f" and {len(words) - SHOWN} more"
-    return (", ".join(words[:SHOWN]) or "none") + more
+def _all(words: Sequence[str]) -> str:
+    return listed(words, SHOWN, str) or "none"

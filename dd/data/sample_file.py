@@ -1,88 +1,21 @@
 """A user's own features and labels from one file: .npz, .csv or .parquet."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dd.data.tables.labels import Labels
 from dd.data.tables.npz_samples import read_npz
 from dd.data.tables.row_numbers import is_nameless, looks_like_identifier, row_number
+from dd.data.tables.samples import Samples
 from dd.data.tables.table_file import read_table
 
-__all__ = ["Samples", "check_finite", "read_samples"]
-
-Array = npt.NDArray[Any]
+__all__ = ["check_finite", "read_samples"]
 
 TABLES = (".csv", ".parquet")
 SHOWN = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Features and labels as they stand in a file.
-
-    Attributes:
-        source: what they are called in messages.
-        features: shape (n, d), float64.
-        labels: one a sample.
-        names: of the d features; their numbers in the file where they have no names.
-        named: whether the names are the file's own.
-        exact: features that float64 rounds, by their place, as Python's integers, shape (n,).
-        left_out: columns of the file that are none of the features, and why.
-        notes: on how the file was understood.
-    """
-
-    source: str
-    features: npt.NDArray[np.float64]
-    labels: Labels
-    names: Sequence[str]
-    named: bool
-    exact: Mapping[int, npt.NDArray[np.object_]] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-    def rows(self, index: npt.NDArray[np.int64]) -> "Samples":
-        """Return some samples."""
-        return replace(
-            self,
-            features=self.features[index],
-            labels=self.labels.rows(index),
-            exact={place: values[index] for place, values in self.exact.items()},
-        )
-
-    def columns(self, names: Sequence[str]) -> "Samples":
-        """Return some features, in this order."""
-        if list(names) == list(self.names):
-            return self
-        place = {name: number for number, name in enumerate(self.names)}
-        order = [place[name] for name in names]
-        return replace(
-            self,
-            features=self.features[:, order],
-            names=list(names),
-            exact={new: self.exact[old] for new, old in enumerate(order) if old in self.exact},
-        )
-
-    def without(self, left_out: Mapping[str, str]) -> "Samples":
-        """Return the samples without some features, which are told why.
-
-        Raises:
-            ValueError: if none is left.
-        """
-        if not left_out:
-            return self
-        rest = [name for name in self.names if name not in left_out]
-        if not rest:
-            why = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
-            raise ValueError(
-                f"{self.source} has no feature ({why}); name those that are with data.keep=[...]"
-            )
-        return replace(self.columns(rest), left_out={**self.left_out, **left_out})
 
 
 def read_samples(
@@ -118,42 +51,19 @@ def read_samples(
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; point data.path=... at an .npz, .csv or .parquet")
     out, kept = [str(each) for each in drop], [str(each) for each in keep]
+    dropped = dict.fromkeys(out, "data.drop")
     if path.suffix.lower() in TABLES:
-        found = read_table(path, label, out, kept)
-        samples = Samples(
-            str(path),
-            found.features,
-            found.labels,
-            found.names,
-            True,
-            found.exact,
-            found.left_out,
-            found.notes,
-        )
-        return _without_row_numbers(samples, kept), None
+        table = read_table(path, label, out, kept)
+        return _without_row_numbers(table.without(dropped), kept), None
     if path.suffix.lower() != ".npz":
         raise ValueError(
             f"{path} cannot be read: its name must end in .npz, .csv or .parquet, which say what "
             "is in it; np.savez('samples.npz', features=features, labels=labels) writes such a file"
         )
-    arrays = read_npz(path)
-    parts = [
-        Samples(
-            part.source, part.features, part.labels, arrays.names, arrays.named, part.exact,
-            notes=arrays.notes if number == 0 else (),
-        )
-        for number, part in enumerate(arrays.parts)
-    ]  # fmt: skip
-    parts = [
-        part.without({name: "data.drop" for name in arrays.names if name in out}) for part in parts
-    ]
-    train = _without_row_numbers(parts[0], kept)
+    train, test = read_npz(path)
     # What is no feature of the training samples is none of the test samples.
-    return train, parts[1].without(_more(parts[0], train)) if len(parts) > 1 else None
-
-
-def _more(before: Samples, after: Samples) -> dict[str, str]:
-    return {name: why for name, why in after.left_out.items() if name not in before.left_out}
+    train = _without_row_numbers(train.without(dropped), kept)
+    return train, None if test is None else test.without(train.left_out)
 
 
 def _without_row_numbers(samples: Samples, keep: Sequence[str]) -> Samples:

@@ -21,7 +21,7 @@ def check_scaling(scaling: str) -> None:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
 
 
-def standardise(train: Tensor, test: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+def standardise(train: Tensor, test: Tensor, scaling: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return float32 rows of mean 0 in each coordinate of the training rows and mean square 1.
 
     A coordinate that is constant in the training rows, up to rounding, is 0 in all rows.
@@ -31,6 +31,9 @@ def standardise(train: Tensor, test: Tensor, scaling: str) -> tuple[Tensor, Tens
         test: shape (n_test, d), shifted and scaled as the training rows are.
         scaling: ``"coordinate"`` divides each coordinate by its own standard deviation,
             ``"global"`` all of them by one, the root of their mean variance.
+
+    Returns:
+        The training rows, the test rows, and which coordinates are constant, shape (d,).
 
     Raises:
         ValueError: if no coordinate varies, or a test row is so far off that it leaves the range
@@ -60,4 +63,4 @@ def standardise(train: Tensor, test: Tensor, scaling: str) -> tuple[Tensor, Tens
             f"{int(far.any(1).sum())} test samples are beyond 3.4e38 standard deviations of the "
             "training samples; are both in the same units?"
         )
-    return inputs, test_inputs
+    return inputs, test_inputs, ~varies

@@ -63,12 +63,13 @@ def validate(config: DictConfig) -> None:
         if not OmegaConf.is_dict(config[group]):
             raise ValueError(f"{group} must be a group of settings, got {config[group]!r}")
     for name in SWITCHES:
-        if not isinstance(config.get(name, False), bool):
+        if not isinstance(config[name], bool):
             raise ValueError(f"{name} must be true or false, got {config[name]!r}")
-    if "theory_paths" in config:
-        check_count("theory_paths", config.theory_paths, least=1000)
-    if config.get("resume") is not None:
-        raise ValueError("resume= belongs on the command line, beside no other settings")
+    check_count("theory_paths", config.theory_paths, least=1000)
+    if config.resume is not None:
+        raise ValueError(
+            "resume= belongs on the command line, and takes the settings from the folder it names"
+        )
     check_seed(config.seed)
     check_count("trials", config.trials)
     check_batch_size(config.data.get("batch_size"))

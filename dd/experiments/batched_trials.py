@@ -87,8 +87,7 @@ def batchable_groups(config: DictConfig, processes: int) -> list[BatchedTrials]:
         config: its list of optimizers settled.
         processes: that share the samples of every update.
     """
-    # A run of an earlier version has no such setting.
-    wanted = config.get("together", False) and config.trials > 1 and processes == 1
+    wanted = config.together and config.trials > 1 and processes == 1
     if not wanted or config.data.get("batch_size") is not None:
         return []
     groups: dict[Any, list[str]] = {}

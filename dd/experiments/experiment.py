@@ -83,10 +83,8 @@ class Experiment(Output):
         self.schedule = Schedule(
             self.config.steps, tracking.record_every, tracking.checkpoint_every
         )
-        # A run of an earlier version has no such setting.
-        every = tracking.get("record_every_auto", tracking.record_every)
-        check_count("tracking.record_every_auto", every)
-        self.schedule_auto = replace(self.schedule, record_every=every)
+        check_count("tracking.record_every_auto", tracking.record_every_auto)
+        self.schedule_auto = replace(self.schedule, record_every=tracking.record_every_auto)
         check_settings(tracking.wandb)
         self.device = choose_device(self.processes.device(self.config.device))
         if self.kept is None:
@@ -129,16 +127,15 @@ class Experiment(Output):
                 self._run()
 
     def _run(self) -> None:
-        self.wandb = WandbSession.of_settings(
-            self.config.tracking.wandb, self.config.name, self.folder, self.results.token
-        )
         display = ProgressDisplay() if self.config.tracking.progress else None
         try:
+            self.wandb = WandbSession.of_settings(
+                self.config.tracking.wandb, self.config.name, self.folder, self.results.token
+            )
             self.wandb.settle()
             with display or nullcontext():
                 self._train_all(display)
-            # A run of an earlier version has no such setting.
-            if self.config.get("theory", False) and self.processes.leads:
+            if self.config.theory and self.processes.leads:
                 self._predict()
         except BaseException:
             # On a full disk this fails too, and the first error says more. A run that could not go
@@ -153,7 +150,7 @@ class Experiment(Output):
             self._draw(finished=True)
             self._compare()
         finally:
-            self._write_report()
+            self._write_report(finished=True)
 
     def _train_all(self, display: ProgressDisplay | None) -> None:
         first = 0 if self.kept is None else self.kept["trial"]
@@ -276,9 +273,10 @@ class Experiment(Output):
         if kept is not None:
             require_same_data(origin, split, _source(config))
         elif self.kept is not None:
-            origin["directory"] = self.kept["origin"]["directory"]
+            # Of a later trial the data alone are its own.
+            origin = {**self.kept["origin"], "data": origin["data"]}
         split = split.to(self.device)
-        if config.get("theory", False):
+        if config.theory:
             check_theory(config, split)
         self.results.num_train = len(split.train_targets)
         if split.reading is not None:

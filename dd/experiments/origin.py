@@ -12,7 +12,7 @@ from torch import Tensor
 import dd
 from dd.data import Split
 from dd.experiments.assembly import settled
-from dd.report.settings import flat
+from dd.report.settings import differences, flat
 from dd.support.fingerprint import Fingerprints, fingerprint
 
 __all__ = ["changed_settings", "changed_versions", "origin_of", "require_same_data"]
@@ -46,11 +46,7 @@ def changed_settings(origin: Mapping[str, Any], config: DictConfig) -> list[str]
         flat(OmegaConf.to_container(each, resolve=False))  # type: ignore[arg-type]
         for each in (OmegaConf.create(origin["config"]), config)
     )
-    return [
-        f"{key} is {now.get(key, 'missing')}, and was {began.get(key, 'missing')}"
-        for key in dict.fromkeys([*began, *now])
-        if began.get(key) != now.get(key)
-    ]
+    return differences(began, now)
 
 
 def changed_versions(origin: Mapping[str, Any]) -> list[str]:

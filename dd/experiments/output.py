@@ -24,7 +24,6 @@ from dd.support.files import replacing, write_json, write_rows
 from dd.support.folder_lock import FolderLocked
 from dd.sweep.job import FILE, read_job
 from dd.theory.state_evolution import StateEvolution
-from dd.tracking.any_backend import any_backend
 from dd.tracking.history import History
 from dd.tracking.wandb_comparison import compared, comparison_figures
 from dd.tracking.wandb_logging import WandbRun
@@ -154,8 +153,7 @@ class Output:
         validation = self.results.validation()
         try:
             # Imported here, because matplotlib would double the time to an error message.
-            with any_backend():
-                from dd.tracking.figures import train_vs_test
+            from dd.tracking.figures import train_vs_test
 
             train_vs_test(self.history, self.figure, self.config.name, theory, validation)
         except Exception as error:
@@ -164,22 +162,21 @@ class Output:
             self.results.note([f"{self.figure.name} could not be drawn: {error}"])
             self._write_summary(finished=finished)
 
-    def _write_report(self) -> None:
+    def _write_report(self, *, finished: bool = False) -> None:
         """Write the report from what is in the folder; without it the run has lost nothing."""
-        # A run of an earlier version has no such setting.
-        wanted = self.config.tracking.get("report", True) and self.processes.leads
+        wanted = self.config.tracking.report and self.processes.leads
         if not wanted or not self.history.records:
             return
         try:
             # Imported here, because it would double the time to an error message.
-            with any_backend():
-                from dd.report.page import write_report
+            from dd.report.page import write_report
 
             self.report = write_report(self.folder)
         except Exception as error:
             with suppress(OSError):
                 (self.folder / "report.html").unlink(missing_ok=True)
             self.results.note([f"report.html could not be written: {error}"])
+            self._write_summary(finished=finished)
 
     def _write_summary(self, *, finished: bool) -> None:
         self.results.note(self.wandb.notes)

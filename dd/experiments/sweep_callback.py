@@ -14,7 +14,6 @@ from dd.support.folder_lock import FolderLocked, folder_lock_of
 from dd.sweep.job import read_job
 from dd.sweep.show import show
 from dd.sweep.table import Sweep, gather, job_folders
-from dd.tracking.any_backend import any_backend
 
 __all__ = ["Gather", "conclude", "failures"]
 
@@ -41,7 +40,8 @@ class Gather(Callback):
             bind_study(config)
         # Hydra would only warn of it, and begin.
         except Exception as error:
-            sys.exit(f"error: {error}")
+            # Optuna fails without a word where a storage and it do not fit.
+            sys.exit(f"error: {str(error) or repr(error)}")
         _going_on.append(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ def conclude() -> None:
         failures.append(f"the jobs of {folder} could not be gathered: {error}")
         sys.stderr.write(failures[-1] + "\n")
         return
-    if config.tracking.get("report", True):
+    if config.tracking.report:
         _report(sweep)
     searches = not config.hydra.sweeper["_target_"].endswith(".BasicSweeper")
     # To diverge is an answer that a search asks for.
@@ -98,8 +98,7 @@ def _report(sweep: Sweep) -> None:
     """Write a report that compares the jobs; there is nothing to lose by a failure any more."""
     try:
         # Imported here, because the jobs of a parallel launcher need none of it.
-        with any_backend():
-            from dd.report.comparison import write_sweep_report
+        from dd.report.comparison import write_sweep_report
 
         path = write_sweep_report(sweep)
     except Exception as error:

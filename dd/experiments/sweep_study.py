@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import dd
+from dd.experiments.assembly import settled
+from dd.report.settings import differences, flat
 
 __all__ = ["bind_study"]
 
 # Where a study says what it was made of.
 ATTRIBUTE = "decoupled-descent"
+SHOWN = 4
 
 
 def bind_study(config: DictConfig) -> None:
@@ -53,10 +54,11 @@ def bind_study(config: DictConfig) -> None:
             f"the study {name} of {sweeper.storage} has {len(study.trials)} trials of unknown "
             f"settings. {_REMEDY}"
         )
-    elif other := _differences(json.loads(kept), now):
+    elif other := differences(json.loads(kept), now):
         raise ValueError(
             f"the study {name} of {sweeper.storage} has {len(study.trials)} trials of other "
-            f"settings: {'; '.join(other)}. {_REMEDY}"
+            f"settings: {'; '.join([*other[:SHOWN], *(['...'] if other[SHOWN:] else [])])}. "
+            f"{_REMEDY}"
         )
 
 
@@ -73,24 +75,21 @@ def _directions(given: Any) -> list[str]:
 
 def _made_of(config: DictConfig) -> dict[str, str]:
     """The fixed settings of a search by their keys, its files by their content, and the version."""
-    found = {"dd": dd.__version__}
-    for override in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
-        key = override.key_or_group
-        if override.is_sweep_override() or key.startswith("tracking."):
-            continue
-        text = (
-            override.value() if isinstance(override.value(), str) else override.get_value_string()
-        )
-        found[key] = str(text)
-        if key in {"data.path", "data.test_path"} and Path(str(text)).is_file():
-            content = Path(str(text)).read_bytes()
-            found[key] = f"{text} (digest {hashlib.sha256(content).hexdigest()[:12]})"
-    return found
-
-
-def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} was {kept.get(key, 'not set')} and is {now.get(key, 'not set')}"
-        for key in dict.fromkeys([*kept, *now])
-        if kept.get(key) != now.get(key)
-    ]
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    written, settings = (
+        flat(OmegaConf.to_container(each, resolve=False))  # type: ignore[arg-type]
+        for each in (own, settled(own))
+    )
+    # What is shown and logged changes nothing that is computed.
+    found = {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith("tracking.") and "${tracking." not in written.get(key, "")
+    }
+    for name in ("path", "test_path"):
+        given = own.data.get(name)
+        if given is not None and (path := Path(given).expanduser()).is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[f"data.{name}"] += f" (digest {digest[:12]})"
+    return {"dd": dd.__version__, **found}

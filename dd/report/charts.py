@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_hex
 
 from dd.runs.folder import RunFolder
+from dd.tracking.any_backend import any_backend
 from dd.tracking.figures import ROWS, quartiles, top
 from dd.tracking.history import Array, History
+
+with any_backend():
+    import matplotlib
+    from matplotlib.colors import to_hex
 
 __all__ = [
     "HIDDEN",

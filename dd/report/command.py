@@ -9,14 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dd.tracking.any_backend import any_backend
-
 try:
-    with any_backend():
-        from dd.report.comparison import write_comparison, write_sweep_report
-        from dd.report.page import FILE, GENERATOR, write_report
-        from dd.runs.folder import RunFolder, read_run
-        from dd.sweep.table import Sweep, gather, job_folders
+    from dd.report.comparison import write_comparison, write_sweep_report
+    from dd.report.page import FILE, GENERATOR, write_report
+    from dd.runs.folder import RunFolder, read_run
+    from dd.sweep.table import Sweep, gather, job_folders
 except ModuleNotFoundError as error:
     sys.exit(
         f"python -m dd.report needs the package {error.name!r}: pip install "

@@ -1,4 +1,4 @@
-"""The settings by which several runs differ."""
+"""The settings by which runs differ."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -9,7 +9,7 @@ from dd.runs.folder import RunFolder
 from dd.sweep.job import FILE, SweepJob, read_job
 from dd.sweep.table import swept
 
-__all__ = ["differing_settings", "flat"]
+__all__ = ["differences", "differing_settings", "flat"]
 
 # Settings that change nothing that is computed.
 IDLE = ("tracking", "resume", "objective")
@@ -59,6 +59,21 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{key}"] = _written(value)
     return found
+
+
+def differences(began: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return a phrase on each setting that is not what it was.
+
+    Args:
+        began: settings by their dotted keys, as :func:`flat` returns them.
+        now: the later ones.
+    """
+    changed = [key for key in dict.fromkeys([*began, *now]) if began.get(key) != now.get(key)]
+    # Others may follow those of few dots.
+    return [
+        f"{key} was {began.get(key, 'not set')} and is {now.get(key, 'not set')}"
+        for key in sorted(changed, key=lambda key: key.count("."))
+    ]
 
 
 def _written(value: Any) -> str:

@@ -176,9 +176,8 @@ class Results:
             [SelectionRow(*row) for row in state["selection"]],
             state["num_train"],
             state["token"],
-            # A run of an earlier version has none.
-            {(name, trial): tuple(said) for name, trial, said in state.get("doubts", ())},
-            dict(state.get("data", {})),
+            {(name, trial): tuple(said) for name, trial, said in state["doubts"]},
+            dict(state["data"]),
         )
 
 

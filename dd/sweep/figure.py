@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from dd.support.files import replacing
 from dd.sweep.table import Sweep, SweepRow, settings_label
+from dd.tracking.any_backend import any_backend
 from dd.tracking.figures import DOTS_PER_INCH, LABELS, TEST_COLOUR, TRAIN_COLOUR
+
+with any_backend():
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 

@@ -91,7 +91,7 @@ def objective_of(config: DictConfig) -> str:
     """
     known, names = known_optimizers(config), requested_optimizers(config)
     decoupled = [name for name in names if name in known and is_decoupled(known[name])]
-    asked = config.get("objective")
+    asked = config.objective
     if asked is not None and asked not in names:
         raise ValueError(
             f"objective={asked} is not trained; it must be one of optimizers={names}, or null"

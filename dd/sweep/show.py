@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from dd.sweep.table import Sweep, gather
-from dd.tracking.any_backend import any_backend
 
 __all__ = ["main", "show"]
 
@@ -27,8 +26,7 @@ def _drawn(sweep: Sweep) -> Path | str:
     """Path of the picture, or why there is none, which costs nothing else."""
     try:
         # Imported here, because matplotlib would double the time to an error message.
-        with any_backend():
-            from dd.sweep.figure import draw
+        from dd.sweep.figure import draw
 
         return draw(sweep)
     except Exception as error:

@@ -31,8 +31,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"tracking.wandb.mode must be one of {', '.join(MODES)}, or null, got {mode!r}"
         )
-    # A run of an earlier version has neither entity nor tags.
-    entity, tags = settings.get("entity"), settings.get("tags", [])
+    entity, tags = settings["entity"], settings["tags"]
     named = isinstance(project, str) and project and not set(project) & set("/\\#?%:")
     if project is not None and not named:
         raise ValueError(
@@ -108,10 +107,8 @@ class WandbSession:
             ValueError: if a variable of the environment cannot be.
         """
         variables = Variables.of_environment()
-        mode, project = settings["mode"], settings["project"]
-        # A run of an earlier version has neither entity nor tags.
-        entity = settings.get("entity")
-        tags = dict.fromkeys([*settings.get("tags", ()), *variables.tags])
+        mode, project, entity = settings["mode"], settings["project"], settings["entity"]
+        tags = dict.fromkeys([*settings["tags"], *variables.tags])
         return cls(
             mode or variables.mode or "offline",
             experiment,

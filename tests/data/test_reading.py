@@ -1,5 +1,6 @@
 """Tables are read as their authors meant them, and what was read is told."""
 
+import decimal
 import io
 import json
 
@@ -163,6 +164,50 @@ def test_an_index_of_one_file_alone_is_no_difference(tmp_path, index_of):
     split = read(tmp_path, train, test_path=written(tmp_path / "test.csv", test))
     plain = read(tmp_path, columns(), test_path=written(tmp_path / "test.csv", columns(B)))
     assert torch.equal(split.test_inputs, plain.test_inputs)
+
+
+def test_what_a_test_file_alone_leaves_out_is_told(tmp_path):
+    path = written(tmp_path / "test.csv", {"": range(N), **columns(B)})
+    split = read(tmp_path, columns(), test_path=path)
+    assert split.reading.left_out == {"Unnamed: 0": f"row numbers, 0 to 59, in {path} alone"}
+    # What both leave out is told once.
+    split = read(tmp_path, {"": range(7, N + 7), **columns()}, test_path=path)
+    assert split.reading.left_out == {"Unnamed: 0": "row numbers, 7 to 66"}
+
+
+@pytest.mark.parametrize("named", ["train", "test"])
+def test_columns_with_and_without_names_are_matched_by_their_order_and_told(tmp_path, named):
+    files = {each: tmp_path / f"{each}.npz" for each in ("train", "test")}
+    for each, values in (("train", A), ("test", B)):
+        names = {"feature_names": ["c", "b", "a"]} if each == named else {}
+        np.savez(files[each], X=values, y=CLASSES, **names)
+    split = probe(path=files["train"], test_path=files["test"])
+    expected = (B - A.mean(0)) / A.std(0)
+    np.testing.assert_allclose(split.test_inputs, expected, rtol=1e-5, atol=1e-6)
+    (note,) = split.reading.notes
+    unnamed = files["test" if named == "train" else "train"]
+    pairs = "'0' as 'c', '1' as 'b'" if named == "train" else "'c' as '0', 'b' as '1'"
+    assert f"by their order, as {unnamed}: X has no names for them: {pairs}" in note
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_row_numbers_of_the_training_file_alone_cost_no_test_column(tmp_path, place):
+    """Numbers of columns are names only where both files have the same columns."""
+    numbered = np.insert(A, place, np.arange(N), axis=1)
+    np.savez(tmp_path / "train.npz", X=numbered, y=CLASSES)
+    np.savez(tmp_path / "test.npz", X=B, y=CLASSES)
+    split = probe(path=tmp_path / "train.npz", test_path=tmp_path / "test.npz")
+    expected = (B - A.mean(0)) / A.std(0)
+    np.testing.assert_allclose(split.test_inputs, expected, rtol=1e-5, atol=1e-6)
+    assert len(split.reading.notes) == (place < 3)
+    # Where there is another column in that place, it is left out, and told.
+    np.savez(tmp_path / "test.npz", X=np.insert(B, place, 0.5, axis=1), y=CLASSES)
+    again = probe(path=tmp_path / "train.npz", test_path=tmp_path / "test.npz")
+    assert torch.equal(again.test_inputs, split.test_inputs)
+    np.savez(tmp_path / "test.npz", X=B[:, :2], y=CLASSES)
+    few = rf"X has 2 features .*, .*X has 3 .* left out \('{place}': row numbers, 0 to 59\)"
+    with pytest.raises(ValueError, match=few):
+        probe(path=tmp_path / "train.npz", test_path=tmp_path / "test.npz")
 
 
 @pytest.mark.parametrize(
@@ -422,6 +467,53 @@ def test_a_file_without_names_loses_no_row(tmp_path):
     assert read(tmp_path, dict(zip("0123", [*A.T.tolist(), CLASSES], strict=True)), label="3")
 
 
+@pytest.mark.parametrize("origin", [2**53, 2**63, -(2**63) - 9, 2**64, 10**37])
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_whole_numbers_of_any_size_keep_their_digits(tmp_path, origin, separator):
+    values = np.random.default_rng(0).integers(0, 4, size=N)
+    small = read(tmp_path, columns(x=values))
+    large = [origin + int(value) for value in values]
+    found = probe(path=written(tmp_path / "other.csv", columns(x=large), separator))
+    assert torch.equal(found.train_inputs, small.train_inputs)
+    assert found.reading.constant == []
+    exact = pa.array([decimal.Decimal(each) for each in large], pa.decimal256(40))
+    split = probe(path=table(tmp_path / "t.parquet", x=exact, label=WORDS))
+    assert torch.equal(split.train_inputs[:, 0], small.train_inputs[:, 0])
+
+
+def test_arrays_keep_the_digit_after_the_last_that_a_float_has(tmp_path):
+    values = 2**53 + np.arange(N) % 2
+    np.savez(tmp_path / "f.npz", X=values[:, None], y=CLASSES)
+    inputs = probe(path=tmp_path / "f.npz").train_inputs[:, 0]
+    assert inputs.tolist() == [-1.0, 1.0] * (N // 2)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [2**63, 2**63 + 1],
+        [-1, 2**63, 2**63 + 1],
+        [2**64, 2**64 + 1],
+        ["9007199254740992", "9007199254740993", "1.0"],
+        ["1e30", "1000000000000000000000000000001"],
+    ],
+)
+def test_labels_keep_their_digits(tmp_path, labels):
+    cells = [labels[row % len(labels)] for row in range(N)]
+    path = written(tmp_path / "test.csv", columns(B, cells))
+    split = read(tmp_path, columns(labels=cells), test_path=path)
+    assert split.num_classes == len(labels)
+    assert sorted(split.reading.classes) == sorted(map(str, labels))
+    assert torch.equal(split.train_targets, split.test_targets)
+
+
+def test_decimal_labels_keep_their_digits(tmp_path):
+    cells = [decimal.Decimal(2**64 + n % 2) for n in range(N)]
+    labels = pa.array(cells, pa.decimal128(25, 2))
+    split = probe(path=table(tmp_path / "t.parquet", a=A[:, 0], label=labels))
+    assert split.num_classes == 2
+
+
 # --- Columns of other types ------------------------------------------------------------------
 
 
@@ -438,6 +530,24 @@ def test_a_list_is_a_feature_for_each_entry(tmp_path, column):
     split = probe(path=table(tmp_path / "t.parquet", embedding=column, label=CLASSES))
     plain = read(tmp_path, columns(labels=CLASSES))
     assert torch.equal(split.train_inputs, plain.train_inputs)
+
+
+def test_an_entry_of_a_list_can_be_left_out(tmp_path):
+    path = table(tmp_path / "t.parquet", emb=pa.array(A.tolist()), label=CLASSES)
+    split = probe(path=path, drop=["emb[1]"])
+    assert split.dimension == 2
+    assert split.reading.left_out == {"emb[1]": "data.drop"}
+    expected = probe(path=path).train_inputs[:, [0, 2]]
+    assert torch.equal(split.train_inputs, expected)
+
+
+def test_an_entry_of_a_list_and_a_column_of_one_name_are_told(tmp_path):
+    content = {"x": pa.array(A.tolist()), "x[0]": B[:, 0], "label": CLASSES}
+    for columns in (content, dict(reversed(content.items()))):
+        path = table(tmp_path / "t.parquet", **columns)
+        with pytest.raises(ValueError, match=r"column 'x\[0\]' beside the lists of column 'x'"):
+            probe(path=path)
+    assert probe(path=path, drop=["x"]).dimension == 1
 
 
 def test_lists_that_are_no_features_are_named(tmp_path):
@@ -484,12 +594,32 @@ def test_numbers_of_any_type_are_features(tmp_path):
         ({"X": A, "y": CLASSES, "X_test": B}, r"holds X_test and no y_test; save both"),
         ({"data": A, "indices": A, "format": A, "shape": A}, r"sparse matrix.*toarray"),
         ({"X": A, "y": CLASSES, "feature_names": ["a", "b"]}, "must be 3 different names"),
+        (
+            {"X": A, "y": CLASSES, "feature_names": ["a", "a ", "b"]},
+            r"3 different names, spaces around them apart, and has 'a' more than once",
+        ),
+        (
+            {"X": A, "y": CLASSES, "feature_names": np.array([b"a", b"b", b"caf\xe9"])},
+            r"f\.npz: feature_names: b'caf\\xe9' is not in UTF-8; .*np\.char\.decode",
+        ),
+        (
+            {"X": A, "y": np.array([b"ant", b"bee", b"caf\xe9"])[CLASSES]},
+            r"f\.npz: X: b'caf\\xe9' is not in UTF-8; .*np\.char\.decode",
+        ),
     ],
 )
 def test_arrays_that_are_not_meant_so_get_a_remedy(tmp_path, arrays, message):
     np.savez(tmp_path / "f.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         probe(path=tmp_path / "f.npz")
+
+
+def test_bytes_in_utf8_are_text(tmp_path):
+    words = np.array(["café".encode(), b"tea", b"water"])
+    np.savez(tmp_path / "f.npz", X=A, y=words[CLASSES], feature_names=words)
+    split = probe(path=tmp_path / "f.npz", drop=["café"])
+    assert list(split.reading.classes) == ["café", "tea", "water"]
+    assert split.reading.left_out == {"café": "data.drop"}
 
 
 @pytest.mark.parametrize("shape", [(N, 1), (1, N)])

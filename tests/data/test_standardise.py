@@ -66,7 +66,7 @@ def test_constants_are_zero_in_all_rows(scaling):
     train = torch.from_numpy(np.stack([NOISE, single(14.62 + 1e-6 * NOISE)], axis=1))
     test = train.clone()
     test[0, 1] = 14.7
-    inputs, test_inputs = standardise(train, test, scaling)
+    inputs, test_inputs, _ = standardise(train, test, scaling)
     assert (inputs[:, 1] == 0).all()
     assert (test_inputs[:, 1] == 0).all()
     torch.testing.assert_close(inputs[:, 0].square().mean(), torch.tensor(1.0))
@@ -77,8 +77,8 @@ def test_constants_are_zero_in_all_rows(scaling):
 def test_every_scale_is_the_same(scaling, scale):
     train = torch.from_numpy(np.random.default_rng(1).normal(size=(N, 3)))
     # Denormal numbers keep the digits that are left: at 1e-310 thirteen.
-    found, _ = standardise(scale * train, train[:0], scaling)
-    expected, _ = standardise(train, train[:0], scaling)
+    found, _, _ = standardise(scale * train, train[:0], scaling)
+    expected, _, _ = standardise(train, train[:0], scaling)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from dd.experiments.experiment import Experiment
 from dd.experiments.interruption import Interruption, exit_code, interruptible
+from dd.report import page
 from dd.runs.folder import read_run
 from dd.tracking import figures
 from dd.tracking.any_backend import any_backend
@@ -115,11 +116,23 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch
     assert not experiment.figure.exists()
 
 
-def test_the_backend_of_the_environment_is_not_needed(tmp_path):
+def test_a_report_that_cannot_be_written_is_noted_beside_what_was_found(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("no such template")
+
+    monkeypatch.setattr(page, "write_report", broken)
+    experiment = Experiment(configure("optimizers=[gd]"), tmp_path)
+    experiment.run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"]
+    assert "report.html could not be written: no such template" in summary["notes"]
+    assert summary["notes"] == experiment.notes
+
+
+@pytest.mark.parametrize("module", ["dd.tracking.figures", "dd.sweep.figure", "dd.report.charts"])
+def test_the_backend_of_the_environment_is_not_needed(module):
     program = (
-        "from dd.tracking.any_backend import any_backend\n"
-        "with any_backend():\n    import dd.tracking.figures\n"
-        "import os, matplotlib\n"
+        f"import {module}, os, matplotlib\n"
         "print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])\n"
     )
     for backend, then in (("module://nobody.knows", None), ("pdf", "pdf")):

@@ -216,7 +216,8 @@ def test_the_history_may_be_older_or_younger_than_the_checkpoint(tmp_path):
 
 
 def test_killed_between_the_last_checkpoint_and_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr(Experiment, "_write_results", lambda *_, **__: None)
+    for write in ("_write_results", "_write_report"):
+        monkeypatch.setattr(Experiment, write, lambda *_, **__: None)
     run_with_snapshots(tmp_path / "killed", set())
     monkeypatch.undo()
     run_with_snapshots(tmp_path / "run", set())
@@ -422,12 +423,12 @@ def test_a_checkpoint_of_another_format_is_told(interrupted, content):
 @pytest.mark.parametrize(
     ("group", "key", "value", "message"),
     [
-        ("model", "width", 9, r"model\.width is 9, and was 8"),
-        ("data", "noise", 2.0, r"data\.noise is 2\.0, and was 1\.0"),
-        (None, "optimizers", ["gd"], r"optimizers is \[gd\], and was \[gd,dd\]"),
-        (None, "trials", 3, "trials is 3, and was 1"),
-        (None, "steps", 40, "steps is 40, and was 22"),
-        (None, "seed", 1, "seed is 1, and was 0"),
+        ("model", "width", 9, r"model\.width was 8 and is 9"),
+        ("data", "noise", 2.0, r"data\.noise was 1\.0 and is 2\.0"),
+        (None, "optimizers", ["gd"], r"optimizers was \[gd,dd\] and is \[gd\]"),
+        (None, "trials", 3, "trials was 1 and is 3"),
+        (None, "steps", 40, "steps was 22 and is 40"),
+        (None, "seed", 1, "seed was 0 and is 1"),
     ],
 )
 def test_an_edited_configuration_is_told(interrupted, group, key, value, message):
@@ -451,7 +452,7 @@ def test_a_configuration_written_in_other_words_is_the_same(interrupted, runs):
 def test_a_checkpoint_of_another_run_is_told(interrupted, tmp_path):
     run_with_snapshots(tmp_path / "other", set(), "lr=0.3")
     shutil.copy(tmp_path / "other" / "checkpoint.pt", interrupted)
-    with pytest.raises(ValueError, match=r"are not of one run: .*lr is 0\.2, and was 0\.3"):
+    with pytest.raises(ValueError, match=r"are not of one run: .*lr was 0\.3 and is 0\.2"):
         go_on(interrupted)
 
 
@@ -483,8 +484,15 @@ def interrupted_after_file(folder: Path, *overrides: str) -> Path:
     """A run from f.npz in the current directory, interrupted at its seventh update."""
     np.savez(Path.cwd() / "f.npz", **made_data())
     given = [*FROM_FILE, "data.path=f.npz", *SMALL[5:], *overrides]
-    config = composed(*given)
-    update, left = training._update, iter(range(6))
+    with interrupted_after(6):
+        Experiment(composed(*given), folder).run()
+    return folder
+
+
+@contextlib.contextmanager
+def interrupted_after(updates: int) -> Iterator[None]:
+    """Interrupt what runs in here after so many updates."""
+    update, left = training._update, iter(range(updates))
 
     def interrupting(*arguments: Any) -> int:
         if next(left, None) is None:
@@ -494,8 +502,7 @@ def interrupted_after_file(folder: Path, *overrides: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_update", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            Experiment(config, folder).run()
-    return folder
+            yield
 
 
 @pytest.fixture
@@ -583,6 +590,23 @@ def test_the_second_trial_is_held_against_its_own_data(tmp_path, monkeypatch):
     again = go_on(tmp_path / "at_30")
     assert_same_run(tmp_path / "run", tmp_path / "at_30")
     assert again.kept["trial"] == 1
+
+
+def test_a_run_that_was_interrupted_in_two_trials_goes_on(tmp_path, monkeypatch):
+    """What the first resumption changed, as where its data are, is not what the run began with."""
+    monkeypatch.chdir(tmp_path)
+    trials = ("trials=2", "together=false")
+    folder = interrupted_after_file(tmp_path / "run", *trials)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with interrupted_after(12), monkeypatch.context() as patch:
+        patch.setattr(dd, "__version__", "0.0.9")
+        go_on(folder, "tracking.report=true")
+    again = go_on(folder)
+    assert (again.kept["trial"], again.history.records[-1].step) == (1, 12)
+    assert [note for note in again.notes if "the run began with" in note] == [
+        "the run began with dd 0.1.0 and went on with 0.0.9"
+    ]
 
 
 # --- What goes with it -----------------------------------------------------------------------

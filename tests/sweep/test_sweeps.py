@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 from omegaconf import OmegaConf
 
+from dd.experiments import sweep_callback
 from dd.experiments.experiment import Experiment
 from dd.experiments.sweep_study import bind_study
 from dd.support.folder_lock import FolderLocked
@@ -164,21 +165,26 @@ def search(storage, monkeypatch, *overrides):
     config = configure("hydra/sweeper=tracked", *overrides, hydra=True)
     OmegaConf.set_struct(config, False)
     config.hydra.sweeper.storage = {"_target_": "a.storage"}
-    config.hydra.overrides.task = list(overrides)
     return config
 
 
 def test_a_stored_study_is_bound_to_its_settings_and_data(tmp_path, monkeypatch):
+    """Wherever they stand: on the command line, which nothing here tells apart, or in a file."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     optuna = pytest.importorskip("optuna")
     storage = optuna.storages.InMemoryStorage()
     data = tmp_path / "f.csv"
     data.write_text("1,2")
-    first = ("lr=0.1", "tracking.progress=false", f"+data.path={data}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    follows = "+data.progress=${tracking.progress}"
+    first = ("lr=0.1", "tracking.progress=false", follows, "+data.path='~/f.csv'")
     bind_study(search(storage, monkeypatch, *first))
     study = optuna.load_study(study_name="tracked", storage=storage)
     study.tell(study.ask(), 0.5)
-    bind_study(search(storage, monkeypatch, *first, "tracking.record_every=1"))
+    idle = ("tracking.record_every=1", "tracking.progress=true")
+    bind_study(search(storage, monkeypatch, *first, *idle))
+    with pytest.raises(ValueError, match=r"settings: data\.noise was 1\.0 and is 2\.0\. Its best"):
+        bind_study(search(storage, monkeypatch, *first, "data.noise=2.0"))
     with pytest.raises(ValueError, match=r"1 trials of other settings: lr was 0\.1 and is 0\.2"):
         bind_study(search(storage, monkeypatch, "lr=0.2", *first[1:]))
     data.write_text("1,3")
@@ -194,6 +200,16 @@ def test_a_study_of_unknown_settings_is_refused(monkeypatch):
     study.tell(study.ask(), 0.5)
     with pytest.raises(ValueError, match=r"1 trials of unknown settings.*study_name="):
         bind_study(search(storage, monkeypatch, "lr=0.1"))
+
+
+def test_a_study_that_cannot_be_read_ends_the_search_with_a_reason(tmp_path, monkeypatch):
+    def broken(config):
+        raise AssertionError
+
+    monkeypatch.setattr(sweep_callback, "bind_study", broken)
+    config = configure(f"hydra.sweep.dir={tmp_path}", hydra=True)
+    with pytest.raises(SystemExit, match=r"error: AssertionError\(\)"):
+        sweep_callback.Gather().on_multirun_start(config)
 
 
 @pytest.mark.slow

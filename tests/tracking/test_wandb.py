@@ -567,6 +567,16 @@ def test_a_mode_that_is_none_is_told(environment, tmp_path):
         session_of(tmp_path)
 
 
+def test_a_mode_that_is_none_leaves_the_folder_for_the_mended_command(environment, tmp_path):
+    environment(MODE="of-line")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="WANDB_MODE must be one of online"):
+            ran(tmp_path / "run", *SMALL, "optimizers=[gd]")
+    environment(MODE="disabled")
+    ran(tmp_path / "run", *SMALL, "optimizers=[gd]")
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
 def test_jobs_of_a_multirun_have_ids_of_their_own(environment, tmp_path):
     environment(RUN_ID="abc")
     SweepJob(3, {}).write(tmp_path)

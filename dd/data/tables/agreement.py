@@ -1,13 +1,14 @@
 """Whether training and test samples are of one kind: the same columns, in the same units, apart."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dd.data.sample_file import Samples
+from dd.data.tables.listed import listed
+from dd.data.tables.samples import Samples
 from dd.noise.copies import coincidences
 
 __all__ = ["aligned", "doubts_of", "order_doubts"]
@@ -26,27 +27,20 @@ UNITS, FEWEST = 30.0, 20
 def aligned(train: Samples, test: Samples) -> Samples:
     """Return test samples with the features of the training samples, in their order.
 
-    Columns are matched by name where both files have names.
+    Columns are matched by name where both files have names, else by their place.
 
     Raises:
         ValueError: if one has columns that the other lacks.
     """
     if not (train.named and test.named):
-        if not train.named and not test.named:
-            test = test.without({n: w for n, w in train.left_out.items() if n in test.names})
-        if len(test.names) != len(train.names):
-            raise ValueError(
-                f"{test.source} has {len(test.names)} features a sample, {train.source} has "
-                f"{len(train.names)}"
-            )
-        return test.columns(test.names)
-    test = test.without({n: w for n, w in train.left_out.items() if n in test.names})
+        return _by_place(train, test)
+    test = test.without(train.left_out)
     missing = [name for name in train.names if name not in test.names]
     extra = [name for name in test.names if name not in train.names]
     if missing or extra:
         said = [
-            *([f"no column {_listed(missing)}, which {train.source} has"] if missing else []),
-            *([f"{_listed(extra)}, which {train.source} has not"] if extra else []),
+            *([f"no column {listed(missing)}, which {train.source} has"] if missing else []),
+            *([f"{listed(extra)}, which {train.source} has not"] if extra else []),
         ]
         left_out = [name for name in missing if name in test.left_out]
         reason = "".join(f" ({n!r} is left out: {test.left_out[n]})" for n in left_out[:SHOWN])
@@ -55,6 +49,44 @@ def aligned(train: Samples, test: Samples) -> Samples:
             f"leave them out with data.drop=[{','.join([*missing, *extra])}]"
         )
     return test.columns(train.names)
+
+
+def _by_place(train: Samples, test: Samples) -> Samples:
+    """Test samples whose columns are those of the training samples by their order.
+
+    Raises:
+        ValueError: if they are more or fewer.
+    """
+    if not train.named and not test.named and _width(train) == _width(test):
+        # One number is one column, unless a file alone has row numbers.
+        test = test.without(train.left_out)
+    if len(test.names) != len(train.names):
+        raise ValueError(
+            f"{_counted(test)}, {_counted(train)}; give both files the same columns, or leave some "
+            "out with data.drop=[...]"
+        )
+    if list(test.names) == list(train.names):
+        return test
+    pairs = [f"{new!r} as {old!r}" for new, old in zip(test.names, train.names, strict=True)]
+    without = [each.source for each in (train, test) if not each.named]
+    note = (
+        f"columns of {test.source} are taken for those of {train.source} by their order, as "
+        f"{' and '.join(without)} ha{'s' if len(without) == 1 else 've'} no names for them: "
+        f"{listed(pairs, SHOWN, str)}"
+    )
+    return replace(test, notes=[*test.notes, note])
+
+
+def _width(samples: Samples) -> int:
+    """Columns of the file."""
+    return len(samples.names) + len(samples.left_out)
+
+
+def _counted(samples: Samples) -> str:
+    """How many features there are, in words, and what is none of them."""
+    reasons = [f"{name!r}: {why}" for name, why in samples.left_out.items()]
+    beside = f" beside what is left out ({listed(reasons, SHOWN, str)})" if reasons else ""
+    return f"{samples.source} has {len(samples.names)} features a sample{beside}"
 
 
 def order_doubts(samples: Samples) -> list[str]:
@@ -73,7 +105,7 @@ def order_doubts(samples: Samples) -> list[str]:
     if not names:
         return []
     return [
-        f"rows are sorted by their labels, and {_listed(names)} by row: where that is the order in "
+        f"rows are sorted by their labels, and {listed(names)} by row: where that is the order in "
         "which samples were written down, it tells their labels; leave it out with "
         f"data.drop=[{','.join(names)}]"
     ]
@@ -141,8 +173,3 @@ def _as_rows(features: Array) -> Array:
 
 def _numbers(rows: Array) -> str:
     return ", ".join(map(str, rows[:SHOWN].tolist())) + (", ..." if len(rows) > SHOWN else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = "" if len(names) <= SHOWN else f" and {len(names) - SHOWN} more"
-    return ", ".join(map(repr, names[:SHOWN])) + more

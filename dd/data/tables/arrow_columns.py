@@ -70,12 +70,14 @@ def integers_beyond_double(column: Any) -> npt.NDArray[np.object_] | None:
     import pyarrow.compute as compute
     import pyarrow.types as types
 
-    if not types.is_integer(column.type) or column.null_count == len(column):
+    kind = column.type
+    if not (types.is_integer(kind) or types.is_decimal(kind)) or column.null_count:
         return None
     bounds = compute.min_max(column).as_py()
-    if column.null_count or max(abs(bounds["min"]), abs(bounds["max"])) <= EXACT:
+    if len(column) == 0 or max(abs(bounds["min"]), abs(bounds["max"])) <= EXACT:
         return None
-    return np.array(column.to_pylist(), dtype=object)
+    whole = [int(each) for each in column.to_pylist()]
+    return np.array(whole, dtype=object) if whole == column.to_pylist() else None
 
 
 def _is_list(kind: Any) -> bool:

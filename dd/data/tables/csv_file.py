@@ -5,8 +5,11 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+from dd.data.tables.labels import WHOLE
 
 __all__ = ["CsvTable", "read_csv"]
 
@@ -14,8 +17,9 @@ SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 BLOCK_BYTES = 1 << 20
 # What stands for a missing number, beside what pyarrow knows.
 NO_NUMBER = ("?", "-", "--", ".", "None", "none", "<NA>", "NaT", "missing")
+# The most that a column of whole numbers can have, beyond what single precision reaches.
+DIGITS = 76
 COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
-WHOLE = re.compile(r"[+-]?\d+")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+\.\d*|[+-]?\d{1,3}(\.\d{3})+,\d*")
 
@@ -58,6 +62,12 @@ def read_csv(path: Path, label: str) -> CsvTable:
     if _has_decimal_commas(path, names, table, label):
         table = _parsed(path, names, separator, lines, text, ",")
         notes.append("numbers have decimal commas")
+    if large := _beyond_int64(table):
+        written = _parsed(path, names, separator, lines, [*text, *large])
+        for place in large:
+            integers = _as_integers(written.column(place))
+            if integers is not None:
+                table = table.set_column(place, str(place), integers)
     return CsvTable(names, table, notes)
 
 
@@ -117,6 +127,27 @@ def _hexadecimals(table: Any) -> list[int]:
 
     found = [compute.match_substring_regex(each, r"^\s*0[xX]") for each in table.columns]
     return [place for place, each in enumerate(found) if compute.any(each).as_py()]
+
+
+def _beyond_int64(table: Any) -> list[int]:
+    """Columns that may hold whole numbers for which the parser knows no type but a rounded one."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    reals = [n for n, each in enumerate(table.columns) if pyarrow.types.is_floating(each.type)]
+    return [n for n in reals if (compute.max(compute.abs(table.column(n))).as_py() or 0) >= 2**63]
+
+
+def _as_integers(column: Any) -> Any:
+    """Numbers of a column of text to the last digit; None where one of them is not whole."""
+    import pyarrow
+
+    cells = [None if each is None else each.strip() for each in column.to_pylist()]
+    numbers = [cell for cell in cells if cell is not None]
+    if not all(WHOLE.fullmatch(cell) for cell in numbers) or max(map(len, numbers)) > DIGITS:
+        return None
+    exact = [None if cell is None else Decimal(cell) for cell in cells]
+    return pyarrow.chunked_array([pyarrow.array(exact, pyarrow.decimal256(DIGITS))])
 
 
 def _parsed(

@@ -1,14 +1,18 @@
 """What labels mean: which of them name the same class, in one file or in two."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Labels", "numbered"]
+from dd.data.tables.arrow_columns import EXACT
+
+__all__ = ["WHOLE", "Labels", "numbered", "text_of"]
 
 Array = npt.NDArray[Any]
 Key = int | float | str
@@ -52,7 +56,7 @@ class Labels:
             ValueError: if they are neither numbers nor text, or one is missing.
         """
         if values.dtype.kind == "S":
-            values = np.char.decode(values, "utf-8")
+            values = text_of(source, values)
         if values.dtype.kind == "U":
             values = np.char.strip(values)
         elif values.dtype.kind not in "iubf":
@@ -83,7 +87,11 @@ class Labels:
         if numbers is None:
             return cls(source, written, written)
         truth = all(each.lower() in TRUTH for each in distinct.tolist())
-        return cls(source, np.asarray(numbers, dtype=bool if truth else None)[where], written)
+        values = np.asarray(numbers, dtype=bool if truth else None)
+        if values.dtype.kind == "O" or values.tolist() != numbers:
+            # No type holds them all, and rounded ones would be classes of other samples.
+            return cls(source, written, written)
+        return cls(source, values[where], written)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -98,6 +106,27 @@ class Labels:
         """Return those of some samples."""
         written = None if self.written is None else self.written[index]
         return Labels(self.source, self.values[index], written)
+
+
+def text_of(source: str, values: Array) -> Array:
+    """Return text, bytes of which are decoded.
+
+    Args:
+        source: what it is called in messages.
+        values: of type str or bytes.
+
+    Raises:
+        ValueError: if bytes are not UTF-8.
+    """
+    if values.dtype.kind == "U":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source}: {error.object!r} is not in UTF-8; save text as str: where it is in "
+            "Latin-1, np.char.decode(values, 'latin-1')"
+        ) from error
 
 
 def numbered(
@@ -232,8 +261,16 @@ def _as_numbers(text: Sequence[str]) -> list[int | float] | None:
     if all(WHOLE.fullmatch(each) for each in text):
         return [int(each) for each in text]
     if all(NUMBER.fullmatch(each) for each in text):
-        return [float(each) for each in text]
+        return [_exact(float(each), each) for each in text]
     return None
+
+
+def _exact(rounded: float, text: str) -> int | float:
+    """The number that is written, as an integer where it is one that a float may round."""
+    if abs(rounded) < EXACT or math.isinf(rounded):
+        return rounded
+    number = Decimal(text)
+    return int(number) if number == number.to_integral_value() else rounded
 
 
 def _key(label: Any) -> Key:

@@ -1,7 +1,7 @@
 """Features and labels of an .npz file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from dd.data.npz import NpzError, NpzReader
 from dd.data.tables.arrow_columns import EXACT
-from dd.data.tables.labels import Labels
+from dd.data.tables.labels import Labels, text_of
+from dd.data.tables.listed import listed
+from dd.data.tables.samples import Samples
 
-__all__ = ["NpzPart", "NpzSamples", "read_npz"]
+__all__ = ["read_npz"]
 
 Array = npt.NDArray[Any]
 
@@ -29,41 +31,7 @@ COLUMN_NAMES = "feature_names"
 SPARSE = {"data", "shape", "format"}
 
 
-@dataclass(frozen=True, eq=False)
-class NpzPart:
-    """Training or test samples.
-
-    Attributes:
-        source: what they are called in messages.
-        features: shape (n, d), float64.
-        labels: one a sample.
-        exact: columns of whole numbers that float64 rounds, by their place, shape (n,).
-    """
-
-    source: str
-    features: npt.NDArray[np.float64]
-    labels: Labels
-    exact: dict[int, npt.NDArray[np.object_]]
-
-
-@dataclass(frozen=True, eq=False)
-class NpzSamples:
-    """What a file holds.
-
-    Attributes:
-        parts: the training samples, and the test samples where there are some.
-        names: of the features; their numbers where the file has none.
-        named: whether they are the file's own.
-        notes: on how the file was understood.
-    """
-
-    parts: list[NpzPart]
-    names: list[str]
-    named: bool
-    notes: list[str] = field(default_factory=list)
-
-
-def read_npz(path: Path) -> NpzSamples:
+def read_npz(path: Path) -> tuple[Samples, Samples | None]:
     """Read training samples, and test samples where there are some.
 
     Raises:
@@ -76,10 +44,10 @@ def read_npz(path: Path) -> NpzSamples:
         raise ValueError(f"{path} cannot be used: {error}; write it again with np.savez") from error
 
 
-def _read(path: Path, reader: NpzReader) -> NpzSamples:
+def _read(path: Path, reader: NpzReader) -> tuple[Samples, Samples | None]:
     keys = reader.keys
-    train, test = _pair(path, keys, TRAIN), _pair(path, keys, TEST)
-    if train is None:
+    pair, apart = _pair(path, keys, TRAIN), _pair(path, keys, TEST)
+    if pair is None:
         sparse = (
             "; it is a sparse matrix of SciPy: np.savez(path, features=matrix.toarray(), "
             "labels=labels)"
@@ -89,37 +57,74 @@ def _read(path: Path, reader: NpzReader) -> NpzSamples:
             f"{', '.join(' and '.join(pair) for pair in TRAIN if pair[0] != 'features')}; it "
             f"holds {', '.join(keys) or 'none at all'}{sparse if set(keys) >= SPARSE else ''}"
         )
-    notes: list[str] = []
-    pairs = [train] if test is None else [train, test]
-    parts = [
-        _part(f"{path}: {pair[0]}", reader.read(pair[0]), reader.read(pair[1]), notes)
-        for pair in pairs
-    ]
-    widths = [part.features.shape[1] for part in parts]
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"{parts[1].source} has {widths[1]} features a sample, {parts[0].source} has "
-            f"{widths[0]}"
-        )
-    used = {name for pair in pairs for name in pair}
-    names = [str(number) for number in range(widths[0])]
-    named = COLUMN_NAMES in keys
-    if named:
-        own = reader.read(COLUMN_NAMES)
-        if (
-            own.dtype.kind not in "US"
-            or own.shape != (widths[0],)
-            or len(set(own.tolist())) < len(own)
-        ):
-            raise ValueError(
-                f"{path}: {COLUMN_NAMES} must be {widths[0]} different names of type str, got "
-                f"shape {own.shape} of {own.dtype}"
-            )
-        names = [str(each).strip() for each in own.astype(str).tolist()]
-    rest = [key for key in keys if key not in used | {COLUMN_NAMES}]
+    own = reader.read(COLUMN_NAMES) if COLUMN_NAMES in keys else None
+    rest = [key for key in keys if key not in {*pair, *(apart or ()), COLUMN_NAMES}]
+    train = _samples(path, reader, pair, own)
     if rest:
-        notes.append(f"arrays of {path} that are not read: {', '.join(rest)}")
-    return NpzSamples(parts, names, named, notes)
+        said = f"arrays of {path} that are not read: {', '.join(rest)}"
+        train = replace(train, notes=[*train.notes, said])
+    return train, None if apart is None else _samples(path, reader, apart, own)
+
+
+def _samples(path: Path, reader: NpzReader, pair: tuple[str, str], names: Array | None) -> Samples:
+    """Samples that can be trained or tested on.
+
+    Raises:
+        ValueError: if shapes or types do not fit.
+    """
+    source = f"{path}: {pair[0]}"
+    notes: list[str] = []
+    features = _checked_features(source, reader.read(pair[0]))
+    labels = _one_a_sample(source, features, reader.read(pair[1]), notes)
+    with np.errstate(over="ignore"):
+        numbers = features.astype(np.float64)
+    width = features.shape[1]
+    own = [str(n) for n in range(width)]
+    if names is not None:
+        own = _checked_names(f"{path}: {COLUMN_NAMES}", names, pair[0], width)
+    return Samples(
+        source,
+        numbers,
+        Labels.of(source, labels),
+        own,
+        names is not None,
+        _beyond_double(features),
+        notes=notes,
+    )
+
+
+def _checked_names(source: str, names: Array, features: str, width: int) -> list[str]:
+    """Names of features, without spaces around them.
+
+    Raises:
+        ValueError: if they are not as many as the features, or two are the same.
+    """
+    if names.dtype.kind not in "US" or names.shape != (width,):
+        raise ValueError(
+            f"{source} must be {width} different names of type str, one for each of {features}, "
+            f"got shape {names.shape} of {names.dtype}"
+        )
+    found = [str(each).strip() for each in text_of(source, names).tolist()]
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise ValueError(
+            f"{source} must be {width} different names, spaces around them apart, and has "
+            f"{listed(twice)} more than once; rename one"
+        )
+    return found
+
+
+def _beyond_double(features: Array) -> dict[int, npt.NDArray[np.object_]]:
+    """Columns of whole numbers that double precision rounds, by their place."""
+    if features.dtype.kind not in "iu" or features.dtype.itemsize < 8:
+        return {}
+    low, high = features.min(0), features.max(0)
+    # The negative of the smallest integer has no place among them. The first that is rounded is
+    # rounded to the last that is not.
+    beyond = np.maximum(np.abs(low.astype(float)), np.abs(high.astype(float))) >= EXACT
+    return {
+        int(place): np.array(features[:, place].tolist(), dtype=object)
+        for place in np.nonzero(beyond)[0]
+    }
 
 
 def _pair(
@@ -146,32 +151,11 @@ def _pair(
     return found[0] if found else None
 
 
-def _part(source: str, features: Array, labels: Array, notes: list[str]) -> NpzPart:
-    """Samples that can be trained on.
+def _checked_features(source: str, features: Array) -> Array:
+    """A matrix of numbers.
 
     Raises:
-        ValueError: if shapes or types do not fit.
-    """
-    _check_features(source, features)
-    labels = _one_a_sample(source, features, labels, notes)
-    exact = {}
-    if features.dtype.kind in "iu" and features.dtype.itemsize == 8:
-        low, high = features.min(0), features.max(0)
-        # The negative of the smallest integer has no place among them.
-        beyond = np.maximum(np.abs(low.astype(float)), np.abs(high.astype(float))) > EXACT
-        exact = {
-            int(place): np.array(features[:, place].tolist(), dtype=object)
-            for place in np.nonzero(beyond)[0]
-        }
-    with np.errstate(over="ignore"):
-        return NpzPart(source, features.astype(np.float64), Labels.of(source, labels), exact)
-
-
-def _check_features(source: str, features: Array) -> None:
-    """Check type and shape.
-
-    Raises:
-        ValueError: if they are no matrix of numbers.
+        ValueError: if it is something else.
     """
     if features.dtype.kind not in "fiub":
         remedy = {
@@ -195,6 +179,7 @@ def _check_features(source: str, features: Array) -> None:
             f"{source}: features must have shape (samples, dimension), neither of them zero, got "
             f"{features.shape}{remedy}"
         )
+    return features
 
 
 def _one_a_sample(source: str, features: Array, labels: Array, notes: list[str]) -> Array:

@@ -3,7 +3,6 @@
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +12,22 @@ import numpy.typing as npt
 from dd.data.tables.arrow_columns import decoded, integers_beyond_double, numbers_of, refusal
 from dd.data.tables.csv_file import read_csv
 from dd.data.tables.labels import Labels
+from dd.data.tables.listed import listed
 from dd.data.tables.row_numbers import is_nameless
+from dd.data.tables.samples import Samples
 
-__all__ = ["Table", "read_table"]
-
-SHOWN = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A table of one row a sample.
-
-    Attributes:
-        names: of the features.
-        features: shape (n, d), NaN where one is missing.
-        exact: columns of whole numbers that double precision rounds, by their place, shape (n,).
-        labels: one a row.
-        left_out: columns that hold no features, and why.
-        notes: on how the file was understood.
-    """
-
-    names: list[str]
-    features: npt.NDArray[np.float64]
-    exact: dict[int, npt.NDArray[np.object_]]
-    labels: Labels
-    left_out: dict[str, str]
-    notes: list[str]
+__all__ = ["read_table"]
 
 
-def read_table(path: Path, label: str, drop: Sequence[str] = (), keep: Sequence[str] = ()) -> Table:
+def read_table(
+    path: Path, label: str, drop: Sequence[str] = (), keep: Sequence[str] = ()
+) -> Samples:
     """Read a table of one row a sample.
 
     Args:
         path: of the file; its ending says which of the two it is.
         label: column of the labels.
-        drop: columns to leave out, where they are there.
+        drop: columns to leave out unread, where they are there.
         keep: columns that are features although they look like an index.
 
     Raises:
@@ -60,14 +40,14 @@ def read_table(path: Path, label: str, drop: Sequence[str] = (), keep: Sequence[
     names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{path} has more than one column {_listed(twice)}; rename one")
+        raise ValueError(f"{path} has more than one column {listed(twice)}; rename one")
     if label not in names:
         raise ValueError(
-            f"{path} has no column {label!r}, only {_listed(names)}{_hint(names, label)}"
+            f"{path} has no column {label!r}, only {listed(names)}{_hint(names, label)}"
         )
     if _is_number(label) and not _are_numbers_from_0(names) and _are_numbers(names):
         raise ValueError(
-            f"{path}: the first line, {_listed(names)}, looks like a row and would be taken for "
+            f"{path}: the first line, {listed(names)}, looks like a row and would be taken for "
             "the names of the columns; put a line of names above it"
         )
     columns = {
@@ -89,12 +69,14 @@ def read_table(path: Path, label: str, drop: Sequence[str] = (), keep: Sequence[
             f"{label!r}{beside}; it needs one of each at least"
         )
     labels = _labels(path, table.column(names.index(label)), label)
-    features, exact = _features(path, columns)
-    return Table(
-        list(features),
+    features, exact = _features(path, names, columns)
+    return Samples(
+        str(path),
         np.concatenate(list(features.values()), axis=1),
-        exact,
         labels,
+        list(features),
+        True,
+        exact,
         left_out,
         notes,
     )
@@ -147,18 +129,23 @@ def _pandas_index(table: Any) -> list[str]:
 
 
 def _features(
-    path: Path, columns: dict[str, Any]
+    path: Path, names: Sequence[str], columns: dict[str, Any]
 ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[int, npt.NDArray[np.object_]]]:
     """Numbers of each feature, shape (n, 1), and those that double precision rounds.
 
+    Args:
+        path: of the file.
+        names: of all of its columns.
+        columns: those that are features.
+
     Raises:
-        ValueError: if a column holds something else.
+        ValueError: if a column holds something else, or an entry of a list has another's name.
     """
     others = {name: what for name, column in columns.items() if (what := refusal(column))}
     if others:
         kinds = sorted(set(others.values()))
         raise ValueError(
-            f"{path}: columns {_listed(list(others))} hold no numbers but {', '.join(kinds)}"
+            f"{path}: columns {listed(list(others))} hold no numbers but {', '.join(kinds)}"
             f"{_example(columns, others)}; encode them as numbers ({_remedy(kinds)}), or leave "
             f"them out with data.drop=[{','.join(others)}]"
         )
@@ -175,8 +162,13 @@ def _features(
                 exact[len(features)] = rounded
             features[name] = values[:, None]
         else:
-            width = range(values.shape[1])
-            features |= {f"{name}[{place}]": values[:, [place]] for place in width}
+            own = {f"{name}[{place}]": values[:, [place]] for place in range(values.shape[1])}
+            if both := [each for each in names if each in own]:
+                raise ValueError(
+                    f"{path} has a column {both[0]!r} beside the lists of column {name!r}, whose "
+                    "entries are called so; rename one"
+                )
+            features |= own
     return features, exact
 
 
@@ -214,7 +206,7 @@ def _labels(path: Path, column: Any, label: str) -> Labels:
 
     kind = column.type
     if types.is_decimal(kind):
-        return Labels.of(source, np.array(column.to_pylist()).astype(float))
+        return Labels.of_text(source, [format(each, "f") for each in column.to_pylist()])
     if refusal(column) not in (None, "text") or types.is_nested(kind):
         raise ValueError(f"{source} must hold integers, truth values or text, it holds {kind}")
     values = column.to_numpy()
@@ -247,8 +239,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = "" if len(names) <= SHOWN else f" and {len(names) - SHOWN} more"
-    return ", ".join(map(repr, names[:SHOWN])) + more
