@@ -60,6 +60,8 @@ class HandedGradient(UncompiledTensor):
             return args[0]
         if func in _DETACH:
             return live[0]._pass.hand(live[0].recorded)
+        if func in _UNBIND:
+            return _unbound(*args, **kwargs)
         with torch.enable_grad():
             if kwargs.get("out") is not None:
                 # Torch does not record what it writes to a given place.
@@ -117,6 +119,7 @@ _OF_THE_TENSOR = {"__get__", "__set__", "__delete__"}
 _BEGINS_A_GRAPH = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _LEAVING = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__, Tensor.share_memory_}
 _DETACH, _DETACH_ITSELF = {Tensor.detach, torch.detach}, {Tensor.detach_, torch.detach_}
+_UNBIND = {Tensor.unbind, torch.unbind}
 _ASSIGNS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"}
 _ASSIGNS |= {
     "__imod__",
@@ -127,6 +130,11 @@ _ASSIGNS |= {
     "__ilshift__",
     "__irshift__",
 }
+
+
+def _unbound(input: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    # Of several views at once torch lets none be changed in place where a graph is made.
+    return tuple(input.select(dim, index) for index in range(input.shape[dim]))
 
 
 def _works_in_place(name: str) -> bool:

@@ -67,9 +67,8 @@ class RecordedTensor(TwiceTensor):
             return special(*args, **kwargs)
         if func == _REQUIRES_GRAD:
             user_hooks.watch_module_hooks()
-        elif func == _GRAD_FN:
-            user_hooks.watch_legacy_hooks()
-        return super()._run(func, types, args, kwargs)
+        found = super()._run(func, types, args, kwargs)
+        return user_hooks.told_node(found) if func == _GRAD_FN else found
 
 
 def _backward_of(

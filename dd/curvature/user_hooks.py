@@ -24,7 +24,7 @@ __all__ = [
     "recording",
     "register_hook",
     "silenced",
-    "watch_legacy_hooks",
+    "told_node",
     "watch_module_hooks",
 ]
 
@@ -120,7 +120,8 @@ def register_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
     kept = _kept(tensor)
     if kept is not None:
         # What is kept is what the last hook leaves.
-        tensor._backward_hooks.move_to_end(kept)  # type: ignore[union-attr]
+        hooks: Any = tensor._backward_hooks
+        hooks[kept] = hooks.pop(kept)
     return handle
 
 
@@ -168,26 +169,40 @@ def watch_module_hooks() -> None:
             setattr(bound, name, [_watched(hook) for hook in hooks])
 
 
-def watch_legacy_hooks() -> None:
+def told_node(node: Any) -> Any:
     """Where hooks of ``Module.register_backward_hook`` are about to be bound, watch them.
 
     To be called when somebody asks a tensor for its node, as torch does then.
+
+    Args:
+        node: of a marked tensor.
+
+    Returns:
+        What to tell of it: there the node of the operation itself, not that of its mark.
     """
-    frame = _nearest(_CALLS)
-    hooks = None if frame is None else frame.f_locals.get("non_full_backward_hooks")
-    if hooks:
-        hooks[:] = [_watched(hook) for hook in hooks]
+    frame = _nearest(_CALLS, _COMPARES)
+    if frame is None or node is None:
+        return node
+    parent = node.next_functions[0][0]
+    if frame.f_code is _COMPARES:
+        return parent if parent is frame.f_locals.get("grad_fn") else node
+    hooks = frame.f_locals.get("non_full_backward_hooks")
+    if not hooks:
+        return node
+    hooks[:] = [_watched(hook) for hook in hooks]
+    return parent
 
 
-def _nearest(code: CodeType | None) -> FrameType | None:
-    """The innermost call of some code that is under way, if any."""
+def _nearest(*codes: CodeType | None) -> FrameType | None:
+    """The innermost call of one of several functions that is under way, if any."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not code:
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
     return frame
 
 
 _BINDS = BackwardHook._apply_on_tensors.__code__
+_COMPARES = nn.Module._maybe_warn_non_full_backward_hook.__code__
 _CALLS = next(
     (
         constant
