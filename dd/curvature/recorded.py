@@ -119,22 +119,22 @@ def _grad(
     grad_outputs: Any = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
-    only_inputs: bool = True,
-    allow_unused: bool | None = None,
-    is_grads_batched: bool = False,
-    materialize_grads: bool = False,
+    **how: Any,
 ) -> tuple[Tensor | None, ...]:
+    materializes = how.pop("materialize_grads", False)
+    allows_unused = how.pop("allow_unused", None)
+    is_batched = how.get("is_grads_batched", False)
     asked, ends = _asked(outputs, grad_outputs), _ends(inputs)
     asked = asked._replace(keeps=create_graph if retain_graph is None else retain_graph)
     ways = Ways.of(asked.roots, RecordedTensor._pending)
     edges = _edges(ends)
     split = ways.split(edges)
-    is_plain = create_graph or is_grads_batched or not all(map(_is_edge, edges))
+    is_plain = create_graph or is_batched or not all(map(_is_edge, edges))
     if split.forwards and not is_plain:
         found: Sequence[Tensor | None] = gradients(asked, ways, split, edges)
     else:
         # Several gradients at once are none of a step's.
-        beside = ways.forwards if is_grads_batched else ways.beside(split)
+        beside = ways.forwards if is_batched else ways.beside(split)
         with passed_by(beside, hears_scores=False):
             found = torch.autograd.grad(
                 asked.roots,
@@ -142,15 +142,14 @@ def _grad(
                 asked.gradients or None,
                 asked.keeps,
                 create_graph,
-                only_inputs,
                 allow_unused=True,
-                is_grads_batched=is_grads_batched,
+                **how,
             )
     missing = [index for index, gradient in enumerate(found) if gradient is None]
-    if materialize_grads:
+    if materializes:
         zeros = {index: _zeros(ends[index], requires_grad=create_graph) for index in missing}
         return tuple(zeros.get(index, gradient) for index, gradient in enumerate(found))
-    if missing and not allow_unused:
+    if missing and not allows_unused:
         raise RuntimeError(
             f"The differentiated Tensor at index {missing[0]} appears to not have been used in the "
             "graph. Set allow_unused=True if this is the desired behavior."

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
+import dd
 from tests.curvature.test_recorded import K, finite_difference, forward_of, point
 
 
@@ -164,3 +165,41 @@ def test_parts_of_a_batch_of_gradients_count_for_no_step():
     (found,) = torch.autograd.grad(outgoing.tanh().sum(1), leaf, rows, is_grads_batched=True)
     torch.testing.assert_close(found.sum(0), 1 - leaf.detach().tanh() ** 2)
     assert forward.products == []
+
+
+def trained(way, *, head, looks):
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(300, 20), torch.arange(300) % 2
+    inputs[:, 0] += 2 * labels - 1
+    model = nn.Sequential(nn.Linear(20, 3), nn.Tanh(), nn.Linear(3, 2))
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, head=head)
+    parameters = list(model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        features = model[1](model[0](inputs))
+        loss = F.cross_entropy(model[2](features), labels)
+        if looks:
+            # The gradient ends before the decoupled layer.
+            torch.autograd.grad(loss, features, retain_graph=True)
+        if way == "grad":
+            for parameter, found in zip(
+                parameters, torch.autograd.grad(loss, parameters), strict=True
+            ):
+                parameter.grad = found
+        elif way == "inputs":
+            loss.backward(inputs=[features, *parameters])
+        else:
+            loss.backward()
+        optimizer.step()
+    assert (optimizer._attachment.shared is not None) == (head is not False)
+    return [optimizer.shadow, *parameters]
+
+
+@pytest.mark.parametrize("head", ["auto", True, False])
+@pytest.mark.parametrize("looks", [False, True], ids=["", "looks"])
+@pytest.mark.parametrize("way", ["grad", "inputs"])
+def test_training_by_other_ways_of_differentiating_is_that_by_backward(way, looks, head):
+    expected = trained("backward", head=head, looks=False)
+    for one, other in zip(trained(way, head=head, looks=looks), expected, strict=True):
+        assert torch.equal(one, other)
