@@ -232,7 +232,7 @@ class Attachment:
     def marked(self, output: Tensor) -> Tensor:
         """An output of the model that leads to the loss of a pending forward."""
         if type(output) is Tensor and output.requires_grad and torch.is_grad_enabled():
-            return next((c.passes_again(output) for c in self.pending), output)
+            return next((c.outgoing(output) for c in self.pending), output)
         return output
 
     def give_up(self) -> None:

@@ -91,21 +91,17 @@ class Capture:
         if product is not None:
             product.register_hook(_Listener(self.receive_product))
 
-    def outgoing(self, preactivation: Tensor) -> Tensor:
-        """Return what the following layers receive: R, as far as it matters what they do to it."""
-        if self._estimator.records:
-            return RecordedTensor.leading_from(self, preactivation)
-        if self._estimator.second_order:
-            return preactivation.as_subclass(TwiceTensor)
-        return preactivation
+    def outgoing(self, tensor: Tensor) -> Tensor:
+        """Return R as the following layers receive it, or anything that leads to the same loss.
 
-    def passes_again(self, preactivation: Tensor) -> Tensor:
-        """Return what the following layers receive where they run once more for this forward."""
+        Args:
+            tensor: R, shape (m, k), also where it was computed once more; or what came of it.
+        """
         if self._estimator.records:
-            return preactivation.as_subclass(RecordedTensor)
+            return RecordedTensor.leading_from(self, tensor)
         if self._estimator.second_order:
-            return preactivation.as_subclass(TwiceTensor)
-        return preactivation
+            return tensor.as_subclass(TwiceTensor)
+        return tensor
 
     @property
     def edge(self) -> GradientEdge:
@@ -200,7 +196,7 @@ class Capture:
             results: of the node; the last one is the weight's gradient, shape (d, k).
             gradients: what the node received.
         """
-        if self._estimating or self._directions is None:
+        if self._estimating or self._recording or self._directions is None:
             return
         term, self.contribution = results[-1], None
         # A hook of the user's may have put another gradient in place of the one that was kept.

@@ -145,6 +145,11 @@ def begin(
     if attachment.noise is None or attachment.noise is attachment.given_noise:
         fit_noise(attachment, placement, inputs)
     attachment.oversight.look(attachment.subject, placement, inputs.detach())
+    if attachment.estimator.records and (
+        preactivation._backward_hooks or preactivation.retains_grad
+    ):
+        # What is at R itself sees gradients whenever one ends there, and is to see them once.
+        preactivation = preactivation.clone()
     capture = Capture(
         placement,
         preactivation,

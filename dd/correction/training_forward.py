@@ -133,7 +133,7 @@ class TrainingForward:
             result = attachment.shared.correct_preactivation(
                 result, signal, self._store.read, index
             )
-        return capture.passes_again(result)
+        return capture.outgoing(result)
 
     def _require_same_head(self) -> None:
         attachment = self._attachment

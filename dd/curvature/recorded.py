@@ -1,66 +1,54 @@
 """Backward passes that are recorded up to the decoupled layer, and differentiated once more."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
+from torch.autograd.graph import GradientEdge
 
-from dd.curvature.custom import check_function
-from dd.curvature.twice import TwiceTensor, explained
-from dd.curvature.user_hooks import (
-    WatchedHook,
-    keep_gradient,
-    quiet,
-    silenced,
-    watch_module_hooks,
+from dd.curvature import user_hooks
+from dd.curvature.twice import TwiceTensor
+from dd.curvature.two_parts import (
+    Asked,
+    RecordedForward,
+    Ways,
+    accumulate,
+    edge_of,
+    gradients,
+    passed_by,
+    unmarked,
 )
 
 __all__ = ["RecordedForward", "RecordedTensor"]
 
 
-class RecordedForward(Protocol):
-    """A training forward whose gradient at R is to be differentiated along its probe."""
-
-    @property
-    def node(self) -> Any:
-        """Node of R in the autograd graph."""
-
-    @property
-    def edge(self) -> GradientEdge:
-        """Where R stands in the autograd graph."""
-
-    @property
-    def probe(self) -> Tensor:
-        """Direction in R, shape (m, k)."""
-
-    def passed_by(self, *, hears_scores: bool) -> AbstractContextManager[Any]:
-        """Let gradients pass by R uncounted, and by the scores too where these are not heard."""
-
-    def expect(self, product: Tensor | None) -> None:
-        """Take the derivative along the probe of the gradient that comes next, shape (m, k)."""
-
-
 class RecordedTensor(TwiceTensor):
     """A tensor that leads from R to the loss, and to the loss's backward pass.
 
-    That pass is made in two parts. The first is recorded and ends at R and at the parameters behind
-    it; of the gradient at R the product with the Hessian follows. The second goes on from there as
-    it would have gone. Every node and every hook is passed once.
+    That pass is made in two parts. The first is recorded and ends at R, at the parameters in front
+    of it and at other places there whose gradients are asked for; of the gradient at R the product
+    with the Hessian follows. The second goes on from there as it would have gone.
+
+    Every gradient is delivered once, and every hook on a tensor, a parameter or a module called
+    once, with the gradients of an ordinary pass. What is not as in an ordinary pass:
+
+    - Hooks on nodes in front of R (``grad_fn.register_hook``, ``register_prehook``) see recorded
+      gradients, and are called once more where the product passes their node.
+    - Tensors that were made of parameters alone and without R have their hooks called once, but
+      with recorded gradients; so have modules that receive nothing else.
+    - Parameters accumulate when the whole first part is done.
+    - What the graph keeps beside the way from R to the loss is let go with the loss.
     """
 
     _pending: ClassVar["weakref.WeakSet[RecordedForward]"] = weakref.WeakSet()
-    _told: ClassVar[set[type]] = set()
 
     @classmethod
-    def leading_from(cls, forward: RecordedForward, preactivation: Tensor) -> "RecordedTensor":
-        """Return R of a forward, shape (m, k), as a tensor that leads to its loss."""
+    def leading_from(cls, forward: RecordedForward, tensor: Tensor) -> "RecordedTensor":
+        """Return R of a forward, shape (m, k), or what came of it as one that leads to its loss."""
         cls._pending.add(forward)
-        return preactivation.as_subclass(cls)
+        return tensor.as_subclass(cls)
 
     @classmethod
     def forget(cls, forward: RecordedForward) -> None:
@@ -78,22 +66,9 @@ class RecordedTensor(TwiceTensor):
         if special is not None:
             return special(*args, **kwargs)
         if func == _REQUIRES_GRAD:
-            watch_module_hooks()
-        return super()._run(func, types, args, kwargs)
-
-
-class Ways(NamedTuple):
-    """What a backward pass will reach.
-
-    Attributes:
-        forwards: pending ones.
-        leaves: parameters that it reaches without passing by any of these.
-        nodes: all that it passes on the way.
-    """
-
-    forwards: list[RecordedForward]
-    leaves: list[Tensor]
-    nodes: set[Any]
+            user_hooks.watch_module_hooks()
+        found = super()._run(func, types, args, kwargs)
+        return user_hooks.told_node(found) if func == _GRAD_FN else found
 
 
 def _backward_of(
@@ -114,38 +89,28 @@ def _backward(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> None:
-    roots = _listed(tensors)
-    given = _listed(grad_variables if grad_tensors is None else grad_tensors)
-    ends = None if inputs is None else _listed(tree_map_only(RecordedTensor, _edge, inputs))
-    keeps = create_graph if retain_graph is None else retain_graph
-    ways = _ways(roots)
-    if create_graph or not ways.forwards:
-        # With a graph of the user's own the gradient that arrives at R can be differentiated.
-        _plain_backward(roots, given, keeps, create_graph, ends)
+    asked = _asked(tensors, grad_variables if grad_tensors is None else grad_tensors)
+    asked = asked._replace(keeps=create_graph if retain_graph is None else retain_graph)
+    ends = None if inputs is None else _ends(inputs)
+    ways = Ways.of(asked.roots, RecordedTensor._pending)
+    edges = None if ends is None else _edges(ends)
+    for end in ends or ():
+        if isinstance(end, Tensor) and end.requires_grad and not end.is_leaf:
+            _retain_grad(end)
+    split = ways.split(edges)
+    # With a graph of the user's own the gradient that arrives at R can be differentiated.
+    is_plain = create_graph or not all(map(_is_edge, edges or ()))
+    if split.forwards and not is_plain:
+        accumulate(asked, ways, split)
         return
-    if ends is not None:
-        if not all(isinstance(end, Tensor) and end.is_leaf for end in ends):
-            _expect_products(roots, given, ways, keeps=True)
-            _plain_backward(roots, given, keeps, create_graph, ends)
-            return
-        wanted = {id(end) for end in ends}
-        ways = ways._replace(leaves=[leaf for leaf in ways.leaves if id(leaf) in wanted])
-    gradients = _expect_products(roots, given, ways, keeps=keeps)
-    places = [*(forward.edge for forward in ways.forwards), *ways.leaves]
-    reached = [(p, g.detach()) for p, g in zip(places, gradients, strict=True) if g is not None]
-    if reached:
-        starts, arrived = zip(*reached, strict=True)
-        _plain_backward(starts, arrived, keeps, False, ends)
-
-
-def _plain_backward(
-    roots: Sequence[Any],
-    gradients: Sequence[Any],
-    keeps: bool,
-    create_graph: bool,
-    inputs: Sequence[Any] | None,
-) -> None:
-    torch.autograd.backward(roots, gradients or None, keeps, create_graph, inputs=inputs)
+    with passed_by(ways.beside(split), hears_scores=False):
+        torch.autograd.backward(
+            asked.roots,
+            asked.gradients or None,
+            asked.keeps,
+            create_graph,
+            inputs=edges,
+        )
 
 
 def _grad(
@@ -155,117 +120,89 @@ def _grad(
     retain_graph: bool | None = None,
     create_graph: bool = False,
     **how: Any,
-) -> Any:
-    roots, given = _listed(outputs), _listed(grad_outputs)
-    # An alias of an input would be another place in the graph.
-    ends = tree_map_only(RecordedTensor, _edge, inputs)
-    if not create_graph and not how.get("is_grads_batched", False):
-        ways = _ways(roots)
-        if ways.forwards:
-            _expect_products(roots, given, ways._replace(leaves=[]), keeps=True)
-    try:
-        return torch.autograd.grad(roots, ends, given or None, retain_graph, create_graph, **how)
-    finally:
-        for forward in RecordedTensor._pending:
-            forward.expect(None)
+) -> tuple[Tensor | None, ...]:
+    materializes = how.pop("materialize_grads", False)
+    allows_unused = how.pop("allow_unused", None)
+    is_batched = how.get("is_grads_batched", False)
+    asked, ends = _asked(outputs, grad_outputs), _ends(inputs)
+    asked = asked._replace(keeps=create_graph if retain_graph is None else retain_graph)
+    ways = Ways.of(asked.roots, RecordedTensor._pending)
+    edges = _edges(ends)
+    split = ways.split(edges)
+    is_plain = create_graph or is_batched or not all(map(_is_edge, edges))
+    if split.forwards and not is_plain:
+        found: Sequence[Tensor | None] = gradients(asked, ways, split, edges)
+    else:
+        # Several gradients at once are none of a step's.
+        beside = ways.forwards if is_batched else ways.beside(split)
+        with passed_by(beside, hears_scores=False):
+            found = torch.autograd.grad(
+                asked.roots,
+                edges,
+                asked.gradients or None,
+                asked.keeps,
+                create_graph,
+                allow_unused=True,
+                **how,
+            )
+    missing = [index for index, gradient in enumerate(found) if gradient is None]
+    if materializes:
+        zeros = {index: _zeros(ends[index], requires_grad=create_graph) for index in missing}
+        return tuple(zeros.get(index, gradient) for index, gradient in enumerate(found))
+    if missing and not allows_unused:
+        raise RuntimeError(
+            f"The differentiated Tensor at index {missing[0]} appears to not have been used in the "
+            "graph. Set allow_unused=True if this is the desired behavior."
+        )
+    return tuple(found)
 
 
-def _expect_products(
-    roots: Sequence[Any], given: Sequence[Any], ways: Ways, *, keeps: bool
-) -> Sequence[Tensor | None]:
-    """Differentiate up to R and the parameters behind it, and the gradient at R once more.
-
-    Returns:
-        The gradients at R of each forward and of each parameter; None where there is no way.
-
-    Raises:
-        NotImplementedError: if something on the way has no second derivative.
-        RuntimeError: whatever else torch raises.
-    """
-    edges = [forward.edge for forward in ways.forwards]
-    try:
-        for node in ways.nodes:
-            check_function(node, RecordedTensor._told)
-        with _passed_by(ways.forwards, hears_scores=True), silenced(ways.leaves):
-            places: list[Any] = [*edges, *ways.leaves]
-            found = torch.autograd.grad(roots, places, given or None, True, True, allow_unused=True)
-        # A function's backward may bring in marks that its forward has kept.
-        gradients = [_plain(gradient) for gradient in found]
-        arrived = list(zip(ways.forwards, gradients, strict=False))
-        # A gradient without a graph depends on R no more: the loss is linear in it.
-        curved = [(f, g) for f, g in arrived if g is not None and g.requires_grad]
-        products: Sequence[Tensor | None] = [None] * len(edges)
-        if curved:
-            probes = [forward.probe for forward, _ in curved]
-            with _passed_by(ways.forwards, hears_scores=False), quiet():
-                products = torch.autograd.grad(
-                    [g for _, g in curved], edges, probes, keeps, allow_unused=True
-                )
-    except RuntimeError as error:
-        told = explained(error)
-        if told is None:
-            raise
-        raise told from error
-    for (forward, gradient), product in zip(arrived, products, strict=True):
-        if gradient is not None:
-            forward.expect(torch.zeros_like(gradient) if product is None else product.detach())
-    return gradients
+def _zeros(end: Any, *, requires_grad: bool) -> Tensor:
+    if isinstance(end, GradientEdge):
+        raise RuntimeError(
+            "materialize_grads cannot be used when the given input is a GradientEdge"
+        )
+    return torch.zeros_like(_plain(end), requires_grad=requires_grad)
 
 
-@contextmanager
-def _passed_by(forwards: Sequence[RecordedForward], *, hears_scores: bool) -> Iterator[None]:
-    with ExitStack() as stack:
-        for forward in forwards:
-            stack.enter_context(forward.passed_by(hears_scores=hears_scores))
-        yield
-
-
-def _ways(roots: Sequence[Any]) -> Ways:
-    pending = {forward.node: forward for forward in RecordedTensor._pending}
-    forwards: list[RecordedForward] = []
-    leaves: list[Tensor] = []
-    seen: set[Any] = set()
-    waiting = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in pending:
-            forwards.append(pending[node])
-            continue
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            leaves.append(leaf)
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return Ways(forwards, leaves, seen)
+def _asked(roots: Any, gradients: Any) -> Asked:
+    return Asked(_listed(roots), _listed(gradients), keeps=False)
 
 
 def _listed(given: Any) -> list[Any]:
     """What backward passes take one or several of, in a list and without marks."""
+    return [_plain(item) for item in _ends(given)]
+
+
+def _ends(given: Any) -> list[Any]:
+    """The same with marks; several may be the values of a dictionary."""
     if given is None:
         return []
     if isinstance(given, Tensor | GradientEdge):
-        given = (given,)
-    return [_plain(item) for item in given]
+        return [given]
+    return list(given.values() if isinstance(given, dict) else given)
 
 
 def _plain(item: Any) -> Any:
-    if not isinstance(item, RecordedTensor):
-        return item
-    # Users may differentiate where nothing is recorded.
-    with torch.enable_grad():
-        return item.as_subclass(Tensor)
+    return unmarked(item) if isinstance(item, RecordedTensor) else item
 
 
-def _edge(tensor: Tensor) -> GradientEdge:
-    with torch._C.DisableTorchFunctionSubclass():
-        return get_gradient_edge(tensor)
+def _edges(ends: list[Any]) -> list[Any]:
+    """Where they stand in the graph; what stands nowhere is torch's to complain of."""
+    # An alias of a marked tensor would be another place.
+    return [
+        edge_of(end) if isinstance(end, Tensor) and end.requires_grad else _plain(end)
+        for end in ends
+    ]
+
+
+def _is_edge(end: Any) -> bool:
+    return isinstance(end, GradientEdge)
 
 
 def _register_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.register_hook(WatchedHook(hook))
+        return user_hooks.register_hook(tensor, hook)
 
 
 def _retain_grad(tensor: Tensor) -> None:
@@ -273,10 +210,11 @@ def _retain_grad(tensor: Tensor) -> None:
         if tensor.is_leaf:
             tensor.retain_grad()
         else:
-            keep_gradient(tensor)
+            user_hooks.keep_gradient(tensor)
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.backward: _backward_of,

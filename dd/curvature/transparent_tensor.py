@@ -32,7 +32,7 @@ class TransparentTensor(Tensor):
 
     def __format__(self, spec: str) -> str:
         """Format as an ordinary tensor."""
-        return format(self.detach(), spec)
+        return format(self.as_subclass(Tensor).detach(), spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Print as an ordinary tensor."""
