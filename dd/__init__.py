@@ -25,6 +25,7 @@ from dd.trials import run_trials
 from dd.trials.results import Trials
 from dd.watch.audit import ComponentWarning
 from dd.watch.divergence import DivergenceWarning
+from dd.watch.response_watch import ResponseWarning
 from dd.watch.shadow_size import ShadowWarning
 from dd.watch.strain import StrainWarning
 
@@ -42,6 +43,7 @@ __all__ = [
     "GaussianMixture",
     "NoSignalWarning",
     "NoiseModel",
+    "ResponseWarning",
     "SearchWarning",
     "ShadowWarning",
     "StrainWarning",

@@ -14,6 +14,7 @@ from dd.correction.optimizer_state import OptimizerState
 from dd.correction.saved_state import bind_samples
 from dd.correction.tracker import Tracker
 from dd.correction.training_forward import TrainingForward
+from dd.curvature.estimators import Stein
 from dd.noise.model import NoiseModel
 from dd.rules.decoupled_optimizers import owner_of
 from dd.rules.outside_step import OutsideMoves
@@ -22,6 +23,8 @@ from dd.rules.response_shadows import ResponseShadows
 from dd.rules.response_step import ResponseStep, require_unmoved
 from dd.rules.settings import check_settings
 from dd.rules.step_hooks import StepHooks
+from dd.support.user_warning import warn_user
+from dd.watch.response_watch import ResponseWarning, optimizer_message, regression_message
 from dd.watch.step_watches import Unwatched
 
 __all__ = ["ErrorTracker", "decouple"]
@@ -41,7 +44,7 @@ def decouple(
 
     In train mode the decoupled layer's output becomes R = XW + Q, where the shadow Q removes from
     each sample the imprint that it left on the weights. How an imprint moves is identified from
-    each step that the optimizer makes (section 9 of ``docs/theory.md``). Hooks on the layer and on
+    each step that the optimizer makes (section 11 of ``docs/theory.md``). Hooks on the layer and on
     the optimizer's own step do it: the loop stays as it is, and so do the optimizers.
 
     Args:
@@ -49,7 +52,9 @@ def decouple(
         *optimizers: all that train it; exactly one holds the decoupled weight.
         layer: as in :class:`dd.DecoupledDescent`.
         noise: as in :class:`dd.DecoupledDescent`.
-        curvature: as in :class:`dd.DecoupledDescent`.
+        curvature: as in :class:`dd.DecoupledDescent`, but that ``"auto"`` is ``"stein"`` where
+            ``noise`` knows the components: it makes up for errors of a response that was found by
+            regression. It takes the inputs to be Gaussian within them, and says where they are not.
         head: False; other values are not followed yet by rules that are identified.
         seed: of the curvature probes.
         process_group: as in :class:`dd.DecoupledDescent`.
@@ -63,9 +68,9 @@ def decouple(
         TypeError: if what is given is no module or no optimizer.
 
     Example:
-        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99))
         >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
-        >>> for step in range(20):
+        >>> for step in range(30):
         ...     optimizer.zero_grad()
         ...     train_loss = criterion(model(X), y)
         ...     train_loss.backward()
@@ -90,15 +95,15 @@ class ErrorTracker(Tracker):
     """What :func:`decouple` returns; the arguments are those.
 
     Example:
-        >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.003)
+        >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01)
         >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
-        >>> for step in range(10):
+        >>> for step in range(20):
         ...     optimizer.zero_grad()
         ...     criterion(model(X), y).backward()
         ...     optimizer.step()
         >>> wrong = lambda batch: (model(batch[0]).argmax(1) != batch[1]).float()
         >>> print(tracker.estimate([(X, y)], wrong))  # of the test error
-        0.0... (90 %: 0.0... to 0..., n = 500)
+        0... (90 %: 0.0... to 0..., n = 500)
     """
 
     def __init__(
@@ -121,6 +126,8 @@ class ErrorTracker(Tracker):
                 f"dd.decouple: head={head!r} needs the optimizer's own rule for parameters that "
                 "all samples share; use head=False, or dd.DecoupledDescent with head=True"
             )
+        if curvature == "auto" and noise is not None and noise.components is not None:
+            curvature = "stein"
         attachment = Attachment(
             model,
             layer,
@@ -131,7 +138,7 @@ class ErrorTracker(Tracker):
             shadows=ResponseShadows(),
         )
         self._optimizer, followed = owner_of(attachment, optimizers)
-        self._seed = int(seed)
+        self._seed, self._has_told = int(seed), False
         self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._groups = [group for optimizer in followed for group in optimizer.param_groups]
         self._rule = ResponseStep(attachment, self._store(), self._optimizer)
@@ -139,6 +146,7 @@ class ErrorTracker(Tracker):
         attachment.register(self._correct, self._correct_scores)
         self._hooks = StepHooks(self._optimizer, self._rule.before, self._after_step)
         self._attachment = attachment
+        self._tell(attachment, optimizer_message(self._optimizer))
 
     @property
     def response(self) -> Response | None:
@@ -257,6 +265,20 @@ class ErrorTracker(Tracker):
     def _after_step(self) -> None:
         self._rule.after()
         self._moves.remember()
+        attachment, response = self._attachment, self._rule.response
+        if attachment is None or response is None or response.exact or self._has_told:
+            return
+        self._has_told = True
+        name, inputs = type(self._optimizer).__name__, attachment.layer.in_features
+        by_stein = isinstance(attachment.estimator, Stein)
+        self._tell(attachment, regression_message(name, inputs, by_stein=by_stein))
+
+    def _tell(self, attachment: Attachment, message: str | None) -> None:
+        if message is None:
+            return
+        # First, as a warning may be an error.
+        attachment.oversight.doubt("The optimizer's response is followed coarsely.")
+        warn_user(message, ResponseWarning)
 
     def _correct(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor | None:
         attachment = self._attachment

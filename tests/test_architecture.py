@@ -27,7 +27,7 @@ LAYERS = """
     dd
     dd.data dd.trials
     dd.theory
-    dd.optimizer
+    dd.decouple dd.optimizer
     dd.rules
     dd.correction
     dd.watch

@@ -11,7 +11,7 @@ from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate, check_confidence
 from dd.correction.repeats import Repeats
 
-__all__ = ["corrected_estimate", "corrected_mean"]
+__all__ = ["corrected_estimate", "corrected_mean", "corrected_outputs"]
 
 
 def corrected_mean(
@@ -70,6 +70,28 @@ def corrected_estimate(
         total, squares, num_rows, confidence, num_samples=num_samples, effective=effective
     )
     return replace(found, doubts=attachment.oversight.doubts)
+
+
+def corrected_outputs(attachment: Attachment, batches: Iterable[Any]) -> Tensor:
+    """What the model returns for training samples, corrected, in the order of the batches.
+
+    Raises:
+        ValueError: if there are no batches.
+        RuntimeError: if a batch did not pass through the decoupled layer.
+        TypeError: if the model returns something else than a tensor.
+    """
+
+    def outputs(batch: Any) -> Tensor:
+        found = attachment.module(batch if isinstance(batch, Tensor) else batch[0])
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                "DecoupledDescent: predict() needs a model that returns a tensor, got "
+                f"{type(found).__name__}; use estimate() with a function of your own"
+            )
+        # A marked tensor is of no use outside.
+        return found.detach().as_subclass(Tensor)
+
+    return torch.cat([v for v, _ in _values(attachment, batches, outputs, "predict()")])
 
 
 def _values(

@@ -9,7 +9,7 @@ from torch._compile import _disable_dynamo
 
 from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate
-from dd.correction.evaluation import corrected_estimate, corrected_mean
+from dd.correction.evaluation import corrected_estimate, corrected_mean, corrected_outputs
 from dd.correction.hook import Forward
 from dd.correction.optimizer_state import OptimizerState
 from dd.noise.model import NoiseModel
@@ -186,6 +186,35 @@ class Tracker:
         """
         self._settle()
         return corrected_estimate(self._required("estimate()"), batches, losses, confidence)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Any]) -> Tensor:
+        """Corrected outputs of training samples, each as if it had been left out of training.
+
+        Args:
+            batches: of training samples: inputs, or sequences that begin with the inputs, such as
+                a ``DataLoader`` yields.
+
+        Returns:
+            What the model returns, in the order of the batches, shape (n, ...).
+
+        Raises:
+            ValueError: if unattached, or there are no batches.
+            RuntimeError: if a batch did not pass through the decoupled layer.
+            TypeError: if the model returns something else than a tensor.
+
+        Example:
+            >>> optimizer = dd.DecoupledDescent(model, lr=0.5, noise=dd.NoiseModel.fit(X, y))
+            >>> for step in range(10):
+            ...     optimizer.zero_grad()
+            ...     criterion(model(X), y).backward()
+            ...     optimizer.step()
+            >>> optimizer.predict([(X[:200], y[:200]), (X[200:], y[200:])]).shape
+            torch.Size([500, 2])
+        """
+        self._settle()
+        return corrected_outputs(self._required("predict()"), batches)
 
     @_disable_dynamo
     def drop_forward(self) -> None:

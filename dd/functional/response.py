@@ -1,6 +1,6 @@
 """How an optimizer's update answers to the gradients, found from the update that it made.
 
-Section 9 of ``docs/theory.md``. Weights and what moves them are laid out as
+Section 11 of ``docs/theory.md``. Weights and what moves them are laid out as
 :class:`torch.nn.Linear` stores them: one row a unit, shape (k, d).
 """
 

@@ -1,6 +1,6 @@
 """The response of an optimizer to its gradients, identified from the step that it made.
 
-Section 9 of ``docs/theory.md``. The shadow of a quantity is what removing a sample changes of it,
+Section 11 of ``docs/theory.md``. The shadow of a quantity is what removing a sample changes of it,
 and shadows are linear: where an update is a combination of quantities whose shadows are known, its
 shadow is the same combination of theirs.
 """
@@ -42,7 +42,9 @@ AVERAGE_RATES = (0.9, 0.99)
 # What rounding in single precision leaves unexplained of an update that is a combination, and
 # bfloat16 within Muon's iterations, is less; what coordinate-wise optimizers leave is far more.
 _EXACT = 1e-4
-_EXACT_RIDGE, _RIDGE = 1e-9, 1e-3
+_EXACT_RIDGE = 1e-9
+# A quantity of which the averages explain this share brings nothing but noise to a regression.
+_REDUNDANT = 0.99
 # A combination across units must leave this share of what one by unit leaves.
 _ACROSS_GAIN = 0.5
 # After these steps a form that was ruled out is tried now and then.
@@ -269,10 +271,14 @@ class ResponseIdentifier:
         names = [WEIGHT, GRADIENT, *averages, *known]
         found = {name: without_directions(step.quantity(name), step.directions) for name in names}
         _require_inputs(update, names)
-        best, fit = names, _simpler(update, list(found.values()))
+        averaged = [found[name] for name in [GRADIENT, *averages]]
+        added = [name for name in known if not _is_redundant(found[name], averaged)]
+        names = [WEIGHT, GRADIENT, *averages, *added]
+        best, fit = names, _simpler(update, [found[name] for name in names])
         if tries_across:
             few = [WEIGHT, GRADIENT, *(known or averages)]
-            across = fit_across_units(update, [found[name] for name in few], _RIDGE)
+            basis = [found[name] for name in few]
+            across = fit_across_units(update, basis, _ridge(update, len(basis)))
             gains = across is not None and across.unexplained < _ACROSS_GAIN * fit.unexplained
             if across is not None and gains:
                 best, fit = few, across
@@ -305,9 +311,24 @@ def _is_exact(fit: ResponseFit, change: Tensor, weight: Tensor) -> bool:
 
 def _simpler(update: Tensor, basis: list[Tensor]) -> ResponseFit:
     """A fit by unit, or of all units alike where inputs are too few to tell units apart."""
-    by_unit = fit_by_unit(update, basis, _RIDGE)
-    alike = fit_of_all_units(update, basis, _RIDGE)
+    ridge = _ridge(update, len(basis))
+    by_unit = fit_by_unit(update, basis, ridge)
+    alike = fit_of_all_units(update, basis, ridge)
     return alike if alike.unexplained < by_unit.unexplained else by_unit
+
+
+def _ridge(update: Tensor, count: int) -> float:
+    """Penalty on quantities of unit length.
+
+    Gradients of successive steps are nearly alike, and d coordinates tell their small differences
+    apart to p/d of the update's size, which their shadows would take for a response (Hoerl,
+    Kennard and Baldwin 1975, with as much left over as explained).
+    """
+    return count / update.shape[1]
+
+
+def _is_redundant(quantity: Tensor, averages: list[Tensor]) -> bool:
+    return fit_by_unit(quantity, averages, _EXACT_RIDGE).share > _REDUNDANT
 
 
 def _require_inputs(update: Tensor, names: list[str]) -> None:

@@ -199,3 +199,20 @@ def test_copies_among_the_samples_count_once():
     again = other.estimate([(inputs, labels)], losses_of(resumed))
     assert again.num_samples == N
     assert torch.equal(again.upper, found.upper)
+
+
+def test_predictions_are_the_corrected_outputs_in_the_order_of_the_batches():
+    model, optimizer, inputs, _ = make()
+    order = torch.arange(N - 1, -1, -1)
+    parts = [inputs[rows] for rows in order.split(25)]
+    found = optimizer.predict(parts)
+    assert model.training
+    assert type(found) is torch.Tensor
+    model.eval()
+    with torch.no_grad():
+        expected = model[1:](model[0](inputs) + optimizer.shadow.sum(0))
+        plain = model(inputs)
+    torch.testing.assert_close(found, expected[order], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found, plain[order], rtol=1e-3)
+    with pytest.raises(ValueError, match="no batches"):
+        optimizer.predict([])

@@ -1,0 +1,75 @@
+"""Optimizers whose response is known too poorly for the training error to be believed."""
+
+import torch
+
+__all__ = ["ResponseWarning", "optimizer_message", "regression_message"]
+
+# Ten to each of the four quantities of a regression.
+FEW_INPUTS = 40
+
+
+class ResponseWarning(UserWarning):
+    """How an optimizer answers to its gradients is known poorly: the training error may be off.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", dd.ResponseWarning)  # end such a run at once
+        >>> dd.decouple(model, torch.optim.Rprop(model.parameters()))
+        Traceback (most recent call last):
+            ...
+        dd.watch.response_watch.ResponseWarning: dd.decouple: Rprop ...
+    """
+
+
+def optimizer_message(optimizer: torch.optim.Optimizer) -> str | None:
+    """Say what to expect of an optimizer whose response was measured to be found poorly.
+
+    Returns:
+        A sentence or two, or None.
+    """
+    reason = None
+    if isinstance(optimizer, torch.optim.Rprop):
+        reason = "its steps tell little of the gradients' size; the loss was off by 0.5, and"
+    elif isinstance(optimizer, torch.optim.RMSprop) and any(
+        group["momentum"] != 0 for group in optimizer.param_groups
+    ):
+        reason = "with momentum its buffer is followed coarsely; the loss was off by 0.3, and"
+    if reason is None:
+        return None
+    name = type(optimizer).__name__
+    return (
+        f"dd.decouple: {name} is followed coarsely: {reason} the error by two to three points in "
+        "our measurements (docs/optimizers.md). Use AdamW, NAdam, Muon or SGD for an error that "
+        "can be relied on."
+    )
+
+
+def regression_message(name: str, inputs: int, *, by_stein: bool) -> str | None:
+    """Say what to expect of a response found by regression where that is coarse.
+
+    Args:
+        name: of the optimizer.
+        inputs: d, of the decoupled layer.
+        by_stein: whether the curvature is Stein's, which makes up for errors of the response.
+
+    Returns:
+        A sentence or two, or None.
+    """
+    if by_stein and inputs >= FEW_INPUTS:
+        return None
+    if by_stein:
+        reason = (
+            f"from {inputs} inputs a unit its coefficients are known to some tenths. Expect the "
+            "training error to be off by several points; use"
+        )
+    else:
+        reason = (
+            'with curvature="probe", or without the components of the inputs, that was measured '
+            "to leave the error up to five points too low. Give the components, "
+            'noise=dd.NoiseModel.fit(inputs, labels), and leave curvature="auto"; or use'
+        )
+    return (
+        f"dd.decouple: {name} acts on every weight by itself, so that its response is found by "
+        f"regression, and {reason} an optimizer that is followed exactly (SGD, Muon; "
+        "docs/optimizers.md)."
+    )
