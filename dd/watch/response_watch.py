@@ -29,16 +29,16 @@ def optimizer_message(optimizer: torch.optim.Optimizer) -> str | None:
     """
     reason = None
     if isinstance(optimizer, torch.optim.Rprop):
-        reason = "its steps tell little of the gradients' size; the loss was off by 0.5, and"
+        reason = "its steps tell little of the gradients' size; the loss was off by 0.7, and"
     elif isinstance(optimizer, torch.optim.RMSprop) and any(
         group["momentum"] != 0 for group in optimizer.param_groups
     ):
-        reason = "with momentum its buffer is followed coarsely; the loss was off by 0.3, and"
+        reason = "with momentum its buffer is followed coarsely; the loss was off by 0.4, and"
     if reason is None:
         return None
     name = type(optimizer).__name__
     return (
-        f"dd.decouple: {name} is followed coarsely: {reason} the error by two to three points in "
+        f"dd.decouple: {name} is followed coarsely: {reason} the error by two to four points in "
         "our measurements (docs/optimizers.md). Use AdamW, NAdam, Muon or SGD for an error that "
         "can be relied on."
     )
