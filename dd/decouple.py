@@ -269,9 +269,9 @@ class ErrorTracker(Tracker):
         if attachment is None or response is None or response.exact or self._has_told:
             return
         self._has_told = True
-        name, inputs = type(self._optimizer).__name__, attachment.layer.in_features
+        inputs = attachment.layer.in_features
         by_stein = isinstance(attachment.estimator, Stein)
-        self._tell(attachment, regression_message(name, inputs, by_stein=by_stein))
+        self._tell(attachment, regression_message(self._optimizer, inputs, by_stein=by_stein))
 
     def _tell(self, attachment: Attachment, message: str | None) -> None:
         if message is None:

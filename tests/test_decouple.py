@@ -522,3 +522,16 @@ def test_responses_known_poorly_are_told():
         train(model, [optimizer], full(X, y, 2))
     wrong = tracker.estimate([(X, y)], lambda b: (model(b[0]).argmax(1) != b[1]).float())
     assert any("coarsely" in doubt for doubt in wrong.doubts)
+
+
+class Unmeasured(torch.optim.RMSprop):
+    """An optimizer that nobody has measured."""
+
+
+def test_regression_of_an_unknown_optimizer_is_told():
+    (X, y, components), _ = problem()
+    model = network()
+    optimizer = Unmeasured(model.parameters(), lr=0.01)
+    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    with pytest.warns(dd.ResponseWarning, match="not measured"):
+        train(model, [optimizer], full(X, y, 1))

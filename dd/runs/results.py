@@ -176,7 +176,7 @@ class Results:
             [SelectionRow(*row) for row in state["selection"]],
             state["num_train"],
             state["token"],
-            {(name, trial): tuple(said) for name, trial, said in state["doubts"]},
+            {(name, trial): tuple(said) for name, trial, said in state.get("doubts", [])},
             dict(state["data"]),
         )
 
