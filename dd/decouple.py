@@ -1,7 +1,7 @@
 """The correction beside any optimizer, whose steps stay its own."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,20 +79,39 @@ def decouple(
         >>> bool((train_loss - test_loss).abs() < 0.05)
         True
     """
-    return ErrorTracker(
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dd.decouple: expected a module first, got {type(model).__name__}")
+    check_settings(1.0, curvature, process_group)
+    if head is not False:
+        raise ValueError(
+            f"dd.decouple: head={head!r} needs the optimizer's own rule for parameters that "
+            "all samples share; use head=False, or dd.DecoupledDescent with head=True"
+        )
+    if curvature == "auto" and noise is not None and noise.components is not None:
+        curvature = "stein"
+    attachment = Attachment(
         model,
-        *optimizers,
-        layer=layer,
-        noise=noise,
-        curvature=curvature,
-        head=head,
-        seed=seed,
+        layer,
+        noise,
+        curvature,
+        False,
         process_group=process_group,
+        shadows=ResponseShadows(),
     )
+    return ErrorTracker(attachment, optimizers, seed)
 
 
 class ErrorTracker(Tracker):
-    """What :func:`decouple` returns; the arguments are those.
+    """What :func:`decouple` returns.
+
+    Args:
+        attachment: the bond to the model.
+        optimizers: all that train it; exactly one holds the decoupled weight.
+        seed: of the curvature probes.
+
+    Raises:
+        ValueError: as :func:`decouple`.
+        TypeError: likewise.
 
     Example:
         >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01)
@@ -107,36 +126,8 @@ class ErrorTracker(Tracker):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *optimizers: torch.optim.Optimizer,
-        layer: nn.Module | str | None = None,
-        noise: NoiseModel | None = None,
-        curvature: str = "auto",
-        head: bool | nn.Module | str = False,
-        seed: int = 0,
-        process_group: Any = None,
+        self, attachment: Attachment, optimizers: Sequence[torch.optim.Optimizer], seed: int
     ) -> None:
-        self._attachment: Attachment | None = None
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"dd.decouple: expected a module first, got {type(model).__name__}")
-        check_settings(1.0, curvature, process_group)
-        if head is not False:
-            raise ValueError(
-                f"dd.decouple: head={head!r} needs the optimizer's own rule for parameters that "
-                "all samples share; use head=False, or dd.DecoupledDescent with head=True"
-            )
-        if curvature == "auto" and noise is not None and noise.components is not None:
-            curvature = "stein"
-        attachment = Attachment(
-            model,
-            layer,
-            noise,
-            curvature,
-            False,
-            process_group=process_group,
-            shadows=ResponseShadows(),
-        )
         self._optimizer, followed = owner_of(attachment, optimizers)
         self._seed, self._has_told = int(seed), False
         self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
@@ -145,7 +136,7 @@ class ErrorTracker(Tracker):
         self._moves = OutsideMoves(attachment, self._store(), self._optimizer)
         attachment.register(self._correct, self._correct_scores)
         self._hooks = StepHooks(self._optimizer, self._rule.before, self._after_step)
-        self._attachment = attachment
+        self._attachment: Attachment | None = attachment
         self._tell(attachment, optimizer_message(self._optimizer))
 
     @property

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def mini(X, y, steps, size=80, seed=3):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(len(X), generator=generator)[:size] for _ in range(steps)]
     return [(X[r], y[r]) for r in rows]
+
+
+def decoupled(make):
+    """XOR, a network, an optimizer of all its parameters and the tracker of both."""
+    (X, y, components), _ = problem()
+    model = network()
+    optimizer = make(model.parameters())
+    tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    return X, y, model, optimizer, tracker
+
+
+def closure_of(model, optimizer, X, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(X), y)
+        loss.backward()
+        return loss
+
+    return closure
 
 
 RULES = {
@@ -268,10 +288,7 @@ def test_detached_model_and_optimizer_are_plain_ones():
 
 
 def test_copy_of_an_optimizer_is_plain():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    X, y, model, optimizer, _ = decoupled(partial(torch.optim.AdamW, lr=0.01))
     train(model, [optimizer], full(X, y, 2))
     other = copy.deepcopy(optimizer)
     assert not other._optimizer_step_pre_hooks
@@ -303,10 +320,7 @@ def test_clipped_gradients_are_followed(clip):
 
 
 def test_gradient_changed_otherwise_is_refused():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters())
-    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    X, y, model, optimizer, _ = decoupled(torch.optim.AdamW)
     nn.functional.cross_entropy(model(X), y).backward()
     model[0].weight.grad += 0.1 * torch.randn_like(model[0].weight)
     with pytest.raises(RuntimeError, match="is not the one that the last backward"):
@@ -369,19 +383,10 @@ def test_weights_swapped_outside_of_a_step_are_followed():
 
 
 def test_closure_is_run_once_and_followed():
-    (X, y, components), _ = problem()
     shadows = []
     for with_closure in (True, False):
-        model = network()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
-
-        def closure(model=model, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(X), y)
-            loss.backward()
-            return loss
-
+        X, y, model, optimizer, tracker = decoupled(partial(torch.optim.AdamW, lr=0.01))
+        closure = closure_of(model, optimizer, X, y)
         for _ in range(4):
             if with_closure:
                 optimizer.step(closure)
@@ -402,19 +407,9 @@ class Twice(torch.optim.SGD):
 
 
 def test_several_evaluations_a_step_are_refused():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizer = Twice(model.parameters(), lr=0.1)
-    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
-
-    def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(X), y)
-        loss.backward()
-        return loss
-
+    X, y, model, optimizer, _ = decoupled(partial(Twice, lr=0.1))
     with pytest.raises(RuntimeError, match="more than once a step"):
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, X, y))
 
 
 def test_micro_batches_add_up_to_one_step():
@@ -474,10 +469,7 @@ def test_optimizer_that_has_moved_is_refused():
 
 
 def test_second_step_of_one_forward_is_refused():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters())
-    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    X, y, model, optimizer, _ = decoupled(torch.optim.AdamW)
     nn.functional.cross_entropy(model(X), y).backward()
     optimizer.step()
     with refused("without a training forward"):
@@ -485,10 +477,7 @@ def test_second_step_of_one_forward_is_refused():
 
 
 def test_vanished_state_is_refused():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    X, y, model, optimizer, _ = decoupled(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     train(model, [optimizer], full(X, y, 2))
     optimizer.param_groups[0]["momentum"] = 0
     optimizer.state[model[0].weight].clear()
@@ -529,9 +518,6 @@ class Unmeasured(torch.optim.RMSprop):
 
 
 def test_regression_of_an_unknown_optimizer_is_told():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizer = Unmeasured(model.parameters(), lr=0.01)
-    dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+    X, y, model, optimizer, _ = decoupled(partial(Unmeasured, lr=0.01))
     with pytest.warns(dd.ResponseWarning, match="not measured"):
         train(model, [optimizer], full(X, y, 1))

@@ -123,20 +123,19 @@ class ShadowStep:
         self.layer_curvature = curvature
         return StepMeasures(gathered_gradients(attachment, pushes), scale, curvature, shared)
 
-    def begin(self, found: StepMeasures, watched: dict[str, Any] | None = None) -> ShadowTerms:
+    def begin(self, found: StepMeasures) -> ShadowTerms:
         """Make the shadows, where there are none yet, and what drives them.
 
         Args:
             found: as :meth:`measure` returns it.
-            watched: settings of the group that holds the decoupled weight, where the step is SGD's.
         """
         attachment, weight = self._attachment, self._attachment.weight
         noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
         assert noise is not None
         assert count is not None
         gradient, curvature = found.pushes.by_sample, found.curvature
-        if watched is not None and attachment.holds_all(found.pushes.placement):
-            self._watches.look(gradient, found.scale, curvature, watched)
+        if attachment.holds_all(found.pushes.placement):
+            self._watches.look(gradient, found.scale, curvature, self._group)
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
@@ -211,12 +210,16 @@ class ShadowStep:
         found = shared.shadow_gradients(pushes, curvature, float(scale), self._store.read)
         return [self._moved(*part) for part in found]
 
-    def _of_layer(self, found: StepMeasures) -> ShadowUpdate:
-        attachment, weight = self._attachment, self._attachment.weight
-        group = self._store.group_of(weight)
+    @property
+    def _group(self) -> dict[str, Any]:
+        """Settings of the decoupled weight."""
+        group = self._store.group_of(self._attachment.weight)
         assert group is not None
-        push = self.begin(found, group)
-        state, momentum = self._store.of(weight), group["momentum"] != 0
+        return group
+
+    def _of_layer(self, found: StepMeasures) -> ShadowUpdate:
+        attachment, state = self._attachment, self._store.of(self._attachment.weight)
+        push, momentum = self.begin(found), self._group["momentum"] != 0
         placement, shadows = found.pushes.placement, attachment.shadows
         assert isinstance(shadows, Shadows)
         return shadows.update(state, placement, push, momentum=momentum)

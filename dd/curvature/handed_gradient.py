@@ -120,8 +120,13 @@ _BEGINS_A_GRAPH = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type:
 _LEAVING = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__, Tensor.share_memory_}
 _DETACH, _DETACH_ITSELF = {Tensor.detach, torch.detach}, {Tensor.detach_, torch.detach_}
 _UNBIND = {Tensor.unbind, torch.unbind}
-_ASSIGNS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"}
-_ASSIGNS |= {
+_ASSIGNS = {
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ifloordiv__",
     "__imod__",
     "__ipow__",
     "__iand__",

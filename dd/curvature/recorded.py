@@ -89,8 +89,8 @@ def _backward(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> None:
-    asked = _asked(tensors, grad_variables if grad_tensors is None else grad_tensors)
-    asked = asked._replace(keeps=create_graph if retain_graph is None else retain_graph)
+    given = grad_variables if grad_tensors is None else grad_tensors
+    asked = _asked(tensors, given, create_graph if retain_graph is None else retain_graph)
     ends = None if inputs is None else _ends(inputs)
     ways = Ways.of(asked.roots, RecordedTensor._pending)
     edges = None if ends is None else _edges(ends)
@@ -124,8 +124,8 @@ def _grad(
     materializes = how.pop("materialize_grads", False)
     allows_unused = how.pop("allow_unused", None)
     is_batched = how.get("is_grads_batched", False)
-    asked, ends = _asked(outputs, grad_outputs), _ends(inputs)
-    asked = asked._replace(keeps=create_graph if retain_graph is None else retain_graph)
+    asked = _asked(outputs, grad_outputs, create_graph if retain_graph is None else retain_graph)
+    ends = _ends(inputs)
     ways = Ways.of(asked.roots, RecordedTensor._pending)
     edges = _edges(ends)
     split = ways.split(edges)
@@ -165,8 +165,8 @@ def _zeros(end: Any, *, requires_grad: bool) -> Tensor:
     return torch.zeros_like(_plain(end), requires_grad=requires_grad)
 
 
-def _asked(roots: Any, gradients: Any) -> Asked:
-    return Asked(_listed(roots), _listed(gradients), keeps=False)
+def _asked(roots: Any, gradients: Any, keeps: bool) -> Asked:
+    return Asked(_listed(roots), _listed(gradients), keeps)
 
 
 def _listed(given: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import dd
 from dd.data import Split
 from dd.experiments.assembly import settled
-from dd.report.settings import differences, flat
+from dd.report.settings import differences, flat_config
 from dd.support.fingerprint import Fingerprints, fingerprint
 
 __all__ = ["changed_settings", "changed_versions", "origin_of", "require_same_data"]
@@ -42,11 +42,8 @@ def origin_of(config: DictConfig, split: Split) -> dict[str, Any]:
 
 def changed_settings(origin: Mapping[str, Any], config: DictConfig) -> list[str]:
     """Return a phrase on each setting of ``config.yaml`` that is not what the run began with."""
-    began, now = (
-        flat(OmegaConf.to_container(each, resolve=False))  # type: ignore[arg-type]
-        for each in (OmegaConf.create(origin["config"]), config)
-    )
-    return differences(began, now)
+    began = OmegaConf.create(origin["config"])
+    return differences(flat_config(began), flat_config(config))
 
 
 def changed_versions(origin: Mapping[str, Any]) -> list[str]:
@@ -75,16 +72,16 @@ def require_same_data(origin: Mapping[str, Any], split: Split, source: str) -> N
     digest = _digest(split)
     if digest == began["digest"]:
         return
-    differences = [
+    others = [
         *_other_inputs("training", began["train"], fingerprint(split.train_inputs)),
         *_other_inputs("test", began["test"], fingerprint(split.test_inputs)),
         *_other_ids("training labels", began["train_targets"], split.train_targets),
         *_other_ids("test labels", began["test_targets"], split.test_targets),
         *_other_ids("components", began["components"], split.train_components),
     ]
-    if differences:
+    if others:
         raise ValueError(
-            f"the data are not those that the run began with: {', '.join(differences)}. It began "
+            f"the data are not those that the run began with: {', '.join(others)}. It began "
             f"with {len(began['train'])} training and {len(began['test'])} test samples (digest "
             f"{began['digest']}), and {source} now gives {len(split.train_targets)} and "
             f"{len(split.test_targets)} (digest {digest}). Put the data back or name where they "

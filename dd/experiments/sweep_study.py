@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dd
 from dd.experiments.assembly import settled
-from dd.report.settings import differences, flat
+from dd.report.settings import differences, flat_config
 
 __all__ = ["bind_study"]
 
@@ -76,10 +76,7 @@ def _directions(given: Any) -> list[str]:
 def _made_of(config: DictConfig) -> dict[str, str]:
     """The fixed settings of a search by their keys, its files by their content, and the version."""
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    written, settings = (
-        flat(OmegaConf.to_container(each, resolve=False))  # type: ignore[arg-type]
-        for each in (own, settled(own))
-    )
+    written, settings = flat_config(own), flat_config(settled(own))
     # What is shown and logged changes nothing that is computed.
     found = {
         key: value

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dd.runs.folder import RunFolder
 from dd.sweep.job import FILE, SweepJob, read_job
 from dd.sweep.table import swept
 
-__all__ = ["differences", "differing_settings", "flat"]
+__all__ = ["differences", "differing_settings", "flat", "flat_config"]
 
 # Settings that change nothing that is computed.
 IDLE = ("tracking", "resume", "objective")
@@ -59,6 +59,11 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{key}"] = _written(value)
     return found
+
+
+def flat_config(config: DictConfig) -> dict[str, str]:
+    """The same of a configuration, what refers to other settings as it is written."""
+    return flat(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
 
 
 def differences(began: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

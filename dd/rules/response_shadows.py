@@ -53,17 +53,15 @@ class ResponseShadows(KeptShadows):
         names = [WEIGHT, *(average_name(i) for i in range(len(AVERAGE_RATES) * averages))]
         names += [state_name(key) for key in response.states]
         keys = [shadow_key(name) for name in names]
-        absent = placement is not None and placement.rows is not None
-        if not absent:
-            self.flush(state)
-        self._keep(state, keys)
-        if not absent or placement is None or placement.rows is None:
-            self.keys = keys
-            self._move_all(state, names, terms, response)
+        if placement is not None and placement.rows is not None:
+            self._keep(state, keys)
+            self.begin(state, placement, keys)
+            self._move_rows(state, names, placement, terms, response)
             return
-        assert placement.rows_on_cpu is not None
-        self.begin(state, placement, keys)
-        self._move_rows(state, names, placement, terms, response)
+        self.flush(state)
+        self._keep(state, keys)
+        self.keys = keys
+        self._move_all(state, names, terms, response)
 
     def _keep(self, state: dict[str, Any], keys: list[str]) -> None:
         """Make shadows of what begins to be followed, and forget what ends to be."""

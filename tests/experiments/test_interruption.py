@@ -102,29 +102,31 @@ def test_signals_that_somebody_handles_are_left_alone(monkeypatch):
 # --- Pictures --------------------------------------------------------------------------------
 
 
-def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch):
-    def broken(*arguments):
-        raise ValueError("no such font")
+def ran_without(monkeypatch, folder, owner, name, reason):
+    """A run in which a function of a module fails, and its summary."""
 
-    monkeypatch.setattr(figures, "train_vs_test", broken)
-    experiment = Experiment(configure("optimizers=[gd]"), tmp_path)
+    def broken(*arguments):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(owner, name, broken)
+    experiment = Experiment(configure("optimizers=[gd]"), folder)
     experiment.run()
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["finished"]
+    return experiment, summary
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch):
+    failing = figures, "train_vs_test", "no such font"
+    experiment, summary = ran_without(monkeypatch, tmp_path, *failing)
     assert "train_vs_test.png could not be drawn: no such font" in summary["notes"]
     assert (tmp_path / "report.html").exists()
     assert not experiment.figure.exists()
 
 
 def test_a_report_that_cannot_be_written_is_noted_beside_what_was_found(tmp_path, monkeypatch):
-    def broken(*arguments):
-        raise ValueError("no such template")
-
-    monkeypatch.setattr(page, "write_report", broken)
-    experiment = Experiment(configure("optimizers=[gd]"), tmp_path)
-    experiment.run()
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["finished"]
+    failing = page, "write_report", "no such template"
+    experiment, summary = ran_without(monkeypatch, tmp_path, *failing)
     assert "report.html could not be written: no such template" in summary["notes"]
     assert summary["notes"] == experiment.notes
 
