@@ -24,10 +24,17 @@ from dd.rules.response_step import ResponseStep, require_unmoved
 from dd.rules.settings import check_settings
 from dd.rules.step_hooks import StepHooks
 from dd.support.user_warning import warn_user
-from dd.watch.response_watch import ResponseWarning, optimizer_message, regression_message
+from dd.watch.response_watch import (
+    LARGEST_SHADOWS,
+    ResponseWarning,
+    optimizer_message,
+    regression_message,
+)
 from dd.watch.step_watches import Unwatched
 
 __all__ = ["ErrorTracker", "decouple"]
+
+_STATE_KEYS = ("layer", "optimizer", "state", "response", "oversight")
 
 
 def decouple(
@@ -131,11 +138,15 @@ class ErrorTracker(Tracker):
         self._optimizer, followed = owner_of(attachment, optimizers)
         self._seed, self._has_told = int(seed), False
         self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
-        self._groups = [group for optimizer in followed for group in optimizer.param_groups]
+        self._followed = followed
+        self._groups: list[dict[str, Any]] = []
+        self._see_groups()
         self._rule = ResponseStep(attachment, self._store(), self._optimizer)
         self._moves = OutsideMoves(attachment, self._store(), self._optimizer)
+        attachment.oversight.expect_shadows_below(LARGEST_SHADOWS)
         attachment.register(self._correct, self._correct_scores)
         self._hooks = StepHooks(self._optimizer, self._rule.before, self._after_step)
+        attachment.let_go_with(self._hooks)
         self._attachment: Attachment | None = attachment
         self._tell(attachment, optimizer_message(self._optimizer))
 
@@ -167,7 +178,6 @@ class ErrorTracker(Tracker):
         if attachment is None:
             return
         attachment.remove()
-        self._hooks.remove()
         self._attachment = None
         self._state.clear()
         self._rule.drop()
@@ -204,7 +214,7 @@ class ErrorTracker(Tracker):
         self._settle()
         state = self._store().of(attachment.weight)
         return {
-            "layer": attachment.name,
+            "layer": _plain(attachment.name),
             "optimizer": type(self._optimizer).__name__,
             "state": {
                 key: value.clone() if isinstance(value, Tensor) else value
@@ -235,11 +245,17 @@ class ErrorTracker(Tracker):
             True
         """
         attachment = self._required("load_state_dict()")
-        own = {"layer": attachment.name, "optimizer": type(self._optimizer).__name__}
+        missing = [key for key in _STATE_KEYS if key not in state_dict]
+        if missing:
+            raise ValueError(
+                f"dd.decouple: the state lacks {', '.join(missing)}; expected what a tracker's "
+                "state_dict() returned"
+            )
+        own = {"layer": _plain(attachment.name), "optimizer": type(self._optimizer).__name__}
         for key, value in own.items():
-            if state_dict.get(key) != value:
+            if _plain(state_dict[key]) != value:
                 raise ValueError(
-                    f"dd.decouple: the state is of {key} {state_dict.get(key)!r}, this tracker of "
+                    f"dd.decouple: the state is of {key} {state_dict[key]!r}, this tracker of "
                     f"{value!r}; load it into a tracker of the same kind"
                 )
         attachment.forget()
@@ -260,9 +276,9 @@ class ErrorTracker(Tracker):
         if attachment is None or response is None or response.exact or self._has_told:
             return
         self._has_told = True
-        inputs = attachment.layer.in_features
         by_stein = isinstance(attachment.estimator, Stein)
-        self._tell(attachment, regression_message(self._optimizer, inputs, by_stein=by_stein))
+        message = regression_message(self._optimizer, attachment.weight, by_stein=by_stein)
+        self._tell(attachment, message)
 
     def _tell(self, attachment: Attachment, message: str | None) -> None:
         if message is None:
@@ -276,15 +292,26 @@ class ErrorTracker(Tracker):
         if attachment is None or layer is not attachment.layer:
             return super()._correct(layer, inputs, output)
         self._hooks.forward_begins()
+        self._see_groups()
         state = self._store().of(attachment.weight)
         if state.get("shadow") is None:
             require_unmoved(self._optimizer, attachment)
         self._moves.follow()
-        pending = len(attachment.pending)
+        before = attachment.pending[-1:]
         result = super()._correct(layer, inputs, output)
-        if len(attachment.pending) > pending:
+        # Of the pending ones some may have been given up.
+        if attachment.pending and attachment.pending[-1:] != before:
             attachment.pending[-1].inputs = inputs.detach()
         return result
+
+    def _settle(self) -> None:
+        super()._settle()
+        if self._attachment is not None:
+            self._moves.follow()
+
+    def _see_groups(self) -> None:
+        # A group may be added at any time.
+        self._groups[:] = [g for optimizer in self._followed for g in optimizer.param_groups]
 
     def _forward(self) -> Forward | None:
         attachment = self._attachment
@@ -294,3 +321,8 @@ class ErrorTracker(Tracker):
 
     def _store(self) -> OptimizerState:
         return OptimizerState(self._state, self._groups)
+
+
+def _plain(name: str) -> str:
+    """A dotted name without the parts that torch.compile and DistributedDataParallel put in."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))

@@ -17,7 +17,15 @@ from dd.correction.head_choice import (
     require_matching_means,
     uncorrected_count,
 )
-from dd.correction.hook import Correct, Forward, ForwardHook, OutputHook, sweep, take_over
+from dd.correction.hook import (
+    Correct,
+    Forward,
+    ForwardHook,
+    OutputHook,
+    let_go,
+    sweep,
+    take_over,
+)
 from dd.correction.layers import find_layer, input_changing_modules
 from dd.correction.shadows import KeptShadows, Shadows
 from dd.curvature.choice import build
@@ -25,6 +33,7 @@ from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
+from dd.support.fingerprint import directions
 from dd.support.ranks import Ranks
 from dd.watch.deferred_checks import DeferredChecks
 from dd.watch.model_watch import ModelWatch, WatchedModel
@@ -121,6 +130,8 @@ class Attachment:
         self.shares = False
         self._ranks: Ranks | None = None
         self._handles: list[Any] = []
+        self._hook: ForwardHook | None = None
+        self._at_head: Any = None
         directions = None if noise is None else noise.mean_directions
         self.shared = (
             None if head is False else SharedParameters(module, self.layer, head, directions)
@@ -183,9 +194,13 @@ class Attachment:
         if self.estimator.records and self.module is not self.layer:
             self._handles.append(self.module.register_forward_hook(OutputHook(self.marked)))
         if self.shared is not None:
-            hook = ForwardHook(at_head)
-            head = self.shared.head
-            self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
+            hook, head = ForwardHook(at_head), self.shared.head
+            self._at_head = head.register_forward_hook(hook, with_kwargs=True)
+            self._handles.append(self._at_head)
+
+    def let_go_with(self, handle: Any) -> None:
+        """Remove something else with the hooks, by its method ``remove()``."""
+        self._handles.append(handle)
 
     def take_given_noise(self) -> None:
         """Go by the noise model that is given now, for all samples."""
@@ -200,8 +215,16 @@ class Attachment:
 
     def release_head(self) -> None:
         """Take away the hook at the head, and all that is kept of it."""
-        self._handles.pop().remove()
+        if self._at_head is not None:
+            self._at_head.remove()
         self.shared, self.head_is_optional, self.has_left_head = None, False, True
+
+    @property
+    def direction(self) -> Tensor:
+        """Of the inputs, along which weights are known again, shape (d,)."""
+        if self.samples.directions is not None:
+            return self.samples.directions[0]
+        return directions(self.layer.in_features)[0].to(self.weight.device)
 
     @property
     def subject(self) -> WatchedModel:
@@ -258,6 +281,8 @@ class Attachment:
         self.drop()
         for handle in self._handles:
             handle.remove()
+        if self._hook is not None:
+            let_go(self.layer, self._hook.left)
 
     @property
     def shadowed(self) -> list[tuple[Tensor, str]]:
@@ -374,10 +399,10 @@ class Attachment:
 
     def remember_weight(self, state: dict[str, Any]) -> None:
         """Remember the weights that a step leaves, in the state of the decoupled one."""
-        if self.samples.directions is not None:
-            weight = at_least_single(self.layer.weight.detach())
-            along = weight @ self.samples.directions[0].to(weight)
-            state["shadow_weight"] = self._hook.left = along
+        weight = at_least_single(self.layer.weight.detach())
+        state["shadow_weight"] = along = weight @ self.direction.to(weight)
+        if self._hook is not None:
+            self._hook.left = along
         if self.shared is not None:
             self.shared.remember_weight()
 

@@ -9,12 +9,24 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook", "OutputHook", "sweep", "take_over"]
+__all__ = [
+    "UNTRACEABLE",
+    "Correct",
+    "Forward",
+    "ForwardHook",
+    "OutputHook",
+    "let_go",
+    "sweep",
+    "take_over",
+]
 
 UNTRACEABLE = (
     "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
     "without fullgraph=True, or only what lies between the decoupled layer and the loss"
 )
+
+# Weights along the first direction of the fingerprints, as steps before a detachment left them.
+_DETACHED: "weakref.WeakKeyDictionary[nn.Module, Tensor]" = weakref.WeakKeyDictionary()
 
 # Takes a layer, its inputs and its output; returns the corrected output, or None to leave it.
 Correct = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
@@ -129,6 +141,17 @@ class OutputHook:
         return None if mark is None else tree_map_only(Tensor, mark, output)
 
 
+def let_go(layer: nn.Module, left: Tensor | None) -> None:
+    """Remember, outside of a layer, what weights an owner leaves that was detached.
+
+    Args:
+        layer: was decoupled.
+        left: as :attr:`ForwardHook.left`.
+    """
+    if left is not None:
+        _DETACHED[layer] = left
+
+
 def take_over(layer: nn.Module) -> list[Tensor]:
     """Remove the hooks of optimizers attached to a layer; return the weights that they left."""
     left = []
@@ -139,7 +162,8 @@ def take_over(layer: nn.Module) -> list[Tensor]:
             layer._forward_hooks_with_kwargs.pop(key, None)
             if hook.left is not None:
                 left.append(hook.left)
-    return left
+    detached = _DETACHED.pop(layer, None)
+    return left if detached is None else [*left, detached]
 
 
 def sweep(module: nn.Module) -> None:

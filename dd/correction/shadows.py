@@ -169,6 +169,17 @@ class KeptShadows:
         """Take the state as up to date, after another one was loaded."""
         self._log = None
 
+    def release(self, state: dict[str, Any], key: str) -> None:
+        """Forget one of the tensors that move with the shadows.
+
+        Args:
+            state: of the decoupled weight.
+            key: of the tensor.
+        """
+        self.flush(state)
+        self.keys = [other for other in self.keys if other != key]
+        state.pop(key, None)
+
     def flush(self, state: dict[str, Any]) -> None:
         """Bring every sample up to date.
 
@@ -228,8 +239,9 @@ class KeptShadows:
         missing = num_samples - state[KEY].shape[1]
         if missing == 0:
             return
-        for key in dict.fromkeys([*self.keys, BUFFER_KEY]):
-            if state.get(key) is not None:
+        # Not by the keys of the last step, of which there is none after a state was loaded.
+        for key in [key for key in state if key in (KEY, BUFFER_KEY) or key.startswith(f"{KEY}.")]:
+            if state[key] is not None:
                 more = state[key].new_zeros(shape[0], missing, shape[2])
                 state[key] = torch.cat([state[key], more], 1)
         if self._log is not None:

@@ -5,7 +5,7 @@ Section 11 of ``docs/theory.md``. Weights and what moves them are laid out as
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,11 +33,13 @@ class ResponseFit:
         share: of the update's squared size that the combination explains, all units together.
         unexplained: squared size of the rest, per degree of freedom that the fit leaves, times the
             number of coordinates.
+        freedom: degrees of freedom that the fit leaves, all units together.
     """
 
     coefficients: Tensor
     share: float
     unexplained: float
+    freedom: int
 
     @property
     def is_across_units(self) -> bool:
@@ -45,7 +47,7 @@ class ResponseFit:
         return self.coefficients.dim() == 3
 
 
-def fit_by_unit(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit:
+def fit_by_unit(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit | None:
     """Combine each unit's update of the same unit of every quantity, by least squares.
 
     Args:
@@ -54,8 +56,10 @@ def fit_by_unit(update: Tensor, basis: Sequence[Tensor], ridge: float) -> Respon
         ridge: penalty on coefficients of quantities of unit length.
 
     Returns:
-        The fit, in float64.
+        The fit, in float64; None where d coordinates do not tell p quantities apart.
     """
+    if len(basis) > _MOST_COLUMNS * update.shape[1]:
+        return None
     target = update.double()
     columns = torch.stack([part.double() for part in basis], 1)
     lengths = _lengths(columns)
@@ -90,7 +94,7 @@ def fit_across_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> R
     return _fit(found.unflatten(0, (count, width)), target, rest, count * width)
 
 
-def fit_of_all_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit:
+def fit_of_all_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit | None:
     """Combine the update of all units by one coefficient a quantity, by least squares.
 
     Args:
@@ -99,11 +103,15 @@ def fit_of_all_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> R
         ridge: as in :func:`fit_by_unit`.
 
     Returns:
-        The fit, in float64, its coefficients repeated for every unit.
+        The fit, in float64, its coefficients repeated for every unit; None where k d numbers do not
+        tell p quantities apart.
     """
     flat = [part.reshape(1, -1) for part in basis]
     fit = fit_by_unit(update.reshape(1, -1), flat, ridge)
-    return ResponseFit(fit.coefficients.expand(-1, len(update)), fit.share, fit.unexplained)
+    if fit is None:
+        return None
+    coefficients = fit.coefficients.expand(-1, len(update))
+    return replace(fit, coefficients=coefficients)
 
 
 def combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -152,4 +160,5 @@ def _fit(coefficients: Tensor, target: Tensor, rest: Tensor, columns: int) -> Re
     size, dimension = float(target.square().sum()), target.shape[1]
     missing = float(rest.square().sum()) / size if size > 0 else 0.0
     freedom = max(dimension - columns, 1)
-    return ResponseFit(coefficients, 1.0 - missing, missing * size * dimension / freedom)
+    unexplained = missing * size * dimension / freedom
+    return ResponseFit(coefficients, 1.0 - missing, unexplained, freedom * len(target))

@@ -10,14 +10,17 @@ from dd.correction.gradient_check import same_weight
 from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadows import KEY
 from dd.functional.response import combined
+from dd.rules.followed_states import own_states
 from dd.rules.response import WEIGHT, state_name
 from dd.rules.response_shadows import shadow_key
-from dd.rules.response_step import own_states
 
 __all__ = ["OutsideMoves"]
 
 # Of the weight's length: what rounding leaves of a combination of a few tensors.
 _EXACT = 1e-5
+
+# Where the decoupled weight's state keeps the weight that its shadows belong to.
+_LEFT = "shadow_weight_left"
 
 
 class OutsideMoves:
@@ -33,26 +36,29 @@ class OutsideMoves:
         self, attachment: Attachment, store: OptimizerState, optimizer: torch.optim.Optimizer
     ) -> None:
         self._attachment, self._store, self._optimizer = attachment, store, optimizer
-        self._left: Tensor | None = None
 
     def remember(self) -> None:
         """Keep the weight as a step has left it, where something may be swapped with it."""
         weight = self._attachment.weight
-        followed = self._followed(self._store.of(weight))
-        self._left = weight.detach().clone() if followed else None
+        state = self._store.of(weight)
+        if self._followed(state):
+            state[_LEFT] = weight.detach().clone()
+        else:
+            state.pop(_LEFT, None)
 
     def follow(self) -> None:
         """Move the shadows as the weight has moved since it was last looked at.
 
         A weight that is no combination is left to be refused by the forward.
         """
-        attachment, left = self._attachment, self._left
-        weight, directions = attachment.weight.detach(), attachment.samples.directions
+        attachment = self._attachment
+        weight = attachment.weight.detach()
         state = self._store.of(attachment.weight)
+        left: Tensor | None = state.get(_LEFT)
         expected = state.get("shadow_weight")
-        if left is None or expected is None or directions is None:
+        if left is None or expected is None:
             return
-        if bool(same_weight(weight, directions[0], expected)):
+        if bool(same_weight(weight, attachment.direction, expected)):
             return
         tensors = {WEIGHT: left} | self._followed(state)
         coefficients = _combination(weight, tensors)
@@ -63,7 +69,7 @@ class OutsideMoves:
             parts = [state[shadow_key(name)] for name in tensors]
             state[KEY] = combined(parts, coefficients[:, None])
             attachment.remember_weight(state)
-            self._left = weight.clone()
+            state[_LEFT] = weight.clone()
 
     def _followed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the optimizer's state whose shadows are kept, by their names."""

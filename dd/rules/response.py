@@ -43,6 +43,8 @@ AVERAGE_RATES = (0.9, 0.99)
 # bfloat16 within Muon's iterations, is less; what coordinate-wise optimizers leave is far more.
 _EXACT = 1e-4
 _EXACT_RIDGE = 1e-9
+# As many degrees of freedom leave next to nothing by chance once in 1e8 steps.
+_EVIDENCE = 4
 # A quantity of which the averages explain this share brings nothing but noise to a regression.
 _REDUNDANT = 0.99
 # A combination across units must leave this share of what one by unit leaves.
@@ -162,6 +164,7 @@ class ResponseIdentifier:
         self._lost: list[str] = []
         self._across = False
         self._steps = 0
+        self._was_exact = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far, in plain values."""
@@ -171,6 +174,7 @@ class ResponseIdentifier:
             "averages": self.averages,
             "across": self._across,
             "steps": self._steps,
+            "exact": self._was_exact,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,7 +182,12 @@ class ResponseIdentifier:
         self.followed, self._lost = list(state["followed"]), list(state["lost"])
         self._regressed = list(state["regressed"])
         self.averages, self._across = state["averages"], state["across"]
-        self._steps = state["steps"]
+        self._steps, self._was_exact = state["steps"], state["exact"]
+
+    def forget(self, key: str) -> None:
+        """Follow a tensor of the optimizer's state no more, until it is made anew."""
+        self.followed = [other for other in self.followed if other != key]
+        self._regressed = [other for other in self._regressed if other != key]
 
     def watched(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those tensors of an optimizer's state that may have a shadow."""
@@ -191,7 +200,9 @@ class ResponseIdentifier:
             RuntimeError: if a tensor of the optimizer's state has vanished.
             ValueError: if the layer has too few inputs to tell.
         """
-        self._steps += 1
+        moves = not torch.equal(step.after, step.before)
+        # Steps at a rate of zero, as at the start of a warm-up, tell nothing.
+        self._steps += moves
         self._require_same_states(step)
         exact = self._exact_states(step)
         rest = [key for key in step.states_after if key not in exact]
@@ -209,10 +220,11 @@ class ResponseIdentifier:
                 states |= {key: self._regression_of_state(step, key) for key in rest}
         self.followed = list(states)
         self._lost += [key for key in rest if key not in states]
+        tries_across, self._was_exact = self._tries_across, fitted is not None and moves
         if fitted is None:
             self.averages = True
             update = without_directions(update, step.directions)
-            weight, fit = self._regression(step, update, known, tries_across=self._tries_across)
+            weight, fit = self._regression(step, update, known, tries_across=tries_across)
             return Response(False, fit.share, fit.is_across_units, weight, states)
         weight, fit = fitted
         return Response(True, fit.share, fit.is_across_units, weight, states)
@@ -245,19 +257,21 @@ class ResponseIdentifier:
     ) -> tuple[Combination, ResponseFit] | None:
         """A change as a combination up to rounding, or None."""
         basis = [step.quantity(name) for name in names]
-        for across in (False, True):
-            if across and not self._tries_across:
-                return None
-            fits = fit_across_units if across else fit_by_unit
-            fit = fits(change, basis, _EXACT_RIDGE)
-            if fit is not None and _is_exact(fit, change, step.before):
-                self._across |= across
-                return Combination(names, fit.coefficients), fit
-        return None
+        fit = fit_by_unit(change, basis, _EXACT_RIDGE)
+        if fit is None:
+            fit = fit_of_all_units(change, basis, _EXACT_RIDGE)
+        is_exact = fit is not None and _is_exact(fit, change, step.before)
+        if not is_exact and self._tries_across:
+            fit = fit_across_units(change, basis, _EXACT_RIDGE)
+            is_exact = fit is not None and _is_exact(fit, change, step.before)
+            self._across |= is_exact
+        return (Combination(names, fit.coefficients), fit) if fit and is_exact else None
 
     @property
     def _tries_across(self) -> bool:
-        return self._across or self._steps <= _FIRST_STEPS or self._steps % _EVERY == 0
+        is_due = self._steps <= _FIRST_STEPS or self._steps % _EVERY == 0
+        # Where units were followed by themselves and that has ended, the optimizer has changed.
+        return self._across or self._was_exact or is_due
 
     def _regression(
         self, step: OptimizerStep, update: Tensor, known: list[str], *, tries_across: bool
@@ -306,7 +320,7 @@ def _is_exact(fit: ResponseFit, change: Tensor, weight: Tensor) -> bool:
     beside = change - along / size.clamp_min(torch.finfo(torch.float64).tiny) * weight
     rounding = 4 * torch.finfo(torch.float32).eps
     allowed = _EXACT * float(beside.square().sum()) + rounding**2 * float(size.sum())
-    return fit.unexplained <= allowed
+    return fit.freedom >= _EVIDENCE and fit.unexplained <= allowed
 
 
 def _simpler(update: Tensor, basis: list[Tensor]) -> ResponseFit:
@@ -314,7 +328,11 @@ def _simpler(update: Tensor, basis: list[Tensor]) -> ResponseFit:
     ridge = _ridge(update, len(basis))
     by_unit = fit_by_unit(update, basis, ridge)
     alike = fit_of_all_units(update, basis, ridge)
-    return alike if alike.unexplained < by_unit.unexplained else by_unit
+    # There are enough weights for one coefficient a quantity.
+    assert alike is not None
+    if by_unit is None or alike.unexplained < by_unit.unexplained:
+        return alike
+    return by_unit
 
 
 def _ridge(update: Tensor, count: int) -> float:
@@ -328,7 +346,8 @@ def _ridge(update: Tensor, count: int) -> float:
 
 
 def _is_redundant(quantity: Tensor, averages: list[Tensor]) -> bool:
-    return fit_by_unit(quantity, averages, _EXACT_RIDGE).share > _REDUNDANT
+    fit = fit_by_unit(quantity, averages, _EXACT_RIDGE)
+    return fit is not None and fit.share > _REDUNDANT
 
 
 def _require_inputs(update: Tensor, names: list[str]) -> None:

@@ -67,11 +67,10 @@ class ResponseShadows(KeptShadows):
         """Make shadows of what begins to be followed, and forget what ends to be."""
         known = [key for key in state if key.startswith(f"{KEY}.")]
         ended = [key for key in known if key not in keys]
-        if ended or any(key not in state for key in keys):
+        if any(key not in state for key in keys):
             self.flush(state)
-            self.keys = [key for key in self.keys if key in keys]
         for key in ended:
-            del state[key]
+            self.release(state, key)
         for key in keys:
             if key not in state:
                 state[key] = torch.zeros_like(state[KEY])

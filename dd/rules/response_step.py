@@ -12,6 +12,7 @@ from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadow_step import ShadowStep, StepMeasures
 from dd.correction.training_forward import full_precision, refuse_capture
 from dd.correction.weight_gradient import weight_edit
+from dd.rules.followed_states import mark_states, own_states, take_up_states
 from dd.rules.response import (
     AVERAGE_RATES,
     OptimizerStep,
@@ -23,7 +24,7 @@ from dd.rules.response_shadows import ResponseShadows
 from dd.rules.value_clipping import unclipped_gradient
 from dd.watch.step_watches import Unwatched
 
-__all__ = ["ResponseStep", "own_states", "require_unmoved"]
+__all__ = ["ResponseStep", "require_unmoved"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,8 @@ class ResponseStep:
                 gradient = edited.gradient
             else:
                 step.require_idle()
+            known = self._store.of(weight), self.identifier, self._optimizer
+            take_up_states(attachment, *known)
             states = self.identifier.watched(own_states(self._optimizer, weight))
             kept = {key: value.clone() for key, value in states.items()}
             self._due = _Due(weight.detach().clone(), kept, gradient, step, measures)
@@ -116,6 +119,7 @@ class ResponseStep:
             for position, average in enumerate(step.averages if averages else []):
                 state[_average_key(position)] = average
             attachment.remember_weight(state)
+            mark_states(attachment, state, self.identifier, self._optimizer)
         due.step.finish()
 
     def drop(self) -> None:
@@ -183,16 +187,6 @@ class _EditedGradient:
 
 def _average_key(position: int) -> str:
     return f"gradient_{average_name(position)}"
-
-
-def own_states(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
-    """Tensors of a weight's shape in an optimizer's state of it, by their keys."""
-    state = optimizer.state.get(weight, {})
-    return {
-        key: value.detach()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point()
-    }
 
 
 def _has_moved(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:

@@ -24,16 +24,19 @@ def unclipped_gradient(attachment: Attachment, pushes: StepGradients) -> tuple[T
         The gradient, shape (k, d), and its scale over what backward passes delivered.
 
     Raises:
-        ValueError: if the weight's gradient is no multiple of theirs clipped at one value.
+        ValueError: if the weight's gradient is no multiple of theirs clipped at one value, or the
+            inputs are not known.
     """
     weight = attachment.weight
     assert weight.grad is not None
     found = at_least_single(weight.grad)
-    parts = [
-        at_least_single(capture.gradient.detach()).mT @ at_least_single(capture.inputs)
-        for capture in pushes.captures
-        if capture.gradient is not None and capture.inputs is not None
-    ]
+    parts = []
+    for capture in pushes.captures:
+        if capture.gradient is None or capture.inputs is None:
+            raise ValueError("a forward whose inputs or gradient are not known")
+        parts.append(
+            at_least_single(capture.gradient.detach()).mT @ at_least_single(capture.inputs)
+        )
     delivered = torch.stack(parts).sum(0)
     largest = found.abs().amax()
     # What is at the bound says nothing of the scale.

@@ -288,7 +288,7 @@ def _of_matrices(forward: int, found: AuditResult) -> str:
         f"away from a probe's by {found.mismatch:.2g} times the latter's size "
         f"({found.mismatch_errors:.0f} standard errors). Stein's lemma asks that pre-activations "
         "are Gaussian within each component, and these are not; the training error is not to be "
-        'relied on. Remedy: curvature="probe", which is the default.'
+        'relied on. Remedy: curvature="probe".'
     )
 
 

@@ -85,6 +85,7 @@ class ModelWatch:
         self._limit_for = 0
         self._has_grown = False
         self._closely = False
+        self._most = math.inf
         # What is found elsewhere, such as a correction that diverges.
         self._told: list[str] = []
 
@@ -97,6 +98,10 @@ class ModelWatch:
         if self._size.found is not None:
             found.append(shadow_size_message(self._size.found))
         return tuple(found)
+
+    def expect_shadows_below(self, share: float) -> None:
+        """Warn of shadows that are a smaller share of the pre-activations than the theory's."""
+        self._most, self._limit = share, None
 
     def forget_limit(self) -> None:
         """Look at the noise model anew for the size of shadows."""
@@ -152,7 +157,8 @@ class ModelWatch:
         if subject.noise is None or (count := subject.total()) is None:
             return
         if self._limit is None or self._limit_for != count:
-            self._limit, self._limit_for = largest_shadow_ratio(subject.noise, count), count
+            self._limit_for = count
+            self._limit = min(largest_shadow_ratio(subject.noise, count), self._most)
         found = self._size.look(shadow, preactivation, self._limit, count)
         if not self._has_grown and self._size.latest > self._limit / MARGIN:
             # What may still be chance deserves another look at Stein's curvature.

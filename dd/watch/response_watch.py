@@ -1,8 +1,15 @@
 """Optimizers whose response is known too poorly for the training error to be believed."""
 
 import torch
+from torch import Tensor
 
-__all__ = ["ResponseWarning", "optimizer_message", "regression_message"]
+__all__ = ["LARGEST_SHADOWS", "ResponseWarning", "optimizer_message", "regression_message"]
+
+# |Q|/|R| above which responses were found to be wrong, where there is a sample to an input or more:
+# 0.2 to 0.52 where they were right, 0.65 and more where not (section 11 of docs/theory.md).
+LARGEST_SHADOWS = 0.6
+
+_SINGLE = 32
 
 # Ten to each of the four quantities of a regression.
 FEW_INPUTS = 40
@@ -47,19 +54,25 @@ def optimizer_message(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def regression_message(
-    optimizer: torch.optim.Optimizer, inputs: int, *, by_stein: bool
+    optimizer: torch.optim.Optimizer, weight: Tensor, *, by_stein: bool
 ) -> str | None:
     """Say what to expect of a response found by regression where that is coarse.
 
     Args:
         optimizer: moves the decoupled weight.
-        inputs: d, of the decoupled layer.
+        weight: of the decoupled layer, shape (k, d).
         by_stein: whether the curvature is Stein's, which makes up for errors of the response.
 
     Returns:
         A sentence or two, or None.
     """
-    name = type(optimizer).__name__
+    name, inputs = type(optimizer).__name__, weight.shape[1]
+    if torch.finfo(weight.dtype).bits < _SINGLE:
+        return (
+            f"dd.decouple: weights in {weight.dtype} are moved by the rounding of every step as "
+            f"much as by {name}, and how it answers to the gradients is found by regression "
+            "alone. Keep the weights in float32, and compute in half precision by torch.autocast."
+        )
     is_measured = type(optimizer).__module__.partition(".")[0] in MEASURED
     if by_stein and inputs >= FEW_INPUTS and is_measured:
         return None
