@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dd.rules.response import Response
 from dd.rules.response_shadows import ResponseShadows
 from dd.rules.response_step import ResponseStep, require_unmoved
 from dd.rules.settings import check_settings
+from dd.rules.shared_steps import SharedSteps
 from dd.rules.step_hooks import StepHooks
 from dd.support.user_warning import warn_user
 from dd.watch.response_watch import (
@@ -34,7 +36,7 @@ from dd.watch.step_watches import Unwatched
 
 __all__ = ["ErrorTracker", "decouple"]
 
-_STATE_KEYS = ("layer", "optimizer", "state", "response", "oversight")
+_STATE_KEYS = ("layer", "optimizer", "state", "shared", "response", "oversight")
 
 
 def decouple(
@@ -62,7 +64,9 @@ def decouple(
         curvature: as in :class:`dd.DecoupledDescent`, but that ``"auto"`` is ``"stein"`` where
             ``noise`` knows the components: it makes up for errors of a response that was found by
             regression. It takes the inputs to be Gaussian within them, and says where they are not.
-        head: False; other values are not followed yet by rules that are identified.
+        head: as in :class:`dd.DecoupledDescent`, but for ``"auto"``: True corrects the head, the
+            biases and the layer along the component means for their own over-fitting, where SGD,
+            Adam or another of torch's optimizers with a derivative moves them.
         seed: of the curvature probes.
         process_group: as in :class:`dd.DecoupledDescent`.
 
@@ -89,19 +93,20 @@ def decouple(
     if not isinstance(model, nn.Module):
         raise TypeError(f"dd.decouple: expected a module first, got {type(model).__name__}")
     check_settings(1.0, curvature, process_group)
-    if head is not False:
+    if head == "auto":
         raise ValueError(
-            f"dd.decouple: head={head!r} needs the optimizer's own rule for parameters that "
-            "all samples share; use head=False, or dd.DecoupledDescent with head=True"
+            'dd.decouple: head="auto" is for dd.DecoupledDescent; expected True, False, the layer '
+            "or its name"
         )
-    if curvature == "auto" and noise is not None and noise.components is not None:
-        curvature = "stein"
+    if curvature == "auto":
+        knows = noise is not None and noise.components is not None
+        curvature = "stein" if knows else "probe"
     attachment = Attachment(
         model,
         layer,
         noise,
         curvature,
-        False,
+        head,
         process_group=process_group,
         shadows=ResponseShadows(),
     )
@@ -141,12 +146,16 @@ class ErrorTracker(Tracker):
         self._followed = followed
         self._groups: list[dict[str, Any]] = []
         self._see_groups()
-        self._rule = ResponseStep(attachment, self._store(), self._optimizer)
+        self._shared = None
+        if attachment.shared is not None:
+            self._shared = SharedSteps(attachment, self._store(), followed)
+        self._rule = ResponseStep(attachment, self._store(), self._optimizer, self._shared)
         self._moves = OutsideMoves(attachment, self._store(), self._optimizer)
         attachment.oversight.expect_shadows_below(LARGEST_SHADOWS)
         attachment.register(self._correct, self._correct_scores)
-        self._hooks = StepHooks(self._optimizer, self._rule.before, self._after_step)
-        attachment.let_go_with(self._hooks)
+        self._hooks = self._hooks_on(followed)
+        for hooks in self._hooks:
+            attachment.let_go_with(hooks)
         self._attachment: Attachment | None = attachment
         self._tell(attachment, optimizer_message(self._optimizer))
 
@@ -208,7 +217,7 @@ class ErrorTracker(Tracker):
             >>> criterion(model(X), y).backward()
             >>> optimizer.step()
             >>> sorted(tracker.state_dict())
-            ['layer', 'optimizer', 'oversight', 'response', 'state']
+            ['layer', 'optimizer', 'oversight', 'response', 'shared', 'state']
         """
         attachment = self._required("state_dict()")
         self._settle()
@@ -220,6 +229,7 @@ class ErrorTracker(Tracker):
                 key: value.clone() if isinstance(value, Tensor) else value
                 for key, value in state.items()
             },
+            "shared": {} if self._shared is None else self._shared.state_dict(),
             "response": self._rule.identifier.state_dict(),
             "oversight": attachment.oversight.state_dict(),
         }
@@ -258,6 +268,11 @@ class ErrorTracker(Tracker):
                     f"dd.decouple: the state is of {key} {state_dict[key]!r}, this tracker of "
                     f"{value!r}; load it into a tracker of the same kind"
                 )
+        if (self._shared is None) != (not state_dict["shared"]):
+            raise ValueError(
+                "dd.decouple: the state is of a tracker with another head=; load it into one of "
+                "the same"
+            )
         attachment.forget()
         self._rule.drop()
         weight = attachment.weight
@@ -265,9 +280,28 @@ class ErrorTracker(Tracker):
             key: value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
             for key, value in state_dict["state"].items()
         }
+        if self._shared is not None:
+            self._shared.load_state_dict(state_dict["shared"])
         self._rule.identifier.load_state_dict(state_dict["response"])
         attachment.oversight.load_state_dict(state_dict["oversight"])
         bind_samples(attachment, self._state[weight])
+
+    def _hooks_on(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[StepHooks]:
+        """Hooks on the optimizer of the decoupled weight, and on those of a corrected head."""
+        hooks, shared = (
+            [StepHooks(self._optimizer, self._before_step, self._after_step)],
+            self._shared,
+        )
+        if shared is None:
+            return hooks
+        beside = (o for o in optimizers if o is not self._optimizer and shared.holds(o))
+        calls = ((o, partial(shared.before, o), partial(shared.after, o)) for o in beside)
+        return [*hooks, *(StepHooks(*call) for call in calls)]
+
+    def _before_step(self) -> None:
+        self._rule.before()
+        if self._shared is not None:
+            self._shared.before(self._optimizer)
 
     def _after_step(self) -> None:
         self._rule.after()
@@ -291,7 +325,8 @@ class ErrorTracker(Tracker):
         attachment = self._attachment
         if attachment is None or layer is not attachment.layer:
             return super()._correct(layer, inputs, output)
-        self._hooks.forward_begins()
+        for hooks in self._hooks:
+            hooks.forward_begins()
         self._see_groups()
         state = self._store().of(attachment.weight)
         if state.get("shadow") is None:

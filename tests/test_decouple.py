@@ -462,8 +462,6 @@ def test_what_cannot_be_followed_is_refused():
         dd.decouple(model, optimizer)
     with refused("differentiable"):
         dd.decouple(model, torch.optim.SGD(model.parameters(), differentiable=True))
-    with refused("head="):
-        dd.decouple(model, torch.optim.SGD(model.parameters()), head=True)
 
 
 def test_optimizer_that_has_moved_is_refused():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dd.correction.capture import Capture
 from dd.correction.head import SharedParameters
@@ -34,7 +33,7 @@ from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
 from dd.support.fingerprint import directions
-from dd.support.ranks import Ranks
+from dd.support.ranks import Ranks, training_group
 from dd.watch.deferred_checks import DeferredChecks
 from dd.watch.model_watch import ModelWatch, WatchedModel
 
@@ -299,7 +298,7 @@ class Attachment:
     def ranks(self) -> Ranks:
         """The processes that share the training samples, settled at the first use."""
         if self._ranks is None:
-            self._ranks = Ranks(_group(self._process_group, self.module))
+            self._ranks = Ranks(training_group(self._process_group, self.module))
         return self._ranks
 
     def forget(self) -> None:
@@ -337,21 +336,6 @@ class Attachment:
         self.drop_abandoned()
         if not self.pending:
             self.verdicts.withdraw()
-
-    @contextmanager
-    def corrected_in_eval_mode(self) -> Iterator[None]:
-        """Put the model in eval mode, but for the correction."""
-        layers = [self.layer] if self.shared is None else [self.layer, self.shared.head]
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
-        for layer in layers:
-            # Not train(): parametrised children keep their mode.
-            layer.training = True
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     @contextmanager
     def trying(self, trial: Forward) -> Iterator[None]:
@@ -405,17 +389,3 @@ class Attachment:
             self._hook.left = along
         if self.shared is not None:
             self.shared.remember_weight()
-
-
-def _group(choice: Any, module: nn.Module) -> Any:
-    """The process group that trains a module, or None for this process alone."""
-    if choice is False:
-        return None
-    if choice is not None:
-        return choice
-    if isinstance(module, DistributedDataParallel):
-        return module.process_group
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    return distributed.group.WORLD if distributed.get_world_size() > 1 else None

@@ -1,6 +1,7 @@
 """The corrected loss over batches of training samples, outside of training."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,12 @@ from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate, check_confidence
 from dd.correction.repeats import Repeats
 
-__all__ = ["corrected_estimate", "corrected_mean", "corrected_outputs"]
+__all__ = [
+    "corrected_estimate",
+    "corrected_in_eval_mode",
+    "corrected_mean",
+    "corrected_outputs",
+]
 
 
 def corrected_mean(
@@ -94,6 +100,23 @@ def corrected_outputs(attachment: Attachment, batches: Iterable[Any]) -> Tensor:
     return torch.cat([v for v, _ in _values(attachment, batches, outputs, "predict()")])
 
 
+@contextmanager
+def corrected_in_eval_mode(attachment: Attachment) -> Iterator[None]:
+    """Put the model in eval mode, but for the correction."""
+    shared = attachment.shared
+    layers = [attachment.layer] if shared is None else [attachment.layer, shared.head]
+    modes = [(module, module.training) for module in attachment.module.modules()]
+    attachment.module.eval()
+    for layer in layers:
+        # Not train(): parametrised children keep their mode.
+        layer.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _values(
     attachment: Attachment, batches: Iterable[Any], loss: Callable[[Any], Tensor], what: str
 ) -> Iterator[tuple[Tensor, int]]:
@@ -105,7 +128,7 @@ def _values(
     """
     rows = 0
     closely = attachment.oversight.closely()
-    with attachment.corrected_in_eval_mode(), attachment.samples.apart(), closely:
+    with corrected_in_eval_mode(attachment), attachment.samples.apart(), closely:
         for batch in batches:
             attachment.rows_seen = 0
             value = loss(batch)

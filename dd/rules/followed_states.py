@@ -9,7 +9,7 @@ from dd.correction.attachment import Attachment
 from dd.correction.gradient_check import same_weight
 from dd.functional import at_least_single
 from dd.rules.response import ResponseIdentifier, state_name
-from dd.rules.response_shadows import shadow_key
+from dd.rules.response_shadows import SIGNAL, shadow_key
 
 __all__ = ["mark_states", "own_states", "take_up_states"]
 
@@ -72,14 +72,18 @@ def take_up_states(
     states = own_states(optimizer, attachment.weight)
     for key, mark in zip(list(identifier.followed), marks, strict=True):
         value, shadow = states.get(key), shadow_key(state_name(key))
+        along = f"{SIGNAL}.{state_name(key)}"
         if value is None:
             attachment.shadows.release(state, shadow)
+            state.pop(along, None)
             identifier.forget(key)
         elif bool(same_weight(value, attachment.direction, mark)):
             continue
         elif not bool(value.count_nonzero()):
             attachment.shadows.flush(state)
             state[shadow].zero_()
+            if along in state:
+                state[along].zero_()
         else:
             raise RuntimeError(
                 f"dd.decouple: {key!r} in the optimizer's state of layer {attachment.name!r} is "

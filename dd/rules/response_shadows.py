@@ -21,7 +21,10 @@ from dd.rules.response import (
 from dd.samples.placement import Placement
 from dd.support.blocks import row_blocks
 
-__all__ = ["ResponseShadows", "shadow_key"]
+__all__ = ["SIGNAL", "ResponseShadows", "moved_shadows", "shadow_key"]
+
+# Key, in the decoupled weight's state, of its displacements along the component means.
+SIGNAL = "signal_shadow"
 
 
 def shadow_key(name: str) -> str:
@@ -139,11 +142,24 @@ def _moved(
         terms: as in :meth:`ResponseShadows.move`.
         response: of the optimizer.
     """
-    shadow, known = before[WEIGHT], dict(before)
-    if terms is None or gradient is None:
-        known[GRADIENT] = torch.zeros_like(shadow)
-    else:
-        known[GRADIENT] = terms.shadow_gradient(shadow, slice(None), gradient)
+    shadow = before[WEIGHT]
+    driven = torch.zeros_like(shadow)
+    if terms is not None and gradient is not None:
+        driven = terms.shadow_gradient(shadow, slice(None), gradient)
+    return moved_shadows(before, driven, response)
+
+
+def moved_shadows(
+    before: Mapping[str, Tensor], gradient: Tensor, response: Response
+) -> dict[str, Tensor]:
+    """Shadows after a step, each of shape (B, u, k).
+
+    Args:
+        before: the step, by the names of what they belong to.
+        gradient: the shadow of the gradient.
+        response: of the optimizer.
+    """
+    shadow, known = before[WEIGHT], {**before, GRADIENT: gradient}
     found: dict[str, Tensor] = {}
     for position, rate in enumerate(AVERAGE_RATES):
         name = average_name(position)

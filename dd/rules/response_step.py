@@ -21,6 +21,8 @@ from dd.rules.response import (
     average_name,
 )
 from dd.rules.response_shadows import ResponseShadows
+from dd.rules.scaled_steps import is_skipped, unscaling
+from dd.rules.shared_steps import SharedSteps
 from dd.rules.value_clipping import unclipped_gradient
 from dd.watch.step_watches import Unwatched
 
@@ -45,6 +47,7 @@ class ResponseStep:
         attachment: the bond to the model, whose shadows are :class:`ResponseShadows`.
         store: what is kept of each parameter.
         optimizer: moves the decoupled weight.
+        shared: moves the displacements of what all samples share, where the head is corrected.
 
     Attributes:
         identifier: knows what was found so far.
@@ -52,9 +55,14 @@ class ResponseStep:
     """
 
     def __init__(
-        self, attachment: Attachment, store: OptimizerState, optimizer: torch.optim.Optimizer
+        self,
+        attachment: Attachment,
+        store: OptimizerState,
+        optimizer: torch.optim.Optimizer,
+        shared: SharedSteps | None = None,
     ) -> None:
         self._attachment, self._store, self._optimizer = attachment, store, optimizer
+        self._shared = shared
         self._due: _Due | None = None
         self.identifier = ResponseIdentifier()
         self.response: Response | None = None
@@ -71,15 +79,17 @@ class ResponseStep:
         self._due = None
         attachment.require_own()
         refuse_capture("step()")
-        if self._is_skipped():
+        if is_skipped(self._optimizer):
             return
         step = ShadowStep(attachment, self._store, Unwatched(), 1.0)
         with full_precision(weight):
             gradient, measures = None, None
             if attachment.pending:
-                edited = _EditedGradient(self._unscaling())
+                edited = _EditedGradient(unscaling(self._optimizer))
                 measures = step.measure(edited)
                 gradient = edited.gradient
+                if self._shared is not None:
+                    self._shared.take(measures)
             else:
                 step.require_idle()
             known = self._store.of(weight), self.identifier, self._optimizer
@@ -100,6 +110,7 @@ class ResponseStep:
         attachment, weight = self._attachment, self._attachment.weight
         if due is None:
             # A gradient scaler has found what is not finite.
+            self.drop()
             attachment.drop()
             attachment.samples.release()
             return
@@ -116,6 +127,8 @@ class ResponseStep:
             shadows = attachment.shadows
             assert isinstance(shadows, ResponseShadows)
             shadows.move(state, placement, terms, response, averages=averages)
+            if self._shared is not None:
+                self._shared.move_weight(response, averages=averages)
             for position, average in enumerate(step.averages if averages else []):
                 state[_average_key(position)] = average
             attachment.remember_weight(state)
@@ -125,6 +138,8 @@ class ResponseStep:
     def drop(self) -> None:
         """Forget a step that was begun."""
         self._due = None
+        if self._shared is not None:
+            self._shared.drop()
 
     def _step(self, due: _Due, state: dict[str, Any]) -> OptimizerStep:
         weight = self._attachment.weight.detach()
@@ -149,15 +164,6 @@ class ResponseStep:
         if directions is None or directions.shape[1] == directions.shape[0]:
             return None
         return directions
-
-    def _is_skipped(self) -> bool:
-        # Set by a gradient scaler that leaves all the rest to a fused update.
-        found = getattr(self._optimizer, "found_inf", None)
-        return found is not None and bool(found)
-
-    def _unscaling(self) -> float:
-        scale = getattr(self._optimizer, "grad_scale", None)
-        return 1.0 if scale is None else 1.0 / float(scale)
 
 
 class _EditedGradient:

@@ -12,6 +12,7 @@ from torch import nn
 
 import dd
 from dd.correction.estimate import Estimate
+from dd.correction.evaluation import corrected_in_eval_mode
 
 N, D, K, C = 60, 12, 3, 2
 
@@ -174,7 +175,7 @@ def test_rows_of_a_sample_that_comes_again_tell_nothing_new():
     order = torch.cat([torch.arange(N), torch.arange(N // 2)])
     some = optimizer.estimate([(inputs[order], labels[order])], losses_of(model))
     values = losses_of(model)
-    with optimizer._attachment.corrected_in_eval_mode(), torch.no_grad():
+    with corrected_in_eval_mode(optimizer._attachment), torch.no_grad():
         found = values((inputs[order], labels[order]))
     half = float(some.upper - some.value)
     z = 1.7 * 1.6448536269514722

@@ -469,6 +469,7 @@ def test_retained_gradients_are_not_doubled(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["bfloat16", "create_graph", "explicit", "probe first", "level"])
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.filterwarnings("ignore:.* was trained by another optimizer")
 def test_unusual_loops_go_on(kind, monkeypatch):
     monkeypatch.setattr(model_watch, "is_due", lambda forward: True)
     inputs, targets = make_problem(dtype=torch.float32)

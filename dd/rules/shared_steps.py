@@ -1,0 +1,229 @@
+"""Displacements of what all samples share, moved by the optimizers that move it.
+
+Biases and head go by the derivative of their optimizer's own step
+(:mod:`dd.rules.linearised`), the decoupled weight along the component means by the response that is
+identified of it. Section 11 of ``docs/theory.md``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd.correction.attachment import Attachment
+from dd.correction.capture import StepGradients
+from dd.correction.optimizer_state import OptimizerState
+from dd.correction.shadow_step import StepMeasures
+from dd.rules.linearised import (
+    GRADIENT,
+    PARAMETER,
+    has_derivative,
+    names_of_linear_rules,
+    step_derivative,
+)
+from dd.rules.response import AVERAGE_RATES, WEIGHT, Response, average_name, state_name
+from dd.rules.response_shadows import SIGNAL, moved_shadows
+from dd.rules.scaled_steps import is_skipped, unscaling
+
+__all__ = ["SharedSteps"]
+
+Derivative = dict[str, dict[str, Tensor]]
+
+
+class SharedSteps:
+    """Moves displacements as the optimizers' steps move parameters.
+
+    Args:
+        attachment: with a corrected head.
+        store: what is kept of each parameter.
+        optimizers: all that train the model.
+
+    Raises:
+        ValueError: if one moves a shared parameter by a rule that has no derivative.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        store: OptimizerState,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        assert attachment.shared is not None
+        self._attachment, self._store = attachment, store
+        self._parts = [(p, key) for p, key in attachment.shared.parts if key != SIGNAL]
+        self._derivatives: dict[Tensor, Derivative] = {}
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._signal: Tensor | None = None
+        for optimizer in optimizers:
+            if self.holds(optimizer) and not has_derivative(optimizer):
+                raise ValueError(
+                    f"dd.decouple: head=True follows the head and biases by the rules of "
+                    f"{names_of_linear_rules()}, and {type(optimizer).__name__} moves one of them; "
+                    "give these to one of the former, or use head=False"
+                )
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the shared parameters that an optimizer is about to move.
+
+        Raises:
+            RuntimeError: if one is moved twice for one forward, or on gradients of no forward.
+        """
+        attachment = self._attachment
+        if is_skipped(optimizer):
+            return
+        is_idle = not attachment.pending and not self._gradients
+        for group, parameter in self._held(optimizer):
+            if parameter.grad is None:
+                continue
+            if parameter in self._derivatives:
+                raise RuntimeError(
+                    "dd.decouple: an optimizer of the head or of biases steps twice for one step "
+                    "of the decoupled layer's; head=True follows one step of each a forward"
+                )
+            if is_idle and bool(parameter.grad.count_nonzero()):
+                raise RuntimeError(
+                    f"dd.decouple: {type(optimizer).__name__} steps on gradients of no training "
+                    "forward that head=True has seen; call zero_grad() after every step"
+                )
+            gradient = parameter.grad.detach() * unscaling(optimizer)
+            self._derivatives[parameter] = step_derivative(optimizer, group, parameter, gradient)
+            if is_idle:
+                self._move(parameter, None)
+        self._move_due()
+
+    def take(self, found: StepMeasures) -> None:
+        """Find what drives the displacements in the step of the decoupled weight that is due."""
+        shared, count = self._attachment.shared, self._attachment.samples.count
+        assert shared is not None
+        pushes: StepGradients = found.pushes
+        assert pushes.signal is not None
+        assert found.shared is not None
+        assert count is not None
+        read, write = self._store.read, self._store.write
+        shared.make(read, write, count, pushes.signal)
+        rows = shared.shadow_gradients(pushes, found.shared, float(found.scale), read)
+        # What did not step for the forward before has not moved.
+        self._gradients = {p: gradient for p, key, _, gradient in rows if key != SIGNAL}
+        (self._signal,) = [gradient for _, key, _, gradient in rows if key == SIGNAL]
+        self._move_due()
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the head as a step leaves it."""
+        shared = self._attachment.shared
+        if shared is not None and self.holds(optimizer):
+            shared.remember_weight()
+
+    def move_weight(self, response: Response, *, averages: bool) -> None:
+        """Move the decoupled weight's displacements along the component means.
+
+        Args:
+            response: of its optimizer.
+            averages: whether averages of the gradients are kept.
+        """
+        state = self._store.of(self._attachment.weight)
+        shadow, gradient = state.get(SIGNAL), self._signal
+        self._signal = None
+        if shadow is None:
+            return
+        # A direction takes the place of a bin.
+        names = [WEIGHT, *(average_name(i) for i in range(len(AVERAGE_RATES) * averages))]
+        names += [state_name(key) for key in response.states]
+        keys = {name: SIGNAL if name == WEIGHT else f"{SIGNAL}.{name}" for name in names}
+        for key in [k for k in state if k.startswith(f"{SIGNAL}.") and k not in keys.values()]:
+            del state[key]
+        before = {name: self._padded(state.get(key), shadow) for name, key in keys.items()}
+        parts = {name: value.permute(2, 0, 1) for name, value in before.items()}
+        driven = torch.zeros_like(shadow) if gradient is None else gradient.to(shadow)
+        moved = moved_shadows(parts, driven.permute(2, 0, 1), response)
+        for name, value in moved.items():
+            state[keys[name]] = value.permute(1, 2, 0).contiguous()
+
+    def drop(self) -> None:
+        """Forget steps that were begun."""
+        self._derivatives.clear()
+        self._gradients.clear()
+        self._signal = None
+
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer moves a shared parameter beside the decoupled weight."""
+        return any(True for _ in self._held(optimizer))
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the displacements, by the names of their parameters."""
+        return {
+            name: {key: value.clone() for key, value in self._store.of(parameter).items()}
+            for name, parameter in self._named()
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it is of other parameters.
+        """
+        names = [name for name, _ in self._named()]
+        if sorted(state) != sorted(names):
+            raise ValueError(
+                f"dd.decouple: the state follows {sorted(state) or 'no head'}, this tracker "
+                f"{sorted(names)}; load it into a tracker with the same head="
+            )
+        for name, parameter in self._named():
+            own = {k: v.to(parameter.device, copy=True) for k, v in state[name].items()}
+            self._store.state[parameter] = own
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        shared = self._attachment.shared
+        assert shared is not None
+        linear = {"layer": shared.layer, "head": shared.head}
+        found = {
+            f"{where}.{name}": parameter
+            for where, module in linear.items()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        own = [parameter for parameter, _ in self._parts]
+        return [(n, p) for n, p in found.items() if any(p is other for other in own)]
+
+    def _held(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Shared parameters of an optimizer, each with its group."""
+        own = [parameter for parameter, _ in self._parts]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if any(parameter is other for other in own):
+                    yield group, parameter
+
+    def _move_due(self) -> None:
+        for parameter in [p for p in self._derivatives if p in self._gradients]:
+            self._move(parameter, self._gradients.pop(parameter))
+
+    def _move(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        """Move the displacements of a parameter and of its optimizer's state."""
+        (key,) = [key for other, key in self._parts if other is parameter]
+        derivative, state = self._derivatives.pop(parameter), self._store.of(parameter)
+        shadow: Tensor | None = state.get(key)
+        if shadow is None:
+            return
+        kept = {name: state.get(_key(key, name)) for name in derivative} | {GRADIENT: gradient}
+        known = {n: self._padded(v, shadow) for n, v in kept.items() if v is not None}
+        moved = {}
+        for name, parts in derivative.items():
+            value = torch.zeros_like(shadow)
+            for source, factor in parts.items():
+                if source in known:
+                    value.addcmul_(known[source].to(shadow), factor.to(shadow))
+            moved[_key(key, name)] = value
+        state.update(moved)
+
+    @staticmethod
+    def _padded(value: Tensor | None, shadow: Tensor) -> Tensor:
+        """Displacements of as many samples as there are; zero for those that are new."""
+        if value is None:
+            return torch.zeros_like(shadow)
+        missing = len(shadow) - len(value)
+        if missing == 0:
+            return value
+        return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+
+
+def _key(key: str, name: str) -> str:
+    return key if name == PARAMETER else f"{key}.{name}"
