@@ -17,6 +17,7 @@ from dd.correction.tracker import Tracker
 from dd.correction.training_forward import TrainingForward
 from dd.curvature.estimators import Stein
 from dd.noise.model import NoiseModel
+from dd.rules.averaged_weights import AveragedWeights
 from dd.rules.decoupled_optimizers import owner_of
 from dd.rules.outside_step import OutsideMoves
 from dd.rules.response import Response
@@ -36,7 +37,7 @@ from dd.watch.step_watches import Unwatched
 
 __all__ = ["ErrorTracker", "decouple"]
 
-_STATE_KEYS = ("layer", "optimizer", "state", "shared", "response", "oversight")
+_STATE_KEYS = ("layer", "optimizer", "state", "shared", "averages", "response", "oversight")
 
 
 def decouple(
@@ -144,6 +145,7 @@ class ErrorTracker(Tracker):
         self._seed, self._has_told = int(seed), False
         self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._followed = followed
+        self._averages: list[AveragedWeights] = []
         self._groups: list[dict[str, Any]] = []
         self._see_groups()
         self._shared = None
@@ -173,6 +175,49 @@ class ErrorTracker(Tracker):
         """
         return self._rule.response
 
+    @_disable_dynamo
+    def average(self, module: nn.Module) -> Tracker:
+        """Track the error of a running average of the weights too.
+
+        Args:
+            module: a copy of the model as it is now that will hold the average, such as
+                ``torch.optim.swa_utils.AveragedModel(model)``. Update it after steps, at most once
+                for each.
+
+        Returns:
+            What ``evaluate``, ``estimate`` and ``predict`` of the average are asked of; a step
+            with mini-batches then brings all samples up to date.
+
+        Raises:
+            ValueError: if detached, or the module is no copy of the model, or the head is
+                corrected.
+
+        Example:
+            >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+            >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            >>> tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, y))
+            >>> averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            >>> average = tracker.average(averaged)
+            >>> for step in range(30):
+            ...     optimizer.zero_grad()
+            ...     criterion(model(X), y).backward()
+            ...     optimizer.step()
+            ...     averaged.update_parameters(model)
+            >>> tracked = average.evaluate([(X, y)], lambda b: criterion(averaged(b[0]), b[1]))
+            >>> test_loss = criterion(averaged.eval()(X_test), y_test)
+            >>> bool((tracked - test_loss).abs() < 0.05)
+            True
+        """
+        attachment = self._required("average()")
+        if self._shared is not None:
+            raise ValueError(
+                "dd.decouple: average() follows the decoupled layer alone; use head=False"
+            )
+        self._settle()
+        found = AveragedWeights(attachment, self._store(), module)
+        self._averages.append(found)
+        return found
+
     def detach(self) -> None:
         """Remove every trace from model and optimizer.
 
@@ -187,6 +232,9 @@ class ErrorTracker(Tracker):
         if attachment is None:
             return
         attachment.remove()
+        for average in self._averages:
+            average.detach()
+        self._averages.clear()
         self._attachment = None
         self._state.clear()
         self._rule.drop()
@@ -217,7 +265,7 @@ class ErrorTracker(Tracker):
             >>> criterion(model(X), y).backward()
             >>> optimizer.step()
             >>> sorted(tracker.state_dict())
-            ['layer', 'optimizer', 'oversight', 'response', 'shared', 'state']
+            ['averages', 'layer', 'optimizer', 'oversight', 'response', 'shared', 'state']
         """
         attachment = self._required("state_dict()")
         self._settle()
@@ -230,6 +278,7 @@ class ErrorTracker(Tracker):
                 for key, value in state.items()
             },
             "shared": {} if self._shared is None else self._shared.state_dict(),
+            "averages": [average.state_dict() for average in self._averages],
             "response": self._rule.identifier.state_dict(),
             "oversight": attachment.oversight.state_dict(),
         }
@@ -273,6 +322,11 @@ class ErrorTracker(Tracker):
                 "dd.decouple: the state is of a tracker with another head=; load it into one of "
                 "the same"
             )
+        if len(self._averages) != len(state_dict["averages"]):
+            raise ValueError(
+                f"dd.decouple: the state follows {len(state_dict['averages'])} averages, this "
+                f"tracker {len(self._averages)}; call average() for each before loading"
+            )
         attachment.forget()
         self._rule.drop()
         weight = attachment.weight
@@ -282,6 +336,8 @@ class ErrorTracker(Tracker):
         }
         if self._shared is not None:
             self._shared.load_state_dict(state_dict["shared"])
+        for average, state in zip(self._averages, state_dict["averages"], strict=True):
+            average.load_state_dict(state)
         self._rule.identifier.load_state_dict(state_dict["response"])
         attachment.oversight.load_state_dict(state_dict["oversight"])
         bind_samples(attachment, self._state[weight])
@@ -299,6 +355,8 @@ class ErrorTracker(Tracker):
         return [*hooks, *(StepHooks(*call) for call in calls)]
 
     def _before_step(self) -> None:
+        for average in self._averages:
+            average.follow()
         self._rule.before()
         if self._shared is not None:
             self._shared.before(self._optimizer)

@@ -10,14 +10,12 @@ from dd.correction.gradient_check import same_weight
 from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadows import KEY
 from dd.functional.response import combined
+from dd.rules.combination import combination
 from dd.rules.followed_states import own_states
 from dd.rules.response import WEIGHT, state_name
 from dd.rules.response_shadows import shadow_key
 
 __all__ = ["OutsideMoves"]
-
-# Of the weight's length: what rounding leaves of a combination of a few tensors.
-_EXACT = 1e-5
 
 # Where the decoupled weight's state keeps the weight that its shadows belong to.
 _LEFT = "shadow_weight_left"
@@ -61,7 +59,7 @@ class OutsideMoves:
         if bool(same_weight(weight, attachment.direction, expected)):
             return
         tensors = {WEIGHT: left} | self._followed(state)
-        coefficients = _combination(weight, tensors)
+        coefficients = combination(weight, tensors)
         if coefficients is None:
             return
         with torch.no_grad():
@@ -76,17 +74,3 @@ class OutsideMoves:
         states = own_states(self._optimizer, self._attachment.weight)
         named = {state_name(key): value for key, value in states.items()}
         return {name: value for name, value in named.items() if shadow_key(name) in state}
-
-
-def _combination(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Coefficients of a weight as a combination of tensors, shape (p,), or None.
-
-    Args:
-        weight: shape (k, d).
-        tensors: p of the same shape.
-    """
-    columns = torch.stack([value.double().flatten() for value in tensors.values()], 1)
-    target = weight.double().flatten()
-    found = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
-    rest = torch.linalg.vector_norm(columns @ found - target)
-    return found if bool(rest <= _EXACT * torch.linalg.vector_norm(target)) else None
