@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dd.runs.folder import RunFolder
-from dd.runs.optimizer_list import is_decoupled, known_optimizers
+from dd.runs.optimizer_list import is_tracked, known_optimizers
 from dd.tracking.figures import LABELS
 from dd.tracking.mark import mark
 
@@ -129,7 +129,7 @@ def _source(run: RunFolder, name: str) -> str:
     config = run.config
     known = known_optimizers(config) if "available" in config and "optimizer" in config else {}
     settings: Mapping[str, Any] = known.get(name, {})
-    if is_decoupled(settings):
+    if is_tracked(settings):
         return "tracked"
     return str(settings.get("selection", {}).get("by", "plain"))
 
