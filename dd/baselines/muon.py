@@ -1,4 +1,4 @@
-"""Muon for matrices, and AdamW for what is none."""
+"""Muon for hidden layers, and AdamW for the rest."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,10 +12,12 @@ __all__ = ["muon"]
 def muon(
     params: Iterable[Tensor], *, adamw: Mapping[str, Any], **settings: Any
 ) -> list[torch.optim.Optimizer]:
-    """Return ``torch.optim.Muon`` of the matrices among the parameters, and AdamW of the rest.
+    """Return ``torch.optim.Muon`` of the matrices but the last one, and AdamW of the rest.
+
+    The last layer is AdamW's, as Muon's authors have it: its scores want steps of their own size.
 
     Args:
-        params: of a model.
+        params: of a model, in the order of its layers.
         adamw: settings of ``torch.optim.AdamW``.
         settings: those of ``torch.optim.Muon``.
 
@@ -29,6 +31,6 @@ def muon(
             "pip install 'torch>=2.9'"
         )
     parameters = list(params)
-    matrices = [p for p in parameters if p.ndim == 2]
-    rest = [p for p in parameters if p.ndim != 2]
-    return [torch.optim.Muon(matrices, **settings), torch.optim.AdamW(rest, **adamw)]
+    *hidden, _ = [p for p in parameters if p.ndim == 2]
+    rest = [p for p in parameters if not any(p is each for each in hidden)]
+    return [torch.optim.Muon(hidden, **settings), torch.optim.AdamW(rest, **adamw)]

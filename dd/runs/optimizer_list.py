@@ -50,11 +50,11 @@ def requested_optimizers(config: DictConfig) -> list[Any]:
 def is_decoupled(settings: Mapping[str, Any]) -> bool:
     """Whether the optimizer of these settings is decoupled descent, which can choose its steps."""
     try:
-        kind = hydra.utils.get_class(settings["_target_"])
+        kind = hydra.utils.get_object(settings["_target_"])
     except (ImportError, KeyError, TypeError, ValueError):
         # Building it will say what is wrong.
         return False
-    return issubclass(kind, DecoupledDescent)
+    return isinstance(kind, type) and issubclass(kind, DecoupledDescent)
 
 
 def is_tracked(settings: Mapping[str, Any]) -> bool:

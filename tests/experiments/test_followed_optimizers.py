@@ -99,13 +99,14 @@ def test_their_gaps_are_sampling_errors_and_those_of_plain_ones_are_not(tmp_path
 # --- How they are built ----------------------------------------------------------------------
 
 
-def test_muon_moves_matrices_and_adamw_the_rest():
+def test_muon_moves_hidden_matrices_and_adamw_the_rest():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(*(torch.nn.Linear(n, n - 1) for n in (5, 4, 3)))
     first, second = muon(model.parameters(), lr=0.1, adamw={"lr": 0.01})
     assert [type(each) for each in (first, second)] == [torch.optim.Muon, torch.optim.AdamW]
-    held = [p for each in (first, second) for g in each.param_groups for p in g["params"]]
-    assert [p.ndim for p in held] == [2, 2, 1, 1]
+    held = [[p for g in each.param_groups for p in g["params"]] for each in (first, second)]
+    assert [tuple(p.shape) for p in held[0]] == [(4, 5), (3, 4)]
+    assert [tuple(p.shape) for p in held[1]] == [(4,), (3,), (2, 3), (2,)]
     assert (first.param_groups[0]["lr"], second.param_groups[0]["lr"]) == (0.1, 0.01)
 
 
