@@ -164,7 +164,8 @@ def refuse_idle_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
         if key == "lr" and not _follows_rate(config):
             raise ValueError(
                 f"{override} has no effect: no optimizer of optimizers={config.optimizers} takes "
-                "its lr from there; dd_auto chooses its own steps, and optimizer.lr= sets one alone"
+                "its lr from there; dd_auto chooses its own steps, and others have rates of their "
+                f"own: available.<optimizer>.lr=, of {name} optimizer.lr="
             )
 
 
