@@ -47,9 +47,9 @@ LABELS = {
     "dd": "Decoupled descent",
     "dd_auto": "DD, lr=auto",
     "dd_tracked": "DD, tracked choice",
-    "dd_adamw": "AdamW, decoupled",
-    "dd_muon": "Muon, decoupled",
-    "dd_schedulefree": "Schedule-Free, decoupled",
+    "dd_adamw": "AdamW + DD",
+    "dd_muon": "Muon + DD",
+    "dd_schedulefree": "Schedule-Free + DD",
     "dd_half": "DD, half damped",
     "dd_pure": "DD, pure",
 }
