@@ -49,7 +49,7 @@ LABELS = {
     "dd_tracked": "DD, tracked choice",
     "dd_adamw": "AdamW + DD",
     "dd_muon": "Muon + DD",
-    "dd_schedulefree": "Schedule-Free + DD",
+    "dd_schedulefree": "Sched.-Free + DD",
     "dd_half": "DD, half damped",
     "dd_pure": "DD, pure",
 }

@@ -80,7 +80,7 @@ def test_both_start_alike_and_part_with_the_first_step(finished):
 
 def test_the_report_tells_what_is_tracked(finished):
     page = write_report(finished.folder).read_text(encoding="utf-8")
-    for label in ("AdamW", "Muon", "Schedule-Free"):
+    for label in ("AdamW", "Muon", "Sched.-Free"):
         assert f"{label} + DD" in page
     assert page.count("its tracked error on all training samples") >= 3
 
