@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from _path_risk import path_risk, probed_traces, traces
-from _peer_problems import Problem
+from _peer_problems import ADAMW_LR, Problem
 from torch import Tensor, nn
 
 import dd
@@ -84,6 +84,27 @@ def decoupled_isotropic(problem: Problem, look: Look) -> Tensor:
     """The same, told that the noise is isotropic."""
     noise = dd.NoiseModel.isotropic(problem.inputs, problem.components)
     return _decoupled(problem, noise, problem.weight_decay, look)
+
+
+def adamw(problem: Problem, look: Look) -> Tensor:
+    """Plain AdamW, at its own rate, and its training error."""
+    return _training_error(problem, _adamw, look)
+
+
+def decoupled_adamw(problem: Problem, look: Look) -> Tensor:
+    """The same beside ``dd.decouple``, which is told the clusters, and the error that it tracks."""
+    noise = dd.NoiseModel.fit(problem.inputs, problem.clusters)
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = _adamw(model)
+        dd.decouple(model, optimizer, noise=noise, seed=problem.seed)
+        return optimizer
+
+    return _training_error(problem, make, look)
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=ADAMW_LR)
 
 
 def decoupled_ridge(problem: Problem, look: Look) -> Tensor:

@@ -47,6 +47,8 @@ LINES: Mapping[str, dict[str, Any]] = {
     "solver_loo": {"color": "black", "marker": "v", "markerfacecolor": "white"},
     "dd": {"color": "#0072B2", "marker": "o", "linewidth": 2.2},
     "dd_isotropic": {"color": "#56B4E9", "marker": "o", "linestyle": ":"},
+    "adamw": {"color": "#E69F00", "linestyle": "--", "marker": "P"},
+    "dd_adamw": {"color": "black", "marker": "P"},
 }
 
 Row = Mapping[str, Any]

@@ -16,6 +16,7 @@ NOISE = 0.5  # standard deviation of the targets around xᵀβ; ‖β‖ is abou
 SEPARATION = 1.5  # norm of ±μ, the means of the two classes of the logistic model
 TEST_SAMPLES = 20_000  # of the network, whose error has no closed form
 WIDTH = 8
+ADAMW_LR = 0.003
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,6 +38,7 @@ class Problem:
         steps: updates.
         records: steps at which the error is estimated.
         square: whether errors are squared residuals, of which distances are relative.
+        clusters: the same, of the network, for those alone that are told; nobody would know them.
         num_test: samples behind ``truth``, infinite where it is exact.
         seed: of everything random.
     """
@@ -53,6 +55,7 @@ class Problem:
     records: tuple[int, ...]
     square: bool
     weight_decay: float = 0.0
+    clusters: Tensor | None = None
     num_test: float = math.inf
     seed: int = field(kw_only=True)
 
@@ -149,6 +152,7 @@ def network(d: int, seed: int, *, steps: int = 200) -> Problem:
         targets=split.train_targets,
         # As in ``experiment=xor``, nobody tells which cluster a sample came from.
         components=None,
+        clusters=split.train_components,
         model=two_layer(d, WIDTH, 2, hidden_scale=0.5, generator=generator(seed, "initialisation")),
         losses=partial(F.cross_entropy, reduction="none"),
         errors=_wrong,

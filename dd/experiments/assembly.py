@@ -14,12 +14,21 @@ from torch import Tensor, nn
 from dd.baselines.selection import Candidate, Selection
 from dd.data import Split, generator
 from dd.data.seeding import check_seed
+from dd.decouple import decouple
 from dd.noise.components import find_components
 from dd.noise.model import NoiseModel
 from dd.optimizer import DecoupledDescent
-from dd.runs.optimizer_list import AUTO, OURS, is_decoupled, known_optimizers, requested_optimizers
+from dd.runs.optimizer_list import (
+    AUTO,
+    OURS,
+    is_decoupled,
+    is_tracked,
+    known_optimizers,
+    requested_optimizers,
+)
 from dd.support.checks import check_count, check_number
 from dd.training.batches import Batches, check_batch_size
+from dd.training.joint_optimizer import JointOptimizer
 
 __all__ = [
     "batch_size",
@@ -99,9 +108,26 @@ def _check_optimizers(config: DictConfig) -> None:
         for rate in RATES:
             if rate in known[name]:
                 _check_rate(name, rate, known[name])
+        _check_parts(name, known[name])
         if known[name].get("batch_size") is not None:
             check_count(f"batch_size of optimizer {name}", known[name].batch_size)
         make_selection(config, name)
+
+
+def _check_parts(name: str, settings: DictConfig) -> None:
+    """Check groups of settings that an optimizer may have: of a second one, of the correction.
+
+    Raises:
+        ValueError: if one is no group, or a number in it out of range.
+    """
+    for key in ("adamw", "decouple"):
+        if settings.get(key) is not None and not OmegaConf.is_dict(settings[key]):
+            raise ValueError(
+                f"{key} of optimizer {name} must be a group of settings, got {settings[key]!r}"
+            )
+    for rate, value in (settings.get("adamw") or {}).items():
+        if rate in RATES:
+            check_number(f"adamw.{rate} of optimizer {name}", value)
 
 
 def _check_rate(name: str, rate: str, settings: DictConfig) -> None:
@@ -138,7 +164,8 @@ def refuse_idle_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
         if key == "lr" and not _follows_rate(config):
             raise ValueError(
                 f"{override} has no effect: no optimizer of optimizers={config.optimizers} takes "
-                "its lr from there; dd_auto chooses its own steps, and optimizer.lr= sets one alone"
+                "its lr from there; dd_auto chooses its own steps, and others have rates of their "
+                f"own: available.<optimizer>.lr=, of {name} optimizer.lr="
             )
 
 
@@ -252,7 +279,7 @@ def make_optimizer(
     split: Split,
     noise: NoiseModel | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer called ``name``, attached to the model where it is a decoupled one.
+    """Return the optimizer called ``name``, with the correction of the model where it has one.
 
     Args:
         config: of the run.
@@ -266,10 +293,18 @@ def make_optimizer(
     """
     settings = optimizer_settings(config, name)
     with _explained(f"optimizer {name}"):
-        optimizer: torch.optim.Optimizer = optimizer_maker(config, name)(model.parameters())
-    if isinstance(optimizer, DecoupledDescent):
-        optimizer.attach(model, noise=noise or make_noise(config, settings, split))
-    return optimizer
+        made = optimizer_maker(config, name)(model.parameters())
+    if is_tracked(settings) and noise is None:
+        noise = make_noise(config, settings, split)
+    if isinstance(made, DecoupledDescent) and settings.get("decouple") is None:
+        made.attach(model, noise=noise)
+        return made
+    optimizers = made if isinstance(made, list) else [made]
+    if settings.get("decouple") is None:
+        return optimizers[0] if len(optimizers) == 1 else JointOptimizer(optimizers)
+    with _explained(f"optimizer {name}"):
+        tracker = decouple(model, *optimizers, noise=noise, **settings["decouple"])
+    return JointOptimizer(optimizers, tracker)
 
 
 def optimizer_maker(config: DictConfig, name: str) -> functools.partial[Any]:
@@ -282,14 +317,15 @@ def optimizer_maker(config: DictConfig, name: str) -> functools.partial[Any]:
 
 
 def make_noise(config: DictConfig, settings: dict[str, Any], split: Split) -> NoiseModel:
-    """Return the noise model of a decoupled optimizer of these settings, of the training inputs."""
-    components = _components(config, settings["curvature"], split)
+    """Return the noise model of a tracked optimizer of these settings, of the training inputs."""
+    correction = {"head": AUTO, "curvature": AUTO, **(settings.get("decouple") or settings)}
+    components = _components(config, correction["curvature"], split)
     return NoiseModel.fit(
         split.train_inputs,
         components,
         bins=config.noise_bins,
         per_sample=False if config.noise_bins == 1 else None,
-        separate_means=_separates(settings["head"], components),
+        separate_means=_separates(correction["head"], components),
     )
 
 

@@ -107,6 +107,8 @@ def _is_batchable(config: DictConfig, name: str) -> bool:
     settings, kind = optimizer_settings(config, name), optimizer_maker(config, name).func
     if "selection" in settings or settings.get("batch_size") is not None:
         return False
+    if settings.get("decouple") is not None:
+        return False
     if kind is torch.optim.SGD:
         return True
     return (

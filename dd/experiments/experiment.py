@@ -27,12 +27,11 @@ from dd.experiments.batched_trials import (
 )
 from dd.experiments.checkpoint import Checkpoint
 from dd.experiments.collected_warnings import collected_warnings_of
-from dd.experiments.jobs import Job, build_job, make_search
+from dd.experiments.jobs import Job, build_job, followed, make_search
 from dd.experiments.origin import changed_versions, origin_of, require_same_data
 from dd.experiments.output import Output, first_token
 from dd.experiments.prediction import check_theory, deviations, predicted
 from dd.experiments.recorder import Recorder
-from dd.optimizer import DecoupledDescent
 from dd.rules.line_search.settings import chooses_rate
 from dd.runs.fit import Fit
 from dd.runs.optimizer_list import resolve_optimizers
@@ -44,6 +43,7 @@ from dd.support.folder_lock import FolderLocked, folder_lock_of
 from dd.tracking.console import ProgressDisplay
 from dd.tracking.history import Record
 from dd.tracking.wandb_session import WandbSession, check_settings
+from dd.training.joint_optimizer import tracker_of
 from dd.training.launch import Processes, process_group
 from dd.training.loop import Schedule, TrainingStopped, train
 from dd.training.stability import EdgeWatch
@@ -283,6 +283,8 @@ class Experiment(Output):
             self._take_reading(split.reading)
         if not split.is_tested:
             self.results.note([UNTESTED])
+        names, left_out = followed(config, names, split)
+        self.results.note(left_out)
         initial = make_model(config, split)
         states = {} if kept is None else kept["optimizers"]
         self._checkpoint = Checkpoint(self.folder / "checkpoint.pt", trial, origin, states)
@@ -320,10 +322,11 @@ class Experiment(Output):
                 self.results.fail(f"{label}: {error}")
                 recorder.doubt()
             finally:
-                if isinstance(job.optimizer, DecoupledDescent):
-                    self.noise.setdefault(job.name, str(job.optimizer.noise))
+                tracker = tracker_of(job.optimizer)
+                if tracker is not None:
+                    self.noise.setdefault(job.name, str(tracker.noise))
         # What is said of the sizes is the same in every trial.
-        self.results.note([f"{job.name}: {sentence}" for sentence in sentences])
+        self.results.note([f"{job.name}: {sentence}" for sentence in [*job.told, *sentences]])
         if recorder.edge.crossing is not None:
             self.results.note([f"{label}: {recorder.edge.crossing}"])
 

@@ -23,13 +23,17 @@ from dd.experiments.assembly import (
     with_candidate,
 )
 from dd.experiments.checkpoint import Checkpoint
+from dd.experiments.collected_warnings import collected_warnings_of
 from dd.noise.model import NoiseModel
-from dd.optimizer import DecoupledDescent
-from dd.runs.optimizer_list import is_decoupled
+from dd.runs.optimizer_list import is_tracked
 from dd.training.batches import Batches
+from dd.training.joint_optimizer import tracker_of
 from dd.training.loop import Schedule
 
-__all__ = ["Job", "build_job", "make_search"]
+__all__ = ["Job", "build_job", "followed", "make_search"]
+
+# Of fewer inputs a response cannot be told: dd.decouple refuses most of them in the first steps.
+FEWEST_INPUTS = 8
 
 
 @dataclass(eq=False)
@@ -48,6 +52,7 @@ class Job:
         checkpoint: receives the states.
         kept: what the checkpoint says of it, where it is gone on with.
         setup: seconds that its noise model took.
+        told: what the optimizer warned of as it was built.
     """
 
     name: str
@@ -61,6 +66,37 @@ class Job:
     checkpoint: Checkpoint
     kept: Mapping[str, Any] | None
     setup: float
+    told: list[str]
+
+
+def followed(config: DictConfig, names: list[str], split: Split) -> tuple[list[str], list[str]]:
+    """Leave out optimizers that cannot be followed on inputs this few.
+
+    Args:
+        config: of the trial.
+        names: of the optimizers.
+        split: that they train on.
+
+    Returns:
+        The others, and a sentence on each that was left out.
+
+    Raises:
+        ValueError: if none of the configuration's is left.
+    """
+    inputs = split.dimension
+    narrow = [
+        name
+        for name in names
+        if inputs < FEWEST_INPUTS and optimizer_settings(config, name).get("decouple") is not None
+    ]
+    reason = (
+        f"dd.decouple follows an optimizer on {FEWEST_INPUTS} inputs or more, and these data have "
+        f"{inputs}; dd knows its own rule on any"
+    )
+    if set(narrow) == set(config.optimizers):
+        raise ValueError(f"optimizers={narrow} cannot be trained: {reason}")
+    kept = [name for name in names if name not in narrow]
+    return kept, [f"{name} was left out: {reason}" for name in narrow]
 
 
 def build_job(
@@ -81,18 +117,20 @@ def build_job(
     model = copy.deepcopy(initial).to(split.train_inputs.device)
     batches = make_batches(config, name, split)
     noise, setup = _noise(config, name, split)
-    optimizer = make_optimizer(config, name, model, split, noise)
+    with collected_warnings_of() as told:
+        optimizer = make_optimizer(config, name, model, split, noise)
     if kept is not None:
         _load(kept, model, optimizer)
     return Job(
-        name, trial, config, initial, model, optimizer, split, batches, checkpoint, kept, setup
+        *(name, trial, config, initial, model, optimizer, split, batches, checkpoint, kept, setup),
+        told=told,
     )
 
 
 def _noise(config: DictConfig, name: str, split: Split) -> tuple[NoiseModel | None, float]:
-    """The noise model of a decoupled optimizer, and the seconds that it took."""
+    """The noise model of a tracked optimizer, and the seconds that it took."""
     settings = optimizer_settings(config, name)
-    if not is_decoupled(settings):
+    if not is_tracked(settings):
         return None, 0.0
     started = time.perf_counter()
     noise = make_noise(config, settings, split)
@@ -124,7 +162,8 @@ def make_search(job: Job, schedule: Schedule) -> HyperparameterSearch | None:
     selection = make_selection(job.config, job.name)
     if selection is None:
         return None
-    noise = job.optimizer.noise if isinstance(job.optimizer, DecoupledDescent) else None
+    tracker = tracker_of(job.optimizer)
+    noise = None if tracker is None else tracker.noise
 
     def build(candidate: Candidate, split: Split) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = copy.deepcopy(job.initial).to(split.train_inputs.device)

@@ -17,7 +17,7 @@ from dd.experiments.assembly import (
     settled,
 )
 from dd.experiments.prediction import curves
-from dd.runs.optimizer_list import is_decoupled
+from dd.runs.optimizer_list import is_tracked
 from dd.runs.results import Results
 from dd.runs.theory_file import write_theory
 from dd.support.files import replacing, write_json, write_rows
@@ -95,7 +95,7 @@ class Output:
         settings: Any = OmegaConf.to_container(config, resolve=True)
         settings["optimizer"] = own = optimizer_settings(config, name)
         del settings["available"]
-        kind = "decoupled" if is_decoupled(own) else "plain"
+        kind = "decoupled" if is_tracked(own) else "plain"
         return self.wandb.run(
             name if config.trials == 1 else f"{name}-{trial}",
             job_type=name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dd.runs.folder import RunFolder
-from dd.runs.optimizer_list import is_decoupled, known_optimizers
+from dd.runs.optimizer_list import is_tracked, known_optimizers
 from dd.tracking.figures import LABELS
 from dd.tracking.mark import mark
 
@@ -31,20 +31,20 @@ GLOSSARY = {
     "loss": "What training minimises, the mean over samples.",
     "step": "Updates of the weights made so far. Steps of different optimizers differ in cost; see "
     "passes and seconds.",
-    "train": "On the training samples. Of decoupled descent it is taken at the corrected "
-    "pre-activations, and estimates the test curve. Of any other optimizer it falls with "
-    "over-fitting.",
+    "train": "On the training samples. Of decoupled descent, and of what dd.decouple follows, it "
+    "is taken at the corrected pre-activations, and estimates the test curve. Of any other "
+    "optimizer it falls with over-fitting.",
     "test": "On samples that no optimizer sees and that nothing is chosen by.",
-    "uncorrected": "On the training samples, of the plain network that decoupled descent trained: "
-    "what the correction corrects.",
+    "uncorrected": "On the training samples, of the plain network that a decoupled optimizer "
+    "trained: what the correction corrects.",
     "validation": "On training samples held out of the fit, with the settings chosen by it.",
     "theory": "Predicted by state evolution without any data.",
     "reported": "The error on new data that a method claims without the test samples. Of decoupled "
-    "descent: its training error, where that is lowest or where it stopped by itself; too low, "
+    "optimizers: its training error, where that is lowest or where it stopped by itself; too low, "
     "with no sign of it, where columns were chosen by the labels of the same samples. Of hold-out "
     "and K folds: the validation error. Of plain optimizers: their lowest training error.",
     "test error": "On the test samples, with the weights whose error is reported.",
-    "not to be believed": "A check of decoupled descent failed while it trained, so that its "
+    "not to be believed": "A check of a decoupled optimizer failed while it trained, so that its "
     "training error and the interval of it say nothing of new data.",
     "off by": "|reported − test error|. By chance alone, two samples of n and m independent draws "
     "from one source differ by about 0.8·√(p(1 − p)(1/n + 1/m)) at an error rate p.",
@@ -52,8 +52,8 @@ GLOSSARY = {
     "candidate and fold included. Among the other figures: the updates alone.",
     "passes": "Samples whose loss was differentiated, over all the training samples there are.",
     "samples": "Training samples that the weights were fitted on.",
-    "90% interval": "Of the test error at the last step, from the training error of decoupled "
-    "descent.",
+    "90% interval": "Of the test error at the last step, from the training error of a decoupled "
+    "optimizer.",
     "best test error": "The lowest of the test curve. Only an oracle could pick its step.",
     "test error at lowest train error": "At the step that the training curve alone would pick.",
     "mean |train-test|": "The distance between the two curves, the mean over recorded steps.",
@@ -129,7 +129,7 @@ def _source(run: RunFolder, name: str) -> str:
     config = run.config
     known = known_optimizers(config) if "available" in config and "optimizer" in config else {}
     settings: Mapping[str, Any] = known.get(name, {})
-    if is_decoupled(settings):
+    if is_tracked(settings):
         return "tracked"
     return str(settings.get("selection", {}).get("by", "plain"))
 

@@ -1,5 +1,6 @@
 """Which optimizers of a configuration a run trains."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = [
     "AUTO",
     "OURS",
     "is_decoupled",
+    "is_tracked",
     "known_optimizers",
     "requested_optimizers",
     "resolve_optimizers",
@@ -23,7 +25,10 @@ AUTO = "auto"
 USUAL = ("gd", "dd", "dd_auto")
 
 # Settings of an optimizer that are the experiment's and not its own.
-OURS = ("name", "batch_size", "selection")
+OURS = ("name", "batch_size", "selection", "decouple")
+
+# Packages of optimizers that come with no extra but their own, and how to get them.
+OPTIONAL = {"schedulefree": "pip install schedulefree"}
 
 _WHOLE = "it chooses every step on the loss of all training samples"
 
@@ -45,11 +50,16 @@ def requested_optimizers(config: DictConfig) -> list[Any]:
 def is_decoupled(settings: Mapping[str, Any]) -> bool:
     """Whether the optimizer of these settings is decoupled descent, which can choose its steps."""
     try:
-        kind = hydra.utils.get_class(settings["_target_"])
+        kind = hydra.utils.get_object(settings["_target_"])
     except (ImportError, KeyError, TypeError, ValueError):
         # Building it will say what is wrong.
         return False
-    return issubclass(kind, DecoupledDescent)
+    return isinstance(kind, type) and issubclass(kind, DecoupledDescent)
+
+
+def is_tracked(settings: Mapping[str, Any]) -> bool:
+    """Whether the training error of an optimizer of these settings estimates its test error."""
+    return settings.get("decouple") is not None or is_decoupled(settings)
 
 
 def resolve_optimizers(config: DictConfig, processes: int) -> tuple[DictConfig, list[str]]:
@@ -89,9 +99,12 @@ def _obstacle(config: DictConfig, settings: DictConfig, processes: int) -> str |
     """Why an optimizer cannot be trained, and how it could."""
     if processes > 1 and ("selection" in settings or settings.get("batch_size") is not None):
         return f"batches and candidates of its own need one process; there are {processes}"
+    missing = _missing_package(settings)
+    if missing is not None:
+        return f"it needs the package {missing}, which is not installed: {OPTIONAL[missing]}"
     selection = settings.get("selection")
     tracked = selection is not None and selection.get("by") == "tracked"
-    if tracked and not is_decoupled(settings):
+    if tracked and not is_tracked(settings):
         return (
             "its training error is no estimate of the test error to choose by, as that of "
             "decoupled descent is; selection.by should be holdout or kfold"
@@ -99,6 +112,12 @@ def _obstacle(config: DictConfig, settings: DictConfig, processes: int) -> str |
     if settings.get("lr") != AUTO:
         return None
     return _obstacle_to_auto(config, settings, processes)
+
+
+def _missing_package(settings: DictConfig) -> str | None:
+    package = str(settings.get("_target_")).partition(".")[0]
+    is_there = package not in OPTIONAL or importlib.util.find_spec(package) is not None
+    return None if is_there else package
 
 
 def _obstacle_to_auto(config: DictConfig, settings: DictConfig, processes: int) -> str | None:

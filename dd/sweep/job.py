@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dd.runs.optimizer_list import is_decoupled, known_optimizers, requested_optimizers
+from dd.runs.optimizer_list import is_tracked, known_optimizers, requested_optimizers
 from dd.support.files import write_json
 from dd.support.folder_lock import FolderLocked
 from dd.tracking.history import History
@@ -90,7 +90,7 @@ def objective_of(config: DictConfig) -> str:
         ValueError: if it is not trained, or its training loss does not track the test loss.
     """
     known, names = known_optimizers(config), requested_optimizers(config)
-    decoupled = [name for name in names if name in known and is_decoupled(known[name])]
+    decoupled = [name for name in names if name in known and is_tracked(known[name])]
     asked = config.objective
     if asked is not None and asked not in names:
         raise ValueError(

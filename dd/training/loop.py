@@ -14,6 +14,7 @@ from dd.rules.line_search.settings import chooses_rate
 from dd.support.checks import check_count
 from dd.training.batches import Batches
 from dd.training.doubts import closely
+from dd.training.evaluation_weights import evaluation_weights, to_training_weights
 from dd.training.launch import Processes
 
 __all__ = ["Observer", "Schedule", "TrainingStopped", "loss_and_error", "measure", "train"]
@@ -107,14 +108,17 @@ def train(
     for step in range(max(kept, 0), schedule.steps + 1):
         stopped = bool(getattr(optimizer, "stopped", False))
         if step > kept and schedule.records(step, stopped=stopped):
-            with closely(optimizer):
-                figures = measure(model, split)
-            observer.record(step, figures)
-            _require_finite(figures["train_loss"], step, optimizer)
+            ends = schedule.ends(step, stopped=stopped)
+            with evaluation_weights(model, optimizer, stay=ends):
+                with closely(optimizer):
+                    figures = measure(model, split)
+                observer.record(step, figures)
+                _require_finite(figures["train_loss"], step, optimizer)
         if step > kept and schedule.keeps(step, stopped=stopped):
             observer.keep(step, model, optimizer)
         if schedule.ends(step, stopped=stopped):
             break
+        to_training_weights(optimizer)
         started = time.perf_counter()
         rows, weight = processes.part(batches.at(step), len(split.train_inputs))
         samples = _update(parallel, optimizer, split, rows, weight, step)

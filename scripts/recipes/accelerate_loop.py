@@ -1,7 +1,9 @@
 """Decoupled descent in a loop with accelerate: the training error estimates the test error.
 
-accelerate launch scripts/recipes/accelerate_loop.py          # decoupled descent
-accelerate launch scripts/recipes/accelerate_loop.py --sgd    # plain SGD
+accelerate launch scripts/recipes/accelerate_loop.py                   # decoupled descent
+accelerate launch scripts/recipes/accelerate_loop.py --plain           # plain SGD
+accelerate launch scripts/recipes/accelerate_loop.py --adamw           # AdamW and dd.decouple
+accelerate launch scripts/recipes/accelerate_loop.py --adamw --plain   # plain AdamW
 """
 
 import argparse
@@ -23,7 +25,8 @@ BATCH_SIZE = 200
 def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, float]:
     """Train; print and return the training and the test error, after the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sgd", action="store_true", help="train by plain SGD")
+    parser.add_argument("--adamw", action="store_true", help="train by AdamW, not SGD")
+    parser.add_argument("--plain", action="store_true", help="train without correction")
     parser.add_argument("--samples", type=int, default=2000, help="training samples")
     parser.add_argument("--dimension", type=int, default=500, help="inputs of a sample")
     parser.add_argument("--epochs", type=int, default=30)
@@ -37,9 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     test = DataLoader(TensorDataset(X[n:], y[n:]), 1000)
 
     model = nn.Sequential(nn.Linear(d, 8), nn.GELU(), nn.Linear(8, 4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    if not options.sgd:
-        optimizer = dd.DecoupledDescent(model, lr=0.2, noise=dd.NoiseModel.fit(X[:n], y[:n]))
+    noise = None if options.plain else dd.NoiseModel.fit(X[:n], y[:n])
+    if options.adamw:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        if noise is not None:
+            dd.decouple(model, optimizer, noise=noise)
+    elif noise is not None:
+        optimizer = dd.DecoupledDescent(model, lr=0.2, noise=noise)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
 
     accelerator = Accelerator(gradient_accumulation_steps=2)
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)

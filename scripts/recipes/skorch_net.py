@@ -1,7 +1,9 @@
 """Decoupled descent in a skorch net: the training error of its table estimates the test error.
 
-python scripts/recipes/skorch_net.py          # decoupled descent
-python scripts/recipes/skorch_net.py --sgd    # plain SGD
+python scripts/recipes/skorch_net.py                    # decoupled descent
+python scripts/recipes/skorch_net.py --plain            # plain SGD
+python scripts/recipes/skorch_net.py --adamw            # AdamW and dd.decouple
+python scripts/recipes/skorch_net.py --adamw --plain    # plain AdamW
 """
 
 import argparse
@@ -35,19 +37,26 @@ class TwoLayer(nn.Module):
 class Decoupling(Callback):
     """Shows the module to the optimizer, to which skorch gives its parameters alone."""
 
+    followed = None
+
     def on_train_begin(self, net: NeuralNetClassifier, X: np.ndarray, y: np.ndarray) -> None:
         """Attach the optimizer to the first linear layer."""
-        optimizer = net.optimizer_
         # A second partial_fit goes on with the optimizer of the first.
-        if isinstance(optimizer, dd.DecoupledDescent) and optimizer.layer is None:
-            noise = dd.NoiseModel.fit(torch.from_numpy(X), torch.from_numpy(y))
+        if net.optimizer_ is self.followed:
+            return
+        self.followed = optimizer = net.optimizer_
+        noise = dd.NoiseModel.fit(torch.from_numpy(X), torch.from_numpy(y))
+        if isinstance(optimizer, dd.DecoupledDescent):
             optimizer.attach(net.module_, noise=noise)
+        else:
+            dd.decouple(net.module_, optimizer, noise=noise)
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, float]:
     """Train; print and return the training and the test error, after the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sgd", action="store_true", help="train by plain SGD")
+    parser.add_argument("--adamw", action="store_true", help="train by AdamW, not SGD")
+    parser.add_argument("--plain", action="store_true", help="train without correction")
     parser.add_argument("--samples", type=int, default=2000, help="training samples")
     parser.add_argument("--dimension", type=int, default=500, help="inputs of a sample")
     parser.add_argument("--epochs", type=int, default=30)
@@ -61,17 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, float, floa
     def error(net: NeuralNetClassifier, X: Any, y: np.ndarray) -> float:
         return float(np.mean(net.predict(X) != y))
 
+    by_sgd = torch.optim.SGD if options.plain else dd.DecoupledDescent
+    decoupling = [] if options.plain else [Decoupling()]
     net = NeuralNetClassifier(
         TwoLayer,
         module__dimension=d,
         criterion=nn.CrossEntropyLoss,
-        optimizer=torch.optim.SGD if options.sgd else dd.DecoupledDescent,
-        lr=0.2,
+        optimizer=torch.optim.AdamW if options.adamw else by_sgd,
+        lr=3e-3 if options.adamw else 0.2,
         batch_size=BATCH_SIZE,
         iterator_train__shuffle=True,
         max_epochs=options.epochs,
         train_split=None,
-        callbacks=[Decoupling(), EpochScoring(error, name="train_error", on_train=True)],
+        callbacks=[*decoupling, EpochScoring(error, name="train_error", on_train=True)],
     )
     net.fit(X[:n], y[:n])
     train_error, test_error = net.history[-1, "train_error"], error(net, X[n:], y[n:])

@@ -66,11 +66,13 @@ OWN_LINE_UP = {
     "probe": [
         "gd",
         "gd_holdout",
+        "adamw",
         "adamw_holdout",
         "lbfgs_holdout",
         "gd_kfold",
         "dd",
         "dd_auto",
+        "dd_adamw",
     ],
 }
 

@@ -107,6 +107,8 @@ def no_picture(monkeypatch):
 
 # --- Equal to the uninterrupted run ----------------------------------------------------------
 
+FOLLOWED = ("dd_adamw", "dd_muon", "dd_schedulefree")
+
 # Updates 0 to 21 are gd's, 22 to 43 dd's, and so on in the second trial.
 RUNS = {
     "full batch": ({6, 22, 30, 43}, []),
@@ -127,6 +129,17 @@ RUNS = {
         [
             *("optimizers=[dd_auto]", "available.dd_auto.stop=null"),
             *("correct_head=true", "components=known", "noise_bins=3"),
+        ],
+    ),
+    "followed by dd.decouple": (
+        {10, 30, 57, 65, 85, 101},
+        ["optimizers=[dd_adamw,dd_muon,dd_schedulefree,schedulefree,muon]", "components=known"],
+    ),
+    "followed, full batch": (
+        {15, 36, 60},
+        [
+            *("optimizers=[dd_adamw,dd_muon,dd_schedulefree]", "components=known"),
+            *(f"available.{name}.batch_size=null" for name in FOLLOWED),
         ],
     ),
     # 22 updates of gd; 44 of gd_holdout; 44 of gd_kfold and its last fit; 22 of dd_tracked; dd.
