@@ -365,7 +365,9 @@ class ErrorTracker(Tracker):
         self._rule.after()
         self._moves.remember()
         attachment, response = self._attachment, self._rule.response
-        if attachment is None or response is None or response.exact or self._has_told:
+        if attachment is None or response is None or self._has_told:
+            return
+        if not self._rule.identifier.regresses:
             return
         self._has_told = True
         by_stein = isinstance(attachment.estimator, Stein)

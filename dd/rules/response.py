@@ -164,7 +164,7 @@ class ResponseIdentifier:
         self._lost: list[str] = []
         self._across = False
         self._steps = 0
-        self._was_exact = False
+        self._was_exact = self._found_exact = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far, in plain values."""
@@ -183,6 +183,11 @@ class ResponseIdentifier:
         self._regressed = list(state["regressed"])
         self.averages, self._across = state["averages"], state["across"]
         self._steps, self._was_exact = state["steps"], state["exact"]
+
+    @property
+    def regresses(self) -> bool:
+        """Whether a part of the last step's response was found by regression."""
+        return bool(self._regressed) or not self._found_exact
 
     def forget(self, key: str) -> None:
         """Follow a tensor of the optimizer's state no more, until it is made anew."""
@@ -221,6 +226,7 @@ class ResponseIdentifier:
         self.followed = list(states)
         self._lost += [key for key in rest if key not in states]
         tries_across, self._was_exact = self._tries_across, fitted is not None and moves
+        self._found_exact = fitted is not None
         if fitted is None:
             self.averages = True
             update = without_directions(update, step.directions)
