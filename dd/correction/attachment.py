@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dd.correction.capture import Capture
 from dd.correction.head import SharedParameters
@@ -25,9 +24,10 @@ from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
-from dd.support.ranks import Ranks
+from dd.support.ranks import Ranks, training_group
 from dd.watch.deferred_checks import DeferredChecks
 from dd.watch.model_watch import ModelWatch, WatchedModel
+from dd.watch.readers import InputReaders
 
 __all__ = ["Attachment"]
 
@@ -180,7 +180,9 @@ class Attachment:
         hook = self._hook = ForwardHook(at_layer, self.give_up)
         self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
         sweep(self.module)
-        if self.estimator.records and self.module is not self.layer:
+        self._readers = InputReaders(self.module, self.layer, self.name)
+        self._handles += self._readers.register()
+        if self.module is not self.layer:
             self._handles.append(self.module.register_forward_hook(OutputHook(self.marked)))
         if self.shared is not None:
             hook = ForwardHook(at_head)
@@ -209,6 +211,7 @@ class Attachment:
         return WatchedModel(
             module=self.module,
             layer=self.layer,
+            name=self.name,
             noise=self.noise,
             given_noise=self.given_noise,
             estimator=self.estimator,
@@ -231,9 +234,12 @@ class Attachment:
 
     def marked(self, output: Tensor) -> Tensor:
         """An output of the model that leads to the loss of a pending forward."""
-        if type(output) is Tensor and output.requires_grad and torch.is_grad_enabled():
-            return next((c.outgoing(output) for c in self.pending), output)
-        return output
+        if not (output.requires_grad and torch.is_grad_enabled() and self.pending):
+            return output
+        rows = len(self.pending[-1].placement.fingerprints)
+        self.oversight.look_at_output(self.subject, rows, output)
+        is_lost = type(output) is Tensor and self.estimator.records
+        return self.pending[0].outgoing(output) if is_lost else output
 
     def give_up(self) -> None:
         """Leave the layer to another optimizer."""
@@ -274,7 +280,7 @@ class Attachment:
     def ranks(self) -> Ranks:
         """The processes that share the training samples, settled at the first use."""
         if self._ranks is None:
-            self._ranks = Ranks(_group(self._process_group, self.module))
+            self._ranks = Ranks(training_group(self._process_group, self.module))
         return self._ranks
 
     def forget(self) -> None:
@@ -380,17 +386,3 @@ class Attachment:
             state["shadow_weight"] = self._hook.left = along
         if self.shared is not None:
             self.shared.remember_weight()
-
-
-def _group(choice: Any, module: nn.Module) -> Any:
-    """The process group that trains a module, or None for this process alone."""
-    if choice is False:
-        return None
-    if choice is not None:
-        return choice
-    if isinstance(module, DistributedDataParallel):
-        return module.process_group
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    return distributed.group.WORLD if distributed.get_world_size() > 1 else None

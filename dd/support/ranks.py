@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "training_group"]
 
 
 class Ranks:
@@ -64,3 +65,17 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         torch.distributed.all_gather(parts, padded.contiguous(), group=self.group)
         return torch.cat([part[: int(m)] for part, m in zip(parts, counts, strict=True)])
+
+
+def training_group(choice: Any, module: nn.Module) -> Any:
+    """The process group that trains a module, or None for this process alone."""
+    if choice is False:
+        return None
+    if choice is not None:
+        return choice
+    if isinstance(module, DistributedDataParallel):
+        return module.process_group
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.group.WORLD if distributed.get_world_size() > 1 else None

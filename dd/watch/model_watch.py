@@ -29,6 +29,7 @@ from dd.watch.strain import (
     StrainWarning,
     copies_strain_message,
     head_strain_message,
+    pooled_strain_message,
     strain_messages,
 )
 
@@ -44,6 +45,7 @@ class WatchedModel:
     Attributes:
         module: the model.
         layer: its decoupled layer.
+        name: dotted name of that.
         noise: the noise model in use, or None before it is fitted.
         given_noise: the one that was given, or None.
         estimator: of the curvature.
@@ -56,6 +58,7 @@ class WatchedModel:
 
     module: nn.Module
     layer: nn.Linear
+    name: str
     noise: NoiseModel | None
     given_noise: NoiseModel | None
     estimator: Curvature
@@ -238,6 +241,24 @@ class ModelWatch:
         self._copies = None
         sentence = copies_strain_message(copies, known.count)
         if sentence is not None:
+            warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
+
+    def look_at_output(self, subject: WatchedModel, rows: int, output: Tensor) -> None:
+        """Warn once of a model that makes one output of several rows, which are then one unit.
+
+        Args:
+            subject: the model.
+            rows: that the decoupled layer received.
+            output: of the model, any shape.
+
+        Warns:
+            StrainWarning: if it does.
+        """
+        outputs = len(output) if output.dim() > 0 else 0
+        if outputs == 0 or outputs == rows or rows % outputs != 0:
+            return
+        sentence = pooled_strain_message(subject.name, rows, outputs)
+        if self.doubt("Rows of one sample are taken for samples."):
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def outgoing(

@@ -1,6 +1,12 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["StrainWarning", "copies_strain_message", "head_strain_message", "strain_messages"]
+__all__ = [
+    "StrainWarning",
+    "copies_strain_message",
+    "head_strain_message",
+    "pooled_strain_message",
+    "strain_messages",
+]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
@@ -124,4 +130,21 @@ def copies_strain_message(copies: int, n: int) -> str | None:
         f"{copies} of {n} samples are copies of others, or nearly: each leaves its imprint on its "
         "twins, and only its own is removed; expect a training error that is too low. Keep each "
         "sample once, and weigh it in the loss by its count."
+    )
+
+
+def pooled_strain_message(layer: str, rows: int, outputs: int) -> str:
+    """Say what to expect where several rows make one output.
+
+    Args:
+        layer: name of the decoupled layer.
+        rows: that it received.
+        outputs: that the model made of them.
+    """
+    return (
+        f"layer {layer!r} received {rows} rows and the model returned {outputs}, so that "
+        f"{rows // outputs} rows seem to be one sample: their noise and their gradients go "
+        "together, each is corrected as if it stood alone, and the training error is too low. Hand "
+        f"the layer inputs of shape (samples, {rows // outputs}, d), which nn.Linear takes as they "
+        "are, and fit NoiseModel.fit on inputs of that shape."
     )
