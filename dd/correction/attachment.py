@@ -23,7 +23,7 @@ from dd.curvature.choice import build
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
-from dd.samples.recognition import Samples
+from dd.samples.several_rows import SamplesOfRows
 from dd.support.ranks import Ranks, training_group
 from dd.watch.deferred_checks import DeferredChecks
 from dd.watch.model_watch import ModelWatch, WatchedModel
@@ -68,6 +68,7 @@ class Attachment:
         is_taken: whether another optimizer has been attached to the layer since.
         now: the samples of the latest training forward.
         trial: what stands in for the training forward for a while, or None.
+        searches: whether steps are searched for.
         repeats: how often the latest forward was run before with other probes.
         rows_seen: rows that training forwards have brought, for whoever counts them.
 
@@ -108,7 +109,7 @@ class Attachment:
         self.estimator = build(curvature, noise, module)
         self.pending: list[Capture] = []
         # Not a method of this object, which would then outlive its last reference.
-        self.samples = Samples(partial(input_changing_modules, module, self.name, self.layer))
+        self.samples = SamplesOfRows(partial(input_changing_modules, module, self.name, self.layer))
         self.shadows = Shadows() if shadows is None else shadows
         self.oversight = ModelWatch()
         self.verdicts = DeferredChecks()
@@ -116,7 +117,7 @@ class Attachment:
         self.rows_seen = 0
         self.trial: Forward | None = None
         self.repeats = 0
-        self._process_group = process_group
+        self._process_group, self.searches = process_group, searches
         self._number_alike: bool | None = None
         self.shares = False
         self._ranks: Ranks | None = None
@@ -237,7 +238,8 @@ class Attachment:
         if not (output.requires_grad and torch.is_grad_enabled() and self.pending):
             return output
         rows = len(self.pending[-1].placement.fingerprints)
-        self.oversight.look_at_output(self.subject, rows, output)
+        if self.noise is None or self.noise.units is None:
+            self.oversight.look_at_output(self.subject, rows, output)
         is_lost = type(output) is Tensor and self.estimator.records
         return self.pending[0].outgoing(output) if is_lost else output
 

@@ -130,7 +130,8 @@ class ShadowStep:
             found: as :meth:`measure` returns it.
         """
         attachment, weight = self._attachment, self._attachment.weight
-        noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
+        noise, count = attachment.noise, attachment.samples.row_count
+        state = self._store.of(weight)
         assert noise is not None
         assert count is not None
         gradient, curvature = found.pushes.by_sample, found.curvature

@@ -1,6 +1,5 @@
 """The noise that a sample carries around the mean of its mixture component."""
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +21,9 @@ from dd.noise.measures import (
 )
 from dd.noise.quadrature import nodes
 from dd.noise.spectrum import population_eigenvalues
+from dd.noise.unit_fit import UnitInputs, unit_inputs
+from dd.noise.units import Units
+from dd.noise.words import described
 from dd.support.checks import check_count
 
 __all__ = ["NoiseModel"]
@@ -54,6 +56,8 @@ class NoiseModel:
         copies: how many of them are copies of others, or nearly so; None where not looked for.
         separated: the same noise with the directions of the component means kept out of the bins,
             for an optimizer that follows these exactly (``head=``); or None.
+        units: which rows share noise, where several are one unit: ``components`` are then those of
+            the samples, and masses those of the units' Gram matrices. None where a sample is a row.
         separated_from: what ``separated`` goes with: a model whose noise was replaced afterwards
             has no other form.
 
@@ -78,6 +82,7 @@ class NoiseModel:
     norm_variation: float | None = None
     fingerprints: Tensor | None = None
     copies: int | None = None
+    units: Units | None = None
     separated: "NoiseModel | None" = None
     separated_from: tuple[Tensor | None, ...] | None = None
 
@@ -137,6 +142,7 @@ class NoiseModel:
         components: Tensor | np.ndarray | None = None,
         bins: int | None = None,
         *,
+        groups: Tensor | np.ndarray | None = None,
         per_sample: bool | None = None,
         separate_means: bool | None = None,
     ) -> "NoiseModel":
@@ -149,13 +155,17 @@ class NoiseModel:
         ``numpy.memmap`` larger than memory.
 
         Args:
-            inputs: training inputs, shape (n, d), on any device or in a mapped file.
-            components: as in :meth:`isotropic`.
+            inputs: training inputs, shape (n, d), on any device or in a mapped file; or (n, …, d)
+                for samples of several rows each, which are left out together (patches, tokens,
+                views). Their rows are told apart by position; rows of zeros are padding.
+            components: as in :meth:`isotropic`, one a sample.
             bins: largest number of bins; fewer are taken where fewer serve as well, to half a per
                 cent of what the correction makes of the spectrum. One bin is the isotropic model.
                 By default one where the spectrum is flat up to what n samples resolve or the
                 correction feels (a relative variance of the eigenvalues below 0.02 or 6/n), else
                 12 at most.
+            groups: which rows of inputs (n, d) are left out together, such as all of one patient:
+                an integer for each row, shape (n,).
             per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean; by default
                 where the components are known and these norms vary far more than those of Gaussian
                 noise would.
@@ -181,6 +191,9 @@ class NoiseModel:
         """
         if bins is not None:
             check_count("NoiseModel: bins", bins)
+        units = unit_inputs(inputs, components, groups)
+        if units is not None:
+            return cls._of_units(units, bins, separate_means=separate_means is True)
         centred, norms = _centred(inputs, components, separate_means=separate_means is True)
         model = cls._fitted(centred, norms, bins, per_sample)
         if separate_means is not None or not _may_separate(centred):
@@ -190,6 +203,29 @@ class NoiseModel:
         return model._with(apart)
 
     @classmethod
+    def _of_units(
+        cls, given: UnitInputs, bins: int | None, *, separate_means: bool
+    ) -> "NoiseModel":
+        if separate_means:
+            raise ValueError(
+                "NoiseModel: separate_means is for head=True, which does not follow samples of "
+                "several rows yet; leave it out, and use head=False"
+            )
+        centred, norms = _centred(given.values, given.components)
+        units = given.units(centred)
+        centred.independence = given.independence(units)
+        fingerprints = given.fingerprints(centred)
+        return replace(
+            cls._fitted(centred, norms, bins, per_sample=False),
+            components=None if given.of_samples is None else given.of_samples.to(centred.device),
+            fitted_on=len(fingerprints),
+            norm_variation=None,
+            fingerprints=fingerprints,
+            copies=given.copies(centred, fingerprints),
+            units=units,
+        )
+
+    @classmethod
     def _fitted(
         cls, centred: CentredInputs, norms: Tensor, bins: int | None, per_sample: bool | None
     ) -> "NoiseModel":
@@ -197,9 +233,9 @@ class NoiseModel:
         if bins == 1 and per_sample is False:
             return cls._of(centred, _one_bin(centred, norms), relative)
         sample = _sample_spectrum(centred)
-        spectrum = population_eigenvalues(sample, centred.dimension, centred.degrees)
+        spectrum = population_eigenvalues(sample, centred.dimension, centred.effective_degrees)
         if bins is None:
-            flat = _is_flat(sample, centred.dimension, centred.degrees)
+            flat = _is_flat(sample, centred.dimension, centred.effective_degrees)
             bins = 1 if flat else MOST_BINS
         if per_sample is None:
             variance, rank = float(relative.double().var()), _effective_rank(spectrum)
@@ -353,30 +389,13 @@ class NoiseModel:
             components=some(self.components),
             relative_mass=some(self.relative_mass),
             fingerprints=some(self.fingerprints),
+            units=None if self.units is None else self.units.of(rows),
         )
         return some_of_all._with(self._apart.of(rows) if self._apart else None)
 
     def __str__(self) -> str:
         """One line: bins, effective rank (tr Σ)²/tr Σ², n/d, and how the norms vary."""
-        d = self.dimension
-        rank = self.effective_rank
-        count = len(self.eigenvalues)
-        parts = [f"{count} bin{'s' * (count > 1)}", f"effective rank {rank:.4g} of {d}"]
-        if self.fitted_on is not None:
-            parts.append(f"n/d {self.fitted_on / d:.3g}")
-        if self.norm_variation is not None:
-            # The relative deviation of ‖z‖² = Σ λ_j ξ_j² under Gaussian noise.
-            gaussian = f" (Gaussian {math.sqrt(2 / rank):.2f})" if rank > 0 else ""
-            parts.append(f"norm variation {self.norm_variation:.2f}{gaussian}")
-        if self.components is not None:
-            parts.append(f"{int(self.components.max()) + 1} components")
-        if self.is_followed_exactly:
-            parts = [f"{d} inputs, all followed exactly", *parts[2:]]
-        elif self.mean_directions is not None:
-            parts.append(f"{self.mean_directions.shape[1]} directions of their means apart")
-        if self.relative_mass is not None:
-            parts.append("a mass for every sample")
-        return "noise model: " + ", ".join(parts)
+        return described(self)
 
     @property
     def is_followed_exactly(self) -> bool:
@@ -406,8 +425,17 @@ class NoiseModel:
     @property
     def num_samples(self) -> int | None:
         """Number of samples n that the model knows one by one, or None."""
+        if self.units is not None:
+            return len(self.units) if self.units.are_samples else self.units.count
         known = self.components if self.relative_mass is None else self.relative_mass
         return None if known is None else len(known)
+
+    @property
+    def row_components(self) -> Tensor | None:
+        """Component of each row of the inputs, of its position too where samples have several."""
+        if self.units is None or self.components is None or not self.units.are_samples:
+            return self.components
+        return self.components[self.units.unit] * self.units.places + self.units.place
 
     @property
     def mass(self) -> Tensor:
@@ -433,6 +461,7 @@ class NoiseModel:
                 None if self.mean_directions is None else self.mean_directions.to(device, dtype)
             ),
             fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
+            units=None if self.units is None else self.units.to(device, dtype),
         )
         return moved._with(self._apart.to(device, dtype) if self._apart else None)
 

@@ -194,6 +194,10 @@ class ModelWatch:
         layer, head = subject.layer, subject.uncorrected()
         total = subject.total()
         assert total is not None
+        units = None if subject.noise is None else subject.noise.units
+        rows = None
+        if units is not None:
+            total, rows = len(units), units.effective_rows
         copies = self._copies_at_once(subject, placement, inputs)
         if copies is None:
             self._copies = CopyWatch()
@@ -204,6 +208,7 @@ class ModelWatch:
             layer.out_features,
             head,
             0 if copies is None else round(copies * total),
+            rows=rows,
             corrected=subject.corrected,
             ignores_heavy_tails=subject.noise is not None and subject.noise.ignores_heavy_tails,
         ):
@@ -285,9 +290,9 @@ class ModelWatch:
         if mass is not None and index is not None:
             mass = mass[index]
         leaky = has_leaky_kinks(subject.module)
-        self._audit = Audit(
-            capture, estimator, mass, seed, self._forwards, self._found, leaky=leaky
-        )
+        units = None if subject.noise is None else subject.noise.units
+        given = capture, estimator, mass, seed, self._forwards, self._found
+        self._audit = Audit(*given, units=units, leaky=leaky)
         return preactivation.as_subclass(AuditedTensor)
 
     def _found(self) -> None:

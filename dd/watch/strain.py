@@ -41,6 +41,7 @@ def strain_messages(
     head: int,
     copies: int,
     *,
+    rows: float | None = None,
     corrected: int = 0,
     ignores_heavy_tails: bool = False,
 ) -> list[str]:
@@ -52,6 +53,7 @@ def strain_messages(
         k: its width.
         head: trained numbers that all samples share and that are not corrected.
         copies: samples that equal another, or nearly.
+        rows: independent rows that say as much of the noise, where a sample has several.
         corrected: trained numbers that all samples share and that are.
         ignores_heavy_tails: whether the noise model does.
 
@@ -59,7 +61,7 @@ def strain_messages(
         One sentence for every number that is out of range, and for an unfit noise model.
     """
     sentences = []
-    if n < MIN_SAMPLES_PER_INPUT * d:
+    if (n if rows is None else rows) < MIN_SAMPLES_PER_INPUT * d:
         sentences.append(
             f"{n} samples of dimension {d} (n/d = {n / d:.2g}): the noise spectrum is known "
             "poorly and the correction is coarse; expect the training error to be off by several "
