@@ -51,6 +51,9 @@ def step_curvature(
         units=attachment.noise.units,
         pools=pools,
     )
+    each = attachment.samples.rows_each or 1
+    if estimator.sees_kinks and each > 1:
+        attachment.oversight.look_at_pooling(pushes.gradient.unflatten(0, (-1, each)))
     moments = estimator.moments(rows)
     if isinstance(scale, Tensor):
         moments = moments.scaled(scale.to(moments.cross))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dd.curvature.choice import has_leaky_kinks
+from dd.curvature.custom import CurvatureWarning
 from dd.curvature.estimators import Curvature, Stein
 from dd.noise.copies import CopyWatch, count_copies
 from dd.noise.model import NoiseModel
@@ -34,6 +35,9 @@ from dd.watch.strain import (
 )
 
 __all__ = ["ModelWatch", "WatchedModel"]
+
+# Training forwards in which what pools the rows is looked at.
+_FORWARDS_LOOKED_AT = 3
 
 logger = logging.getLogger("dd")
 
@@ -229,7 +233,7 @@ class ModelWatch:
         noise, samples = subject.noise, subject.samples
         of_samples = subject.given_noise is None or samples.are_fitted
         if noise is not None and noise.copies is not None and noise.fitted_on and of_samples:
-            return noise.copies / noise.fitted_on
+            return noise.copies / (noise.fitted_on if noise.units is None else len(noise.units))
         if placement.index is not None or math.isinf(samples.total(subject.given_noise)):
             return None
         return count_copies(placement.fingerprints, inputs.__getitem__) / len(inputs)
@@ -265,6 +269,30 @@ class ModelWatch:
         sentence = pooled_strain_message(subject.name, rows, outputs)
         if self.doubt("Rows of one sample are taken for samples."):
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
+
+    def look_at_pooling(self, gradient: Tensor) -> None:
+        """Warn once of a maximum over rows, whose ties no second derivative sees.
+
+        Args:
+            gradient: G of the rows of some samples, shape (m, P, k).
+
+        Warns:
+            CurvatureWarning: if in each sample one row at most has a gradient, unit for unit.
+        """
+        if self._forwards > _FORWARDS_LOOKED_AT:
+            return
+        pushed = (gradient != 0).sum(1)
+        if not bool((pushed <= 1).all()) or float((pushed == 1).double().mean()) < 0.5:
+            return
+        if self.doubt("A probe does not see the curvature of a maximum over rows."):
+            warn_user(
+                "DecoupledDescent: behind the decoupled layer a maximum over the rows of a sample "
+                "is taken, and where rows tie no second derivative sees its curvature: the "
+                "training error may be off by several points. Remedy, where the inputs are "
+                'Gaussian within known components: curvature="stein" and '
+                "noise=dd.NoiseModel.fit(inputs, components); or a smooth maximum (logsumexp).",
+                CurvatureWarning,
+            )
 
     def outgoing(
         self, subject: WatchedModel, capture: AuditedForward, preactivation: Tensor, seed: int

@@ -61,11 +61,13 @@ def strain_messages(
         One sentence for every number that is out of range, and for an unfit noise model.
     """
     sentences = []
-    if (n if rows is None else rows) < MIN_SAMPLES_PER_INPUT * d:
+    known = n if rows is None else rows
+    if known < MIN_SAMPLES_PER_INPUT * d:
+        what = "samples" if rows is None else "independent rows' worth of samples"
         sentences.append(
-            f"{n} samples of dimension {d} (n/d = {n / d:.2g}): the noise spectrum is known "
-            "poorly and the correction is coarse; expect the training error to be off by several "
-            "points."
+            f"{known:.0f} {what} of dimension {d} (n/d = {known / d:.2g}): the noise spectrum is "
+            "known poorly and the correction is coarse; expect the training error to be off by "
+            "several points."
         )
     if k * k > MAX_SQUARED_WIDTH_PER_SAMPLE * n:
         sentences.append(
@@ -131,7 +133,8 @@ def copies_strain_message(copies: int, n: int) -> str | None:
     return (
         f"{copies} of {n} samples are copies of others, or nearly: each leaves its imprint on its "
         "twins, and only its own is removed; expect a training error that is too low. Keep each "
-        "sample once, and weigh it in the loss by its count."
+        "sample once, and weigh it in the loss by its count; or leave what belongs together out "
+        "together, NoiseModel.fit(inputs, components, groups=ids)."
     )
 
 

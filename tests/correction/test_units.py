@@ -338,3 +338,86 @@ def test_state_goes_on_where_it_was_saved():
     train(again, other, inputs, labels, batches[5:])
     assert torch.equal(optimizer.shadow, other.shadow)
     assert torch.equal(model.layer.weight, again.layer.weight)
+
+
+def grouped(size=4, count=30, seed=0):
+    """Rows of groups that share noise and a label, in no order."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % C
+    rows = torch.randn(count, 1, D, generator=g) + 0.3 * torch.randn(count, size, D, generator=g)
+    rows[:, :, 0] += 2.0 * labels.unsqueeze(1)
+    order = torch.randperm(count * size, generator=g)
+    ids = torch.arange(count).repeat_interleave(size)[order]
+    return rows.flatten(0, 1)[order], labels.repeat_interleave(size)[order], ids
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+def test_estimate_counts_groups():
+    rows, labels, ids = grouped()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, K), nn.Tanh(), nn.Linear(K, C))
+    noise = dd.NoiseModel.fit(rows, labels, groups=ids)
+    optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise, head=False)
+    train(model, optimizer, rows, labels, [torch.arange(len(rows))] * 3)
+    kept = []
+
+    def losses(batch):
+        found = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        kept.append(found.double())
+        return torch.stack([found, torch.zeros_like(found)], 1)
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(5))
+    batches = [(rows[b], labels[b]) for b in order.split(50)]
+    found = optimizer.estimate(batches, losses, confidence=0.9)
+    values, unit = torch.cat(kept), ids[order]
+    spread = sum(float((values - values.mean())[unit == i].sum()) ** 2 for i in range(30))
+    # Of groups as they stand, with the factor for few of them and the width of docs/theory.md.
+    deviation = (spread * 30 / 29) ** 0.5 / len(values)
+    half = float(found.upper[0] - found.lower[0]) / 2
+    assert half / deviation == pytest.approx(1.7 * 1.6449, rel=1e-4)
+    assert found.num_samples == 30
+    # Of figures that do not vary, as wide as that many independent samples leave it.
+    alone = dd.Estimate.of_sums(torch.zeros(()), torch.zeros(()), 30, 0.9)
+    assert float(found.upper[1]) == pytest.approx(float(alone.upper))
+
+
+def test_copies_in_one_group_are_no_copies():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(120, D, generator=g).repeat(3, 1)
+    ids = torch.arange(120).repeat(3)
+    assert dd.NoiseModel.fit(rows).copies == 240
+    noise = dd.NoiseModel.fit(rows, groups=ids)
+    assert noise.copies == 0
+    assert noise.units.correlation == pytest.approx(1.0, rel=1e-4)
+    assert noise.units.effective_rows == pytest.approx(120, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+@pytest.mark.parametrize("pool", ["amax", "mean"])
+def test_a_maximum_over_rows_is_told_where_a_probe_does_not_see_it(pool, recwarn):
+    inputs, labels = data()
+    for kind in ("stein", "probe"):
+        model, noise = model_of("mean"), dd.NoiseModel.fit(inputs, labels)
+        model.pool = lambda h: getattr(h, pool)(-2)
+        optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise, curvature=kind)
+        train(model, optimizer, inputs, labels, [torch.arange(N)])
+        told = [w for w in recwarn if "a maximum over the rows" in str(w.message)]
+        assert len(told) == (pool == "amax" and kind == "probe")
+
+
+def test_groups_are_checked():
+    rows, labels, ids = grouped()
+    with pytest.raises(ValueError, match="120 integer group ids"):
+        dd.NoiseModel.fit(rows, labels, groups=ids[:5])
+    with pytest.raises(ValueError, match="120 integer group ids"):
+        dd.NoiseModel.fit(rows, labels, groups=ids.float())
+    with pytest.raises(ValueError, match=r"groups= goes with inputs of shape \(rows, d\)"):
+        dd.NoiseModel.fit(rows.view(30, 4, D), groups=torch.arange(30))
+    with pytest.raises(ValueError, match="separate_means"):
+        dd.NoiseModel.fit(rows, labels, groups=ids, separate_means=True)
+    noise = dd.NoiseModel.fit(rows, labels, groups=ids)
+    with pytest.raises(ValueError, match="rows of groups"):
+        noise.of(torch.arange(4))
+    # 1/1.09, less what the means of fifteen groups take of common noise.
+    assert noise.units.correlation == pytest.approx(1 / 1.09, abs=1 / 15)
+    assert f"30 units of 4 rows that correlate by {noise.units.correlation:.2f}" in str(noise)
