@@ -17,7 +17,7 @@ from dd.correction.head_choice import (
     uncorrected_count,
 )
 from dd.correction.hook import Correct, Forward, ForwardHook, OutputHook, sweep, take_over
-from dd.correction.layers import find_layer, input_changing_modules
+from dd.correction.layers import find_layers, input_changing_modules
 from dd.correction.shadows import KeptShadows, Shadows
 from dd.curvature.choice import build
 from dd.functional import at_least_single
@@ -37,7 +37,8 @@ class Attachment:
 
     Args:
         module: the model.
-        layer: the decoupled layer, its dotted name, or None for the first linear one.
+        layer: the decoupled layer, its dotted name, a list of several that read the same inputs, or
+            None for the first linear one.
         noise: the noise model, or None.
         curvature: name of the estimator.
         head: whether the head is corrected, which layer it is, or "auto".
@@ -49,8 +50,9 @@ class Attachment:
     Attributes:
         module: the model.
         name: dotted name of the layer.
-        layer: the decoupled layer.
-        weight: its weight.
+        layer: the decoupled layer, the first of several.
+        weight: its weight, whose state holds the shadows.
+        layers: all of them.
         noise: the noise model; None until the first training forward fits it.
         pending: the training forwards that the next step consumes.
         samples: recognises the training batches.
@@ -81,7 +83,7 @@ class Attachment:
     def __init__(
         self,
         module: nn.Module,
-        layer: nn.Module | str | None,
+        layer: Any,
         noise: NoiseModel | None,
         curvature: str,
         head: bool | nn.Module | str = False,
@@ -93,7 +95,10 @@ class Attachment:
     ) -> None:
         self.module = module
         self.bins = bins
-        self.name, self.layer = find_layer(module, layer)
+        self.layers = find_layers(module, layer)
+        self.name, self.layer = self.layers.names[0], self.layers.layers[0]
+        if self.layers.are_several and head == AUTO:
+            head = False
         # A head that nobody asked for is corrected as long as the loop allows it.
         self.head_is_optional = head == AUTO
         if noise is not None and noise.is_followed_exactly:
@@ -126,7 +131,7 @@ class Attachment:
         self.shared = (
             None if head is False else SharedParameters(module, self.layer, head, directions)
         )
-        self.weight = self._own_weight()
+        self.weight = self.layers.own_weights()[0]
         if noise is not None and noise.dimension != self.layer.in_features:
             raise ValueError(
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
@@ -135,27 +140,6 @@ class Attachment:
         require_matching_means(noise, corrects_head=self.shared is not None)
         self.orphans: list[Tensor] = []
         self.is_taken = False
-
-    def _own_weight(self) -> nn.Parameter:
-        """The decoupled weight.
-
-        Raises:
-            ValueError: if it is not a plain parameter.
-        """
-        weight = self.layer.weight
-        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
-                "parameter of its own (not frozen, not parametrised, not flattened by FSDP)"
-            )
-        if type(weight.data) is not Tensor:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} is a "
-                f"{type(weight.data).__name__}; fully_shard (FSDP) and tensor parallelism split "
-                "the decoupled weight over processes, and every process needs all of it. Use "
-                "DistributedDataParallel, or leave this layer out of the sharding."
-            )
-        return weight
 
     def require_weight_in_place(self) -> None:
         """Check that the layer still has the parameter that was attached.
@@ -178,10 +162,10 @@ class Attachment:
             at_head: method that corrects the output of the head.
         """
         self.orphans = take_over(self.layer)
-        hook = self._hook = ForwardHook(at_layer, self.give_up)
-        self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
+        self._hook = ForwardHook(at_layer, self.give_up)
+        self._handles = [self._hooked(layer) for layer in self.layers.layers]
         sweep(self.module)
-        self._readers = InputReaders(self.module, self.layer, self.name)
+        self._readers = InputReaders(self.module, self.layers.layers, self.layers.names, self.join)
         self._handles += self._readers.register()
         if self.module is not self.layer:
             self._handles.append(self.module.register_forward_hook(OutputHook(self.marked)))
@@ -189,6 +173,29 @@ class Attachment:
             hook = ForwardHook(at_head)
             head = self.shared.head
             self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
+
+    def _hooked(self, layer: nn.Linear) -> Any:
+        return layer.register_forward_hook(self._hook, with_kwargs=True)
+
+    def join(self, name: str, layer: nn.Linear) -> bool:
+        """Decouple another layer of the same inputs too; returns whether all in use allows it."""
+        plain = self.bins is None and not self.searches and self.shadows.follows_units
+        follows = plain and self.ranks.size == 1 and (self.shared is None or self.head_is_optional)
+        if follows:
+            self._leave_head_before_training()
+            self.layers.join(name, layer)
+            self._handles.append(self._hooked(layer))
+        return follows
+
+    def _leave_head_before_training(self) -> None:
+        """Correct no head that nobody asked for, as if it had not been chosen."""
+        if self.shared is None:
+            return
+        self.release_head()
+        noise = self.given_noise = self.noise_of_all
+        if noise is not None and noise.mean_directions is not None:
+            self.given_noise = noise.spread_over_means()
+        self.take_given_noise()
 
     def take_given_noise(self) -> None:
         """Go by the noise model that is given now, for all samples."""
@@ -219,6 +226,7 @@ class Attachment:
             samples=self.samples,
             total=self._total,
             stalls=self.stalls,
+            width=self.layers.width,
             corrected=0 if self.shared is None else self.shared.count,
             uncorrected=self._uncorrected,
         )
@@ -231,6 +239,7 @@ class Attachment:
     def _uncorrected(self) -> int:
         """Trained numbers that all samples share and that are not corrected."""
         corrected = {id(parameter) for parameter, _ in self.shadowed}
+        corrected |= {id(layer.weight) for layer in self.layers.layers}
         return uncorrected_count(self.module, self.layer, self.noise, corrected)
 
     def marked(self, output: Tensor) -> Tensor:
@@ -302,6 +311,7 @@ class Attachment:
         for capture in self.pending:
             capture.close()
         self.pending.clear()
+        self.layers.drop()
 
     @property
     def has_delivered(self) -> bool:
@@ -324,7 +334,7 @@ class Attachment:
     @contextmanager
     def corrected_in_eval_mode(self) -> Iterator[None]:
         """Put the model in eval mode, but for the correction."""
-        layers = [self.layer] if self.shared is None else [self.layer, self.shared.head]
+        layers = [*self.layers.layers, *([] if self.shared is None else [self.shared.head])]
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         for layer in layers:
@@ -383,7 +393,7 @@ class Attachment:
     def remember_weight(self, state: dict[str, Any]) -> None:
         """Remember the weights that a step leaves, in the state of the decoupled one."""
         if self.samples.directions is not None:
-            weight = at_least_single(self.layer.weight.detach())
+            weight = at_least_single(self.layers.weight)
             along = weight @ self.samples.directions[0].to(weight)
             state["shadow_weight"] = self._hook.left = along
         if self.shared is not None:

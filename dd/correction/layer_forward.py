@@ -87,29 +87,34 @@ def _require_shape(attachment: Attachment, inputs: Tensor) -> None:
         )
     attachment.samples.require_rows(inputs)
     if inputs.dim() == 3 or units is not None:
-        _refuse_what_knows_no_units(attachment)
+        _refuse_what_follows_rows_alone(
+            attachment,
+            "rows that are left out together (inputs of shape (n, rows, d), or "
+            "NoiseModel.fit(..., groups=))",
+            {'curvature="exact"; use "probe" or "stein"': isinstance(attachment.estimator, Exact)},
+        )
+    if attachment.layers.are_several:
+        _refuse_what_follows_rows_alone(attachment, "several layers on the same inputs", {})
 
 
-def _refuse_what_knows_no_units(attachment: Attachment) -> None:
-    """Refuse what does not follow samples of several rows, or groups of rows.
+def _refuse_what_follows_rows_alone(
+    attachment: Attachment, what: str, more: dict[str, bool]
+) -> None:
+    """Refuse what follows neither units of several rows nor several layers.
 
     Raises:
         ValueError: if any of it is in use.
     """
-    in_use = {
+    in_use = more | {
         "head=True; use head=False, and a small head": attachment.shared is not None,
         'lr="auto"; use a number': attachment.searches,
-        'curvature="exact"; use "probe" or "stein"': isinstance(attachment.estimator, Exact),
         "damping below 1; use damping=1": attachment.bins is not None,
         "several processes; train in one": attachment.ranks.size > 1,
         "dd.decouple; use dd.DecoupledDescent": not attachment.shadows.follows_units,
     }
-    for what, is_used in in_use.items():
+    for other, is_used in in_use.items():
         if is_used:
-            raise ValueError(
-                "DecoupledDescent: rows that are left out together (inputs of shape (n, rows, d), "
-                f"or NoiseModel.fit(..., groups=)) are not followed yet with {what}"
-            )
+            raise ValueError(f"DecoupledDescent: {what} are not followed yet with {other}")
 
 
 def corrected(
@@ -150,7 +155,7 @@ def _is_alone_with(attachment: Attachment, output: Tensor) -> bool:
 def _require_same_weights(attachment: Attachment, expected: Tensor | None) -> None:
     if expected is None or attachment.samples.directions is None:
         return
-    same = same_weight(attachment.layer.weight.detach(), attachment.samples.directions[0], expected)
+    same = same_weight(attachment.layers.weight, attachment.samples.directions[0], expected)
     message = weight_changed("the decoupled layer's weight")
     attachment.verdicts.require(same, lambda _: RuntimeError(message))
 
@@ -246,7 +251,7 @@ def _warn_of_orphans(attachment: Attachment) -> None:
     """Say so where the weights come from steps whose shadows are gone."""
     assert attachment.samples.directions is not None
     direction = attachment.samples.directions[0]
-    weight = at_least_single(attachment.layer.weight.detach())
+    weight = at_least_single(attachment.layers.weight)
     now = weight @ direction.to(weight)
     if any(torch.equal(left.to(now), now) for left in attachment.orphans):
         warn_user(

@@ -155,7 +155,8 @@ class ShadowStep:
             RuntimeError: if one lacks its own.
         """
         attachment = self._attachment
-        if any(c.gradient is None for c in attachment.pending) or attachment.weight.grad is None:
+        lacks = any(c.gradient is None for c in attachment.pending)
+        if lacks or attachment.layers.gradient is None:
             raise RuntimeError(
                 "DecoupledDescent: step() before loss.backward(): a training forward has no "
                 f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "

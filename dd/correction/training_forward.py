@@ -56,9 +56,24 @@ class TrainingForward:
         attachment = self._attachment
         if not layer.training:
             return None
-        if layer is not attachment.layer:
+        if layer not in attachment.layers:
             _refuse_replica(layer)
             return None
+        if attachment.layers.are_several:
+            waiting = attachment.layers.waiting(layer, inputs)
+            if waiting is not None:
+                return waiting
+            joined = attachment.layers.outputs(layer, inputs, output)
+            return attachment.layers.split(layer, inputs, self._at_layers(inputs, joined))
+        return self._at_layers(inputs, output)
+
+    def _at_layers(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Correct the output of all decoupled layers, shape (m, k) or (m, …, k).
+
+        Raises:
+            RuntimeError: as :meth:`at_layer`.
+        """
+        attachment = self._attachment
         refuse_capture("a training forward")
         attachment.require_weight_in_place()
         state = self._store.of(attachment.weight)
@@ -99,7 +114,8 @@ class TrainingForward:
             placement = attachment.samples.rows_of(placement, inputs)
         if placement is not None and state.get("shadow") is not None:
             self._require_same_head()
-        product = product_node(output, attachment.weight) if attachment.is_plain else None
+        is_product = attachment.is_plain and not attachment.layers.are_several
+        product = product_node(output, attachment.weight) if is_product else None
         looks = attachment.shared is not None and attachment.repeats == 0
         looks = looks and state.get("shadow") is not None
         # What the shadows are added to in place.
@@ -159,6 +175,7 @@ class TrainingForward:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
         for parameter, _ in attachment.shadowed:
             self._store.require_own(attachment, parameter)
+        self._store.require_one_group(attachment)
         step = state.get("shadow_step", 0)
         forward = len(attachment.pending) + attachment.repeats
         seed = probe_seed(self._seed, step, forward, attachment.ranks.rank)

@@ -90,17 +90,17 @@ def weight_edit(attachment: Attachment, pushes: StepGradients) -> float | Tensor
     Raises:
         RuntimeError: if it was edited otherwise.
     """
-    weight, directions = attachment.layer.weight, attachment.samples.directions
-    assert weight.grad is not None
+    gradient, directions = attachment.layers.gradient, attachment.samples.directions
+    assert gradient is not None
     assert directions is not None
     projections, terms = pushes.placement.fingerprints, seen_terms(attachment)
-    compared = weight.grad, pushes.gradient, directions, projections, attachment.ranks
+    compared = gradient, pushes.gradient, directions, projections, attachment.ranks
     if not attachment.verdicts.defers:
         if terms:
-            return scale_of_terms(weight.grad, terms, directions)
+            return scale_of_terms(gradient, terms, directions)
         return edit_scale(*compared)
     if terms:
-        found = GradientComparison.of_terms(weight.grad, terms, directions)
+        found = GradientComparison.of_terms(gradient, terms, directions)
     else:
         found = GradientComparison.of(*compared, scaled=True)
     is_same, (scale, is_multiple) = found.is_same(), found.multiple

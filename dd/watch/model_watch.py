@@ -55,6 +55,7 @@ class WatchedModel:
         estimator: of the curvature.
         samples: the training samples of this process.
         total: gives their number over all processes, or None before it is known.
+        width: of the decoupled layers, k.
         stalls: whether to look at a number waits for work that is queued on a device.
         corrected: trained numbers that all samples share and that are corrected.
         uncorrected: gives the number of those that are not.
@@ -68,6 +69,7 @@ class WatchedModel:
     estimator: Curvature
     samples: Samples
     total: Callable[[], int | None]
+    width: int
     stalls: bool
     corrected: int
     uncorrected: Callable[[], int]
@@ -209,7 +211,7 @@ class ModelWatch:
         for sentence in strain_messages(
             total,
             layer.in_features,
-            layer.out_features,
+            subject.width,
             head,
             0 if copies is None else round(copies * total),
             rows=rows,

@@ -1,5 +1,7 @@
 """Other trained modules that read the decoupled layer's inputs, whose imprint no shadow removes."""
 
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +20,21 @@ class InputReaders:
 
     Args:
         module: the model.
-        layer: the decoupled layer.
-        name: its dotted name.
+        layers: the decoupled layers.
+        layer_names: their dotted names.
+        join: decouples another layer with them, by its name; returns whether it does.
     """
 
-    def __init__(self, module: nn.Module, layer: nn.Linear, name: str) -> None:
-        self._layer, self._name = layer, name
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[nn.Linear],
+        layer_names: Sequence[str],
+        join: Callable[[str, nn.Linear], bool],
+    ) -> None:
+        self._module, self._join = module, weakref.WeakMethod(join)
+        self._layers, self._layer, self._layer_names = layers, layers[0], layer_names
+        self._has_tried = False
         self._names = {id(part): name for name, part in module.named_modules()}
         self._others = [part for part in module.modules() if self._may_read(part)]
         self._seen: dict[int, Tensor] = {}
@@ -32,8 +43,53 @@ class InputReaders:
     def register(self) -> list[Any]:
         """Install the hooks; returns their handles."""
         hook = WeakHook(self.look)
-        hooked = [self._layer, *self._others]
-        return [part.register_forward_pre_hook(hook, with_kwargs=True) for part in hooked]
+        handles = [
+            part.register_forward_pre_hook(hook, with_kwargs=True)
+            for part in (self._layer, *self._others)
+        ]
+        if self._candidates():
+            # Before all others of the model's own: its first training forward is to be run alike.
+            before = WeakHook(self.before_training)
+            handles.append(self._module.register_forward_pre_hook(before, with_kwargs=True))
+        return handles
+
+    def _candidates(self) -> list[nn.Linear]:
+        """Layers that may take the same inputs."""
+        return [
+            part
+            for part in self._others
+            if type(part) is nn.Linear
+            and part.in_features == self._layer.in_features
+            and part.weight.requires_grad
+        ]
+
+    def before_training(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Run the first training forward in eval mode, and join the layers that read the inputs."""
+        if self._has_tried or not module.training or not torch.is_grad_enabled():
+            return
+        self._has_tried = True
+        candidates = self._candidates()
+        seen: dict[nn.Module, Tensor] = {}
+
+        def see(part: nn.Module, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], Tensor):
+                seen[part] = _some(given[0])
+
+        handles = [p.register_forward_pre_hook(see) for p in (self._layer, *candidates)]
+        modes = [(part, part.training) for part in module.modules()]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                module.eval()(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part, mode in modes:
+                part.training = mode
+        join, own = self._join(), seen.get(self._layer)
+        for part in candidates:
+            same = own is not None and part in seen and torch.equal(seen[part], own)
+            if same and join is not None and join(self._names[id(part)], part):
+                self._others = [other for other in self._others if other is not part]
 
     def look(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare what a module is given with what the decoupled layer is.
@@ -51,6 +107,8 @@ class InputReaders:
                 self._compare(other, rows)
             self._seen = {id(part): self._seen[id(part)]}
             return
+        if any(part is layer for layer in self._layers):
+            return
         if not any(parameter.requires_grad for parameter in part.parameters()):
             return
         for value in given:
@@ -63,16 +121,18 @@ class InputReaders:
         if own is None or other == id(self._layer) or not _holds(rows, own):
             return
         self._seen = {}
+        name = self._names[other]
+        known = self._layer_names
         raise RuntimeError(
-            f"DecoupledDescent: {self._names[other]!r} is trained on the inputs of the decoupled "
-            f"layer {self._name!r} as well (side by side with it, or joined to its output). What "
-            "samples leave in it is not corrected, so that the training error would be too low. "
-            "Let one nn.Linear read the inputs, with as many outputs as both, and split its output "
-            "(torch.split); or freeze the other one (requires_grad_(False))."
+            f"DecoupledDescent: {name!r} is trained on the inputs of the decoupled layer "
+            f"{known[0]!r} as well (side by side with it, or joined to its output). What samples "
+            "leave in it is not corrected, so that the training error would be too low. If it is "
+            f"an nn.Linear of the same inputs alone, decouple both: layer={[*known, name]}. Else "
+            "let an nn.Linear of its own read the inputs; or freeze it (requires_grad_(False))."
         )
 
     def _may_read(self, part: nn.Module) -> bool:
-        if part is self._layer:
+        if any(part is layer for layer in self._layers):
             return False
         own = list(part.parameters(recurse=False))
         is_leaf = next(part.children(), None) is None or isinstance(part, nn.MultiheadAttention)
