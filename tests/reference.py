@@ -922,7 +922,7 @@ def unit_descent(
     spectrum: tuple[Sequence[float], Sequence[float]],
     curvature: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Equation (7), eagerly: every row's shadow moves at every step, pushed by its whole unit.
+    """The rule of ``docs/several-rows.md``, eagerly: every row moves, pushed by its whole unit.
 
     Args:
         case: the data.

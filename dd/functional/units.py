@@ -7,7 +7,7 @@ __all__ = ["gathered_by_unit", "mixed", "scattered_to_units"]
 
 
 def mixed(values: Tensor, gram: Tensor) -> Tensor:
-    """Σ_b T_ab v_b of every row a of every unit, equation (7).
+    """Σ_b T_ab v_b of every row a of every unit (``docs/several-rows.md``).
 
     Args:
         values: v, shape (u, P, k); zero where a unit has no such row, or it is absent.

@@ -7,28 +7,20 @@ import torch
 from torch import Tensor
 
 from dd.noise.arguments import _as_components, _check_bins, _check_relative_mass
-from dd.noise.centred import CentredInputs
 from dd.noise.measures import (
     _centred,
     _effective_rank,
-    _is_flat,
     _is_heavy_tailed,
     _may_separate,
-    _one_bin,
-    _relative_mass,
-    _sample_spectrum,
     _span,
 )
-from dd.noise.quadrature import nodes
-from dd.noise.spectrum import population_eigenvalues
-from dd.noise.unit_fit import UnitInputs, unit_inputs
+from dd.noise.parts import measured, measured_units, refuse_for_units
+from dd.noise.unit_fit import unit_inputs
 from dd.noise.units import Units
 from dd.noise.words import described
 from dd.support.checks import check_count
 
 __all__ = ["NoiseModel"]
-
-MOST_BINS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +125,7 @@ class NoiseModel:
             (torch.Size([1]), [50.0])
         """
         centred, norms = _centred(inputs, components)
-        return cls._of(centred, _one_bin(centred, norms), _relative_mass(centred, norms))
+        return cls(**measured(centred, norms, bins=1, per_sample=False))
 
     @classmethod
     def fit(
@@ -188,83 +180,25 @@ class NoiseModel:
             >>> noise = dd.NoiseModel.fit(X, y, bins=2)
             >>> noise.eigenvalues.round()
             tensor([4., 1.])
+            >>> patients = torch.arange(500) // 5  # five rows of each
+            >>> print(dd.NoiseModel.fit(X, y, groups=patients).units)
+            100 units of 5 rows that correlate by ...
+            >>> print(dd.NoiseModel.fit(X.view(100, 5, 50)).units)  # five rows a sample
+            100 units of 5 rows that correlate by ...
         """
         if bins is not None:
             check_count("NoiseModel: bins", bins)
         units = unit_inputs(inputs, components, groups)
         if units is not None:
-            return cls._of_units(units, bins, separate_means=separate_means is True)
+            refuse_for_units(per_sample, separate_means)
+            return cls(**measured_units(units, bins))
         centred, norms = _centred(inputs, components, separate_means=separate_means is True)
-        model = cls._fitted(centred, norms, bins, per_sample)
+        model = cls(**measured(centred, norms, bins, per_sample=per_sample))
         if separate_means is not None or not _may_separate(centred):
             return model
         centred.separate(_span(centred.means, centred.dimension - 1))
-        apart = cls._fitted(centred, centred.squared_norms(), bins, per_sample)
-        return model._with(apart)
-
-    @classmethod
-    def _of_units(
-        cls, given: UnitInputs, bins: int | None, *, separate_means: bool
-    ) -> "NoiseModel":
-        if separate_means:
-            raise ValueError(
-                "NoiseModel: separate_means is for head=True, which does not follow samples of "
-                "several rows yet; leave it out, and use head=False"
-            )
-        centred, norms = _centred(given.values, given.components)
-        units = given.units(centred)
-        centred.independence = given.independence(units)
-        fingerprints = given.fingerprints(centred)
-        return replace(
-            cls._fitted(centred, norms, bins, per_sample=False),
-            components=None if given.of_samples is None else given.of_samples.to(centred.device),
-            fitted_on=len(fingerprints),
-            norm_variation=None,
-            fingerprints=fingerprints,
-            copies=given.copies(centred, fingerprints),
-            units=units,
-        )
-
-    @classmethod
-    def _fitted(
-        cls, centred: CentredInputs, norms: Tensor, bins: int | None, per_sample: bool | None
-    ) -> "NoiseModel":
-        relative = _relative_mass(centred, norms)
-        if bins == 1 and per_sample is False:
-            return cls._of(centred, _one_bin(centred, norms), relative)
-        sample = _sample_spectrum(centred)
-        spectrum = population_eigenvalues(sample, centred.dimension, centred.effective_degrees)
-        if bins is None:
-            flat = _is_flat(sample, centred.dimension, centred.effective_degrees)
-            bins = 1 if flat else MOST_BINS
-        if per_sample is None:
-            variance, rank = float(relative.double().var()), _effective_rank(spectrum)
-            per_sample = centred.components is not None and _is_heavy_tailed(variance, rank)
-        binned = _one_bin(centred, norms) if bins == 1 else nodes(spectrum, bins)
-        return cls._of(centred, binned, relative, per_sample=per_sample)
-
-    @classmethod
-    def _of(
-        cls,
-        centred: CentredInputs,
-        binned: tuple[Tensor, Tensor],
-        relative: Tensor,
-        *,
-        per_sample: bool = False,
-    ) -> "NoiseModel":
-        eigenvalues, multiplicities = binned
-        like, directions = centred.means.to(centred.dtype), centred.directions
-        return cls(
-            eigenvalues=eigenvalues.to(like),
-            multiplicities=multiplicities.to(like),
-            components=centred.components,
-            relative_mass=relative if per_sample else None,
-            fitted_on=len(relative),
-            norm_variation=float(relative.double().std(correction=0)),
-            mean_directions=None if directions is None else directions.to(like),
-            fingerprints=centred.fingerprints,
-            copies=centred.copies,
-        )
+        apart = measured(centred, centred.squared_norms(), bins, per_sample=per_sample)
+        return model._with(cls(**apart))
 
     @property
     def is_in_both_forms(self) -> bool:

@@ -1,4 +1,4 @@
-"""Samples of several rows, and groups of rows: equation (7) against the slow twin."""
+"""Samples of several rows, and groups of rows, against the slow twin (``docs/several-rows.md``)."""
 
 from dataclasses import replace
 
