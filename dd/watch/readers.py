@@ -1,5 +1,6 @@
 """Other trained modules that read the decoupled layer's inputs, whose imprint no shadow removes."""
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,7 +79,12 @@ class InputReaders:
         handles = [p.register_forward_pre_hook(see) for p in (self._layer, *candidates)]
         modes = [(part, part.training) for part in module.modules()]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            # What does not run in eval mode is looked at in training alone.
+            with (
+                contextlib.suppress(Exception),
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+            ):
                 module.eval()(*args, **kwargs)
         finally:
             for handle in handles:

@@ -118,6 +118,26 @@ def test_what_follows_one_layer_alone_is_refused(settings):
 
 
 @pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+def test_a_model_that_does_not_run_in_eval_mode_is_told_what_to_name():
+    inputs, labels = data()
+
+    class Moody(Wide):
+        def forward(self, x):
+            if not self.training:
+                raise NotImplementedError
+            return super().forward(x)
+
+    model = Moody().double()
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise, head=False)
+    assert optimizer.layer is model.layer
+    with pytest.raises(RuntimeError, match=r"decouple both: layer=\['layer', 'skip'\]"):
+        model(inputs)
+    assert model.training
+    assert model.layer.training
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
 def test_layers_that_cannot_be_one_are_refused():
     inputs, labels = data()
     noise = dd.NoiseModel.fit(inputs, labels)
