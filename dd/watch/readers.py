@@ -73,7 +73,7 @@ class InputReaders:
         seen: dict[nn.Module, Tensor] = {}
 
         def see(part: nn.Module, given: tuple[Any, ...]) -> None:
-            if given and isinstance(given[0], Tensor):
+            if given and isinstance(given[0], Tensor) and given[0].dim() > 1:
                 seen[part] = _some(given[0])
 
         handles = [p.register_forward_pre_hook(see) for p in (self._layer, *candidates)]
@@ -106,6 +106,8 @@ class InputReaders:
         if self._forwards >= _FORWARDS or not (self._layer.training and torch.is_grad_enabled()):
             return
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1]
+        if not given:
+            return
         if part is self._layer:
             self._forwards += 1
             self._seen[id(part)] = _some(given[0])
