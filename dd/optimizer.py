@@ -1,6 +1,6 @@
 """Decoupled descent as a drop-in replacement for :class:`torch.optim.SGD`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         weight_decay: coupled L2 penalty.
         nesterov: use Nesterov momentum.
         layer: the decoupled layer or its dotted name; by default the first ``nn.Linear`` with
-            trainable weights.
+            trainable weights. Others that read the same inputs are joined to it; a list names
+            all.
         noise: covariance of the inputs within mixture components, and the components where they
             are known; by default fitted on the first training batch, without components, and
             isotropic where that batch is too large for its spectrum (min(n, d) beyond 20 000).
@@ -126,7 +127,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         weight_decay: float | Tensor = 0.0,
         nesterov: bool = False,
         *,
-        layer: nn.Module | str | None = None,
+        layer: nn.Module | str | Sequence[nn.Module | str] | None = None,
         noise: NoiseModel | None = None,
         curvature: str = "auto",
         damping: float = 1.0,
@@ -187,7 +188,7 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
         self,
         module: nn.Module,
         *,
-        layer: nn.Module | str | None = None,
+        layer: nn.Module | str | Sequence[nn.Module | str] | None = None,
         noise: NoiseModel | None = None,
     ) -> None:
         """Decouple a linear layer of ``module``; its parameters must be this optimizer's.

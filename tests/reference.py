@@ -809,3 +809,153 @@ def _descended_head(
         return v
     gradient = v @ covariance + rest.T @ (case.weights[:, None] * overlaps)
     return v - case.rate * (gradient + case.decay * v)
+
+
+Pool = Callable[[Tensor], Tensor]
+
+
+def unit_loss(r: Tensor, head: Head, label: int, activation: Activation, pool: Pool) -> Tensor:
+    """Cross-entropy of a sample of several rows, pooled behind the activation.
+
+    Args:
+        r: pre-activations of its rows without the hidden bias, shape (P, k).
+        head: θ.
+        label: class of the sample.
+        activation: applied to each hidden unit of each row.
+        pool: makes one row (k,) of (P, k).
+    """
+    outputs = head.weight @ pool(activation(r + head.hidden_bias)) + head.bias
+    return torch.log(torch.exp(outputs).sum()) - outputs[label]
+
+
+def unit_gram(inputs: Tensor, components: Tensor) -> Tensor:
+    """z_aᵀz_b of each sample's rows over the mean of ‖z‖², by loops, shape (n, P, P).
+
+    Means are of each component in each position, and take 1/n_a of a row's noise with them.
+    """
+    n, rows, _ = inputs.shape
+    centred, kept = torch.zeros_like(inputs), torch.zeros(n).double()
+    total, degrees = 0.0, 0
+    for component in components.unique().tolist():
+        members = [i for i in range(n) if int(components[i]) == component]
+        for a in range(rows):
+            mean = sum(inputs[i, a] for i in members) / len(members)
+            degrees += len(members) - 1
+            for i in members:
+                centred[i, a] = inputs[i, a] - mean
+                total += float(centred[i, a] @ centred[i, a])
+                kept[i] = 1 - 1 / len(members)
+    found = torch.zeros(n, rows, rows).double()
+    for i in range(n):
+        for a in range(rows):
+            for b in range(rows):
+                found[i, a, b] = centred[i, a] @ centred[i, b] / kept[i] / (total / degrees)
+    return found
+
+
+def unit_stein(
+    preactivations: Tensor, gradients: Tensor, components: Tensor, ridge: float
+) -> Tensor:
+    """Stein's curvature of samples of several rows: K a mean over rows, M a sum over rows.
+
+    Args:
+        preactivations: R, shape (n, P, k).
+        gradients: ∂L/∂R with L a mean over samples, shape (n, P, k).
+        components: of the samples.
+        ridge: relative to tr K / k.
+    """
+    n, rows, k = preactivations.shape
+    labels = [int(components[i]) * rows + a for i in range(n) for a in range(rows)]
+    return stein_of(
+        preactivations.reshape(n * rows, k),
+        gradients.reshape(n * rows, k),
+        torch.tensor(labels),
+        ridge,
+    )
+
+
+def unit_probe(
+    mean_loss: Callable[[Tensor], Tensor], preactivations: Tensor, probe: Tensor, gram: Tensor
+) -> Tensor:
+    """H = Σ_i Σ_ab T_ab v_a (HV)_bᵀ over VᵀV a row, from the second derivative in all rows.
+
+    Args:
+        mean_loss: of R, shape (n, P, k).
+        preactivations: R.
+        probe: V, likewise.
+        gram: T, shape (n, P, P).
+    """
+    n, rows, k = preactivations.shape
+    hessian = torch.func.hessian(mean_loss)(preactivations).reshape(n * rows * k, n * rows * k)
+    product = (hessian @ probe.flatten()).view(n, rows, k)
+    cross, square = torch.zeros(k, k).double(), torch.zeros(k, k).double()
+    for i in range(n):
+        for a in range(rows):
+            square += torch.outer(probe[i, a], probe[i, a]) / (n * rows)
+            for b in range(rows):
+                cross += gram[i, a, b] * torch.outer(probe[i, a], product[i, b])
+    found = torch.linalg.solve(square, cross)
+    return (found + found.T) / 2
+
+
+class UnitCase(NamedTuple):
+    """What :func:`unit_descent` trains on.
+
+    Attributes:
+        inputs: all rows, shape (N, d), float64.
+        units: unit of each row, shape (N,).
+        gram: T of any two rows over the mean row's, shape (N, N); looked at within units alone.
+        gradient: of the mean loss of some rows in R of all rows, and in θ.
+    """
+
+    inputs: Tensor
+    units: Tensor
+    gram: Tensor
+    gradient: Callable[[Tensor, Head, list[int]], tuple[Tensor, Head]]
+
+
+def unit_descent(
+    case: UnitCase,
+    start: tuple[Tensor, Head],
+    batches: Sequence[list[int]],
+    rule: Rule,
+    spectrum: tuple[Sequence[float], Sequence[float]],
+    curvature: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The rule of ``docs/several-rows.md``, eagerly: every row moves, pushed by its whole unit.
+
+    Args:
+        case: the data.
+        start: W⁰ (d, k) and θ⁰.
+        batches: rows of each step.
+        rule: learning rate and momentum of all parameters.
+        spectrum: λ and ν of each bin.
+        curvature: H of the batch's R and of ∂L/∂R in all rows.
+
+    Returns:
+        W (d, k) and Q (B, N, k) in the end.
+    """
+    weight, head = start
+    count, k, bins = len(case.inputs), weight.shape[1], list(zip(*spectrum, strict=True))
+    shadow = torch.zeros(len(bins), count, k).double()
+    speeds = [torch.zeros_like(weight), torch.zeros_like(shadow)]
+    of_head = [torch.zeros_like(part) for part in head]
+    for batch in batches:
+        r = torch.stack([weight.T @ x + q for x, q in zip(case.inputs, shadow.sum(0), strict=True)])
+        g, g_head = case.gradient(r, head, batch)
+        h = curvature(r, g)
+        along = torch.zeros_like(weight)
+        moved = torch.zeros_like(shadow)
+        for row in batch:
+            along += torch.outer(case.inputs[row], g[row])
+        for b, (value, number) in enumerate(bins):
+            for row in range(count):
+                moved[b, row] = value * shadow[b, row] @ h
+                for other in batch:
+                    if case.units[other] == case.units[row]:
+                        moved[b, row] -= value * number * case.gram[row, other] * g[other]
+        speeds = [rule.momentum * s + m for s, m in zip(speeds, (along, moved), strict=True)]
+        of_head = [rule.momentum * s + m for s, m in zip(of_head, g_head, strict=True)]
+        weight, shadow = weight - rule.lr * speeds[0], shadow - rule.lr * speeds[1]
+        head = Head(*(p - rule.lr * s for p, s in zip(head, of_head, strict=True)))
+    return weight, shadow

@@ -16,26 +16,19 @@ from dd.correction.head_choice import (
     require_matching_means,
     uncorrected_count,
 )
-from dd.correction.hook import (
-    Correct,
-    Forward,
-    ForwardHook,
-    OutputHook,
-    let_go,
-    sweep,
-    take_over,
-)
-from dd.correction.layers import find_layer, input_changing_modules
+from dd.correction.hook import Correct, Forward, ForwardHook, OutputHook, sweep, take_over
+from dd.correction.layers import find_layers, input_changing_modules
 from dd.correction.shadows import KeptShadows, Shadows
 from dd.curvature.choice import build
 from dd.functional import at_least_single
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
-from dd.samples.recognition import Samples
+from dd.samples.several_rows import SamplesOfRows
 from dd.support.fingerprint import directions
 from dd.support.ranks import Ranks, training_group
 from dd.watch.deferred_checks import DeferredChecks
 from dd.watch.model_watch import ModelWatch, WatchedModel
+from dd.watch.readers import InputReaders
 
 __all__ = ["Attachment"]
 
@@ -45,7 +38,8 @@ class Attachment:
 
     Args:
         module: the model.
-        layer: the decoupled layer, its dotted name, or None for the first linear one.
+        layer: the decoupled layer, its dotted name, a list of several that read the same inputs, or
+            None for the first linear one.
         noise: the noise model, or None.
         curvature: name of the estimator.
         head: whether the head is corrected, which layer it is, or "auto".
@@ -57,8 +51,9 @@ class Attachment:
     Attributes:
         module: the model.
         name: dotted name of the layer.
-        layer: the decoupled layer.
-        weight: its weight.
+        layer: the decoupled layer, the first of several.
+        weight: its weight, whose state holds the shadows.
+        layers: all of them.
         noise: the noise model; None until the first training forward fits it.
         pending: the training forwards that the next step consumes.
         samples: recognises the training batches.
@@ -76,6 +71,7 @@ class Attachment:
         is_taken: whether another optimizer has been attached to the layer since.
         now: the samples of the latest training forward.
         trial: what stands in for the training forward for a while, or None.
+        searches: whether steps are searched for.
         repeats: how often the latest forward was run before with other probes.
         rows_seen: rows that training forwards have brought, for whoever counts them.
 
@@ -88,7 +84,7 @@ class Attachment:
     def __init__(
         self,
         module: nn.Module,
-        layer: nn.Module | str | None,
+        layer: Any,
         noise: NoiseModel | None,
         curvature: str,
         head: bool | nn.Module | str = False,
@@ -100,7 +96,10 @@ class Attachment:
     ) -> None:
         self.module = module
         self.bins = bins
-        self.name, self.layer = find_layer(module, layer)
+        self.layers = find_layers(module, layer)
+        self.name, self.layer = self.layers.names[0], self.layers.layers[0]
+        if self.layers.are_several and head == AUTO:
+            head = False
         # A head that nobody asked for is corrected as long as the loop allows it.
         self.head_is_optional = head == AUTO
         if noise is not None and noise.is_followed_exactly:
@@ -116,7 +115,7 @@ class Attachment:
         self.estimator = build(curvature, noise, module)
         self.pending: list[Capture] = []
         # Not a method of this object, which would then outlive its last reference.
-        self.samples = Samples(partial(input_changing_modules, module, self.name, self.layer))
+        self.samples = SamplesOfRows(partial(input_changing_modules, module, self.name, self.layer))
         self.shadows = Shadows() if shadows is None else shadows
         self.oversight = ModelWatch()
         self.verdicts = DeferredChecks()
@@ -124,7 +123,7 @@ class Attachment:
         self.rows_seen = 0
         self.trial: Forward | None = None
         self.repeats = 0
-        self._process_group = process_group
+        self._process_group, self.searches = process_group, searches
         self._number_alike: bool | None = None
         self.shares = False
         self._ranks: Ranks | None = None
@@ -135,7 +134,7 @@ class Attachment:
         self.shared = (
             None if head is False else SharedParameters(module, self.layer, head, directions)
         )
-        self.weight = self._own_weight()
+        self.weight = self.layers.own_weights()[0]
         if noise is not None and noise.dimension != self.layer.in_features:
             raise ValueError(
                 f"DecoupledDescent: the noise model describes {noise.dimension} inputs, but layer "
@@ -144,27 +143,6 @@ class Attachment:
         require_matching_means(noise, corrects_head=self.shared is not None)
         self.orphans: list[Tensor] = []
         self.is_taken = False
-
-    def _own_weight(self) -> nn.Parameter:
-        """The decoupled weight.
-
-        Raises:
-            ValueError: if it is not a plain parameter.
-        """
-        weight = self.layer.weight
-        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} must be a trainable "
-                "parameter of its own (not frozen, not parametrised, not flattened by FSDP)"
-            )
-        if type(weight.data) is not Tensor:
-            raise ValueError(
-                f"DecoupledDescent: the weight of layer {self.name!r} is a "
-                f"{type(weight.data).__name__}; fully_shard (FSDP) and tensor parallelism split "
-                "the decoupled weight over processes, and every process needs all of it. Use "
-                "DistributedDataParallel, or leave this layer out of the sharding."
-            )
-        return weight
 
     def require_weight_in_place(self) -> None:
         """Check that the layer still has the parameter that was attached.
@@ -187,10 +165,12 @@ class Attachment:
             at_head: method that corrects the output of the head.
         """
         self.orphans = take_over(self.layer)
-        hook = self._hook = ForwardHook(at_layer, self.give_up)
-        self._handles = [self.layer.register_forward_hook(hook, with_kwargs=True)]
+        self._hook = ForwardHook(at_layer, self.give_up)
+        self._handles = [self._hooked(layer) for layer in self.layers.layers]
         sweep(self.module)
-        if self.estimator.records and self.module is not self.layer:
+        self._readers = InputReaders(self.module, self.layers.layers, self.layers.names, self.join)
+        self._handles += self._readers.register()
+        if self.module is not self.layer:
             self._handles.append(self.module.register_forward_hook(OutputHook(self.marked)))
         if self.shared is not None:
             hook, head = ForwardHook(at_head), self.shared.head
@@ -200,6 +180,30 @@ class Attachment:
     def let_go_with(self, handle: Any) -> None:
         """Remove something else with the hooks, by its method ``remove()``."""
         self._handles.append(handle)
+
+    def _hooked(self, layer: nn.Linear) -> Any:
+        assert self._hook is not None
+        return layer.register_forward_hook(self._hook, with_kwargs=True)
+
+    def join(self, name: str, layer: nn.Linear) -> bool:
+        """Decouple another layer of the same inputs too; returns whether all in use allows it."""
+        plain = self.bins is None and not self.searches and self.shadows.follows_units
+        follows = plain and self.ranks.size == 1 and (self.shared is None or self.head_is_optional)
+        if follows:
+            self._leave_head_before_training()
+            self.layers.join(name, layer)
+            self._handles.append(self._hooked(layer))
+        return follows
+
+    def _leave_head_before_training(self) -> None:
+        """Correct no head that nobody asked for, as if it had not been chosen."""
+        if self.shared is None:
+            return
+        self.release_head()
+        noise = self.given_noise = self.noise_of_all
+        if noise is not None and noise.mean_directions is not None:
+            self.given_noise = noise.spread_over_means()
+        self.take_given_noise()
 
     def take_given_noise(self) -> None:
         """Go by the noise model that is given now, for all samples."""
@@ -231,12 +235,14 @@ class Attachment:
         return WatchedModel(
             module=self.module,
             layer=self.layer,
+            name=self.name,
             noise=self.noise,
             given_noise=self.given_noise,
             estimator=self.estimator,
             samples=self.samples,
             total=self._total,
             stalls=self.stalls,
+            width=self.layers.width,
             corrected=0 if self.shared is None else self.shared.count,
             uncorrected=self._uncorrected,
         )
@@ -249,13 +255,18 @@ class Attachment:
     def _uncorrected(self) -> int:
         """Trained numbers that all samples share and that are not corrected."""
         corrected = {id(parameter) for parameter, _ in self.shadowed}
+        corrected |= {id(layer.weight) for layer in self.layers.layers}
         return uncorrected_count(self.module, self.layer, self.noise, corrected)
 
     def marked(self, output: Tensor) -> Tensor:
         """An output of the model that leads to the loss of a pending forward."""
-        if type(output) is Tensor and output.requires_grad and torch.is_grad_enabled():
-            return next((c.outgoing(output) for c in self.pending), output)
-        return output
+        if not (output.requires_grad and torch.is_grad_enabled() and self.pending):
+            return output
+        rows = len(self.pending[-1].placement.fingerprints)
+        if self.noise is None or self.noise.units is None:
+            self.oversight.look_at_output(self.subject, rows, output)
+        is_lost = type(output) is Tensor and self.estimator.records
+        return self.pending[0].outgoing(output) if is_lost else output
 
     def give_up(self) -> None:
         """Leave the layer to another optimizer."""
@@ -281,7 +292,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         if self._hook is not None:
-            let_go(self.layer, self._hook.left)
+            self._hook.let_go(self.layer)
 
     @property
     def shadowed(self) -> list[tuple[Tensor, str]]:
@@ -318,6 +329,7 @@ class Attachment:
         for capture in self.pending:
             capture.close()
         self.pending.clear()
+        self.layers.drop()
 
     @property
     def has_delivered(self) -> bool:
@@ -365,12 +377,7 @@ class Attachment:
         """Whether all ranks know the same samples in one order; settled at the first step."""
         if self._number_alike is None:
             assert self.samples.known is not None
-            known = self.samples.known.values.double()
-            weights = torch.arange(1, len(known) + 1, device=known.device).double()
-            # Unseen samples are no numbers, so that ranks with other ones seen do not agree.
-            seen = (~known.isnan()).double()
-            sums = torch.stack([weights @ known.nan_to_num(), weights @ seen])
-            self._number_alike = self.ranks.agree(sums)
+            self._number_alike = self.ranks.agree_on_rows(self.samples.known.values)
         return self._number_alike
 
     def remember_samples(self, state: dict[str, Any]) -> None:
@@ -383,7 +390,7 @@ class Attachment:
 
     def remember_weight(self, state: dict[str, Any]) -> None:
         """Remember the weights that a step leaves, in the state of the decoupled one."""
-        weight = at_least_single(self.layer.weight.detach())
+        weight = at_least_single(self.layers.weight)
         state["shadow_weight"] = along = weight @ self.direction.to(weight)
         if self._hook is not None:
             self._hook.left = along

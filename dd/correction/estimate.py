@@ -63,7 +63,7 @@ class Estimate:
         confidence: float,
         *,
         num_samples: int | None = None,
-        effective: float | None = None,
+        effective: float | Tensor | None = None,
     ) -> "Estimate":
         """The estimate from sums over rows, one a sample unless said otherwise.
 
@@ -76,7 +76,8 @@ class Estimate:
             num_rows: rows, at least 2.
             confidence: between 0 and 1.
             num_samples: distinct samples among them.
-            effective: how many samples that come once tell as much, above 1.
+            effective: how many samples that come once tell as much, above 1; of each value, or
+                of all.
 
         Example:
             >>> wrong = torch.tensor([1.0, 0.0, 0.0, 0.0])

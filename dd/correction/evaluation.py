@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate, check_confidence
-from dd.correction.repeats import Repeats
+from dd.correction.repeats import GroupSums, Repeats
 
 __all__ = [
     "corrected_estimate",
@@ -44,7 +44,8 @@ def corrected_estimate(
 ) -> Estimate:
     """Mean over all samples of what ``losses`` returns for each, with its interval.
 
-    A sample that comes several times weighs so in the mean, and counts once for the interval.
+    A sample that comes several times weighs so in the mean, and counts once for the interval, as do
+    all rows of a group.
 
     Raises:
         ValueError: if there are not at least two samples, ``losses`` does not return a row a
@@ -52,7 +53,7 @@ def corrected_estimate(
         RuntimeError: if a batch did not pass through the decoupled layer.
     """
     check_confidence(confidence)
-    repeats = Repeats(attachment)
+    repeats, groups = Repeats(attachment), GroupSums.of(attachment)
     total, squares, rows = torch.zeros(()), torch.zeros(()), 0
     for values, count in _values(attachment, batches, losses, "estimate()"):
         if values.ndim not in (1, 2) or len(values) != count:
@@ -64,14 +65,21 @@ def corrected_estimate(
         total, squares = total + values.sum(0), squares + values.square().sum(0)
         rows += count
         repeats.see(count)
+        if groups is not None:
+            groups.see(values)
     ranks = attachment.ranks
     total, squares = ranks.sum(total), ranks.sum(squares)
     num_rows = int(ranks.sum(torch.as_tensor(float(rows), device=total.device)))
-    num_samples, effective = repeats.numbers()
+    effective: float | Tensor
+    if groups is None:
+        num_samples, effective = repeats.numbers()
+    else:
+        num_samples, effective = groups.numbers(total, squares, num_rows)
     if num_samples < 2:
-        raise ValueError("DecoupledDescent: estimate() needs two samples or more, got one")
+        what = "samples" if groups is None else "groups"
+        raise ValueError(f"DecoupledDescent: estimate() needs two {what} or more, got one")
     # One sample that came nearly always leaves next to none.
-    effective = max(effective, 1.5)
+    effective = torch.as_tensor(effective, device=total.device).clamp_min(1.5)
     found = Estimate.of_sums(
         total, squares, num_rows, confidence, num_samples=num_samples, effective=effective
     )
@@ -104,7 +112,7 @@ def corrected_outputs(attachment: Attachment, batches: Iterable[Any]) -> Tensor:
 def corrected_in_eval_mode(attachment: Attachment) -> Iterator[None]:
     """Put the model in eval mode, but for the correction."""
     shared = attachment.shared
-    layers = [attachment.layer] if shared is None else [attachment.layer, shared.head]
+    layers = [*attachment.layers.layers, *([] if shared is None else [shared.head])]
     modes = [(module, module.training) for module in attachment.module.modules()]
     attachment.module.eval()
     for layer in layers:

@@ -15,7 +15,6 @@ __all__ = [
     "Forward",
     "ForwardHook",
     "OutputHook",
-    "let_go",
     "sweep",
     "take_over",
 ]
@@ -71,6 +70,11 @@ class ForwardHook:
         give_up = None if self._give_up is None else self._give_up()
         if give_up is not None:
             give_up()
+
+    def let_go(self, layer: nn.Module) -> None:
+        """Remember, outside of a layer that is decoupled no more, what weights are left."""
+        if self.left is not None:
+            _DETACHED[layer] = self.left
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardHook":
         """Return an inert hook."""
@@ -139,17 +143,6 @@ class OutputHook:
             return None
         mark = self._method()
         return None if mark is None else tree_map_only(Tensor, mark, output)
-
-
-def let_go(layer: nn.Module, left: Tensor | None) -> None:
-    """Remember, outside of a layer, what weights an owner leaves that was detached.
-
-    Args:
-        layer: was decoupled.
-        left: as :attr:`ForwardHook.left`.
-    """
-    if left is not None:
-        _DETACHED[layer] = left
 
 
 def take_over(layer: nn.Module) -> list[Tensor]:

@@ -13,6 +13,7 @@ from dd.correction.gradient_check import (
     weight_changed,
 )
 from dd.correction.saved_state import bind_samples
+from dd.curvature.estimators import Exact
 from dd.functional import (
     at_least_single,
     correct_preactivation_,
@@ -31,16 +32,13 @@ def place(
     """Find the samples of a training batch; None before the first one with gradients.
 
     Raises:
-        ValueError: if the batch is not a matrix, or not the samples of the noise model.
+        ValueError: if the batch has not the shape of the noise model's inputs, or not its samples.
         RuntimeError: if its samples are not known.
     """
-    if inputs.dim() != 2:
-        raise ValueError(
-            f"DecoupledDescent: layer {attachment.name!r} must receive one row a sample, shape "
-            f"(n, {attachment.layer.in_features}), in training; got {tuple(inputs.shape)}"
-        )
+    _require_shape(attachment, inputs)
     bind_samples(attachment, state, inputs.dtype)
-    if attachment.noise is None and state.get("shadow_noise") is not None:
+    # Of several rows a sample a state does not hold all that there is to know of the noise.
+    if attachment.noise is None and state.get("shadow_noise") is not None and inputs.dim() == 2:
         eigenvalues, multiplicities = state["shadow_noise"]
         attachment.noise = NoiseModel(eigenvalues, multiplicities)
     if not binds and state.get("shadow") is None:
@@ -59,6 +57,66 @@ def place(
     return placement
 
 
+def _require_shape(attachment: Attachment, inputs: Tensor) -> None:
+    """Check that a batch has as many rows a sample as all else is made for.
+
+    Raises:
+        ValueError: if it has not, or something in use does not follow several rows a sample.
+    """
+    noise, shape, width = attachment.given_noise, tuple(inputs.shape), attachment.layer.in_features
+    units = None if noise is None else noise.units
+    if inputs.dim() not in {2, 3}:
+        raise ValueError(
+            f"DecoupledDescent: layer {attachment.name!r} must receive one row a sample, shape "
+            f"(n, {width}), in training, or several of each, (n, rows, {width}); got {shape}"
+        )
+    of_samples = units is not None and units.are_samples
+    if noise is not None and of_samples != (inputs.dim() == 3):
+        fitted = f"(n, {units.places}, {width})" if of_samples and units else f"(n, {width})"
+        raise ValueError(
+            f"DecoupledDescent: layer {attachment.name!r} receives inputs of shape {shape} in "
+            f"training, and the noise model was fitted on inputs of shape {fitted}. Fit it on "
+            "what the layer receives, NoiseModel.fit(inputs, components): all rows of a sample "
+            "are left out together."
+        )
+    if of_samples and units is not None and units.places != shape[1]:
+        raise ValueError(
+            f"DecoupledDescent: layer {attachment.name!r} receives samples of {shape[1]} rows, and "
+            f"the noise model was fitted on samples of {units.places}; fill up each sample with "
+            "rows of zeros to one number"
+        )
+    attachment.samples.require_rows(inputs)
+    if inputs.dim() == 3 or units is not None:
+        _refuse_what_follows_rows_alone(
+            attachment,
+            "rows that are left out together (inputs of shape (n, rows, d), or "
+            "NoiseModel.fit(..., groups=))",
+            {'curvature="exact"; use "probe" or "stein"': isinstance(attachment.estimator, Exact)},
+        )
+    if attachment.layers.are_several:
+        _refuse_what_follows_rows_alone(attachment, "several layers on the same inputs", {})
+
+
+def _refuse_what_follows_rows_alone(
+    attachment: Attachment, what: str, more: dict[str, bool]
+) -> None:
+    """Refuse what follows neither units of several rows nor several layers.
+
+    Raises:
+        ValueError: if any of it is in use.
+    """
+    in_use = more | {
+        "head=True; use head=False, and a small head": attachment.shared is not None,
+        'lr="auto"; use a number': attachment.searches,
+        "damping below 1; use damping=1": attachment.bins is not None,
+        "several processes; train in one": attachment.ranks.size > 1,
+        "dd.decouple; use dd.DecoupledDescent": not attachment.shadows.follows_units,
+    }
+    for other, is_used in in_use.items():
+        if is_used:
+            raise ValueError(f"DecoupledDescent: {what} are not followed yet with {other}")
+
+
 def corrected(
     attachment: Attachment, placement: Placement | None, output: Tensor, state: dict[str, Any]
 ) -> Tensor:
@@ -70,7 +128,7 @@ def corrected(
     if placement is None or state.get("shadow") is None:
         return output
     _require_same_weights(attachment, state.get("shadow_weight"))
-    count = attachment.samples.count
+    count = attachment.samples.row_count
     with torch.no_grad():
         if count is not None and attachment.noise is not None:
             attachment.shadows.make(state, attachment.noise, count, output)
@@ -97,7 +155,7 @@ def _is_alone_with(attachment: Attachment, output: Tensor) -> bool:
 def _require_same_weights(attachment: Attachment, expected: Tensor | None) -> None:
     if expected is None or attachment.samples.directions is None:
         return
-    same = same_weight(attachment.layer.weight.detach(), attachment.samples.directions[0], expected)
+    same = same_weight(attachment.layers.weight, attachment.samples.directions[0], expected)
     message = weight_changed("the decoupled layer's weight")
     attachment.verdicts.require(same, lambda _: RuntimeError(message))
 
@@ -116,9 +174,9 @@ def begin(
 
     Args:
         attachment: of the layer.
-        placement: the samples of its batch.
-        inputs: shape (m, d).
-        preactivation: R, shape (m, k).
+        placement: the rows of its batch.
+        inputs: shape (m, d), or (m, P, d) of samples of several rows.
+        preactivation: R, one row a row of the inputs, shape (m, k) or (m · P, k).
         seed: of the curvature's probe.
         has_shadow: whether the state holds shadows.
         product: node of XW in the autograd graph, where it is known.
@@ -143,8 +201,10 @@ def begin(
     if attachment.orphans and not has_shadow:
         _warn_of_orphans(attachment)
     if attachment.noise is None or attachment.noise is attachment.given_noise:
-        fit_noise(attachment, placement, inputs)
-    attachment.oversight.look(attachment.subject, placement, inputs.detach())
+        assert attachment.now is not None
+        fit_noise(attachment, attachment.now, inputs)
+    assert attachment.now is not None
+    attachment.oversight.look(attachment.subject, attachment.now, inputs.detach().flatten(1))
     if attachment.estimator.records and (
         preactivation._backward_hooks or preactivation.retains_grad
     ):
@@ -191,7 +251,7 @@ def _warn_of_orphans(attachment: Attachment) -> None:
     """Say so where the weights come from steps whose shadows are gone."""
     assert attachment.samples.directions is not None
     direction = attachment.samples.directions[0]
-    weight = at_least_single(attachment.layer.weight.detach())
+    weight = at_least_single(attachment.layers.weight)
     now = weight @ direction.to(weight)
     if any(torch.equal(left.to(now), now) for left in attachment.orphans):
         warn_user(

@@ -106,6 +106,21 @@ class OptimizerState:
         trained = (p for p in module.parameters() if p.requires_grad)
         return all(self.group_of(p) is not None for p in trained)
 
+    def require_one_group(self, attachment: Attachment) -> None:
+        """Check that layers decoupled together are moved by one and the same rule.
+
+        Raises:
+            ValueError: if their weights are in several parameter groups, or one in none.
+        """
+        for layer in attachment.layers.layers:
+            self.require_own(attachment, layer.weight)
+            if self.group_of(layer.weight) is not self.group_of(attachment.weight):
+                raise ValueError(
+                    f"DecoupledDescent: the weights of layers {attachment.layers.names}, which "
+                    "read the same inputs and are decoupled together, must be in one parameter "
+                    "group; give both one learning rate"
+                )
+
     def require_own(self, attachment: Attachment, parameter: Tensor) -> None:
         """Check that a parameter of the model is the optimizer's.
 

@@ -1,11 +1,12 @@
-"""Rows of one sample that come several times, which tell no more than one."""
+"""Rows of one sample or group that come several times, which tell no more than one."""
 
 import torch
 from torch import Tensor
 
 from dd.correction.attachment import Attachment
+from dd.noise.units import Units
 
-__all__ = ["Repeats"]
+__all__ = ["GroupSums", "Repeats"]
 
 
 class Repeats:
@@ -54,6 +55,66 @@ class Repeats:
         unknown = float(ranks.sum(torch.tensor(self._unknown, device=counts.device)))
         rows, squares = rows + unknown, squares + unknown
         return round(distinct + unknown), rows**2 / squares
+
+
+class GroupSums:
+    """Sums of values over the rows of each group, which are not independent.
+
+    Args:
+        attachment: whose rows come.
+        units: which groups they are of.
+    """
+
+    def __init__(self, attachment: Attachment, units: Units) -> None:
+        self._attachment, self._units = attachment, units
+        self._sums: Tensor | None = None
+        self._counts = torch.zeros(len(units), dtype=torch.float64)
+
+    @classmethod
+    def of(cls, attachment: Attachment) -> "GroupSums | None":
+        """For samples that are rows of groups; None for independent ones."""
+        units = None if attachment.noise is None else attachment.noise.units
+        return None if units is None or units.are_samples else cls(attachment, units)
+
+    def see(self, values: Tensor) -> None:
+        """Take in the values of the latest training forward, shape (m,) or (m, j).
+
+        Raises:
+            RuntimeError: if they are not of its rows.
+        """
+        placement = self._attachment.now
+        if placement is None or len(placement.fingerprints) != len(values):
+            raise RuntimeError(
+                "DecoupledDescent: estimate() does not know the groups of a batch's rows; let "
+                "losses(batch) run the model once, on training rows"
+            )
+        unit = self._units.unit
+        unit = unit if placement.index is None else unit[placement.index]
+        if self._sums is None:
+            self._sums = values.new_zeros(len(self._units), *values.shape[1:])
+        self._sums.index_add_(0, unit.to(values.device), values)
+        self._counts += torch.bincount(unit.cpu(), minlength=len(self._units))
+
+    def numbers(self, total: Tensor, squares: Tensor, num_rows: int) -> tuple[int, Tensor]:
+        """Groups that came, and of each value how many independent rows tell as much.
+
+        The mean's variance is that of the groups' sums around their shares of the total.
+
+        Args:
+            total: sum of all values, shape () or (j,).
+            squares: sum of their squares.
+            num_rows: rows that came.
+        """
+        assert self._sums is not None
+        counts, mean = self._counts.to(total), total / num_rows
+        groups = int(counts.count_nonzero())
+        shares = counts.view(-1, *[1] * mean.dim()) * mean
+        spread = (self._sums - shares).square().sum(0) * (groups / max(groups - 1, 1))
+        variance = (squares / num_rows - mean**2).clamp_min(0.0)
+        # The interval divides the variance by one less.
+        effective = 1 + num_rows**2 * variance / spread
+        alike = torch.full_like(effective, float(groups))
+        return groups, torch.where(spread > 0, effective, alike).clamp_max(num_rows)
 
 
 def _labels(fingerprints: Tensor) -> Tensor:

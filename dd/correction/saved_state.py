@@ -46,11 +46,13 @@ def require_no_shadow(optimizer: torch.optim.Optimizer) -> None:
 
 def attachment_settings(
     attachment: Attachment,
-) -> tuple[nn.Module, str, NoiseModel | None, dict[str, Any]]:
+) -> tuple[nn.Module, str | list[str], NoiseModel | None, dict[str, Any]]:
     """What an optimizer is attached to again: module, layer, noise model, and what was said."""
     left = attachment.has_left_head
     noise = attachment.given_noise if left else attachment.noise_of_all
-    return attachment.module, attachment.name, noise, attachment.oversight.state_dict()
+    names = attachment.layers.names
+    layer = names if attachment.layers.are_several else names[0]
+    return attachment.module, layer, noise, attachment.oversight.state_dict()
 
 
 def restore_values(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -130,7 +130,8 @@ class ShadowStep:
             found: as :meth:`measure` returns it.
         """
         attachment, weight = self._attachment, self._attachment.weight
-        noise, count, state = attachment.noise, attachment.samples.count, self._store.of(weight)
+        noise, count = attachment.noise, attachment.samples.row_count
+        state = self._store.of(weight)
         assert noise is not None
         assert count is not None
         gradient, curvature = found.pushes.by_sample, found.curvature
@@ -154,7 +155,8 @@ class ShadowStep:
             RuntimeError: if one lacks its own.
         """
         attachment = self._attachment
-        if any(c.gradient is None for c in attachment.pending) or attachment.weight.grad is None:
+        lacks = any(c.gradient is None for c in attachment.pending)
+        if lacks or attachment.layers.gradient is None:
             raise RuntimeError(
                 "DecoupledDescent: step() before loss.backward(): a training forward has no "
                 f"gradient at layer {attachment.name!r}. Call loss.backward() on a loss of that "

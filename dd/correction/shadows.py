@@ -159,7 +159,10 @@ class KeptShadows:
 
     Attributes:
         keys: of the tensors that go through a step's map together, the shadows first.
+        follows_units: whether rows are pushed by the other rows of their units.
     """
+
+    follows_units = False
 
     def __init__(self) -> None:
         self.keys = [KEY]
@@ -230,7 +233,7 @@ class KeptShadows:
         Args:
             state: of the decoupled weight.
             noise: gives the bins and the precision.
-            num_samples: n.
+            num_samples: n, or the number of all rows where samples have several.
             gradient: G, for the width and the device.
         """
         shape = (len(noise.eigenvalues), num_samples, gradient.shape[1])
@@ -278,6 +281,8 @@ class KeptShadows:
 
 class Shadows(KeptShadows):
     """Shadows that SGD moves, and their momentum."""
+
+    follows_units = True
 
     def update(
         self, state: dict[str, Any], placement: Placement, push: ShadowTerms, *, momentum: bool

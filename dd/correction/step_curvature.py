@@ -40,9 +40,20 @@ def step_curvature(
     product, index = _scaled(pushes.product(), scale), pushes.placement.index
     pools = attachment.ranks.size > 1 or state.get("shadow_moments") is not None
     gradient = _scaled(pushes.gradient, scale)
+    assert attachment.noise is not None
     rows = Rows(
-        pushes.observed, product, index, attachment.ranks, pushes.preactivation, gradient, pools
+        pushes.observed,
+        product,
+        index,
+        attachment.ranks,
+        pushes.preactivation,
+        gradient,
+        units=attachment.noise.units,
+        pools=pools,
     )
+    each = attachment.samples.rows_each or 1
+    if estimator.sees_kinks and each > 1:
+        attachment.oversight.look_at_pooling(pushes.gradient.unflatten(0, (-1, each)))
     moments = estimator.moments(rows)
     if isinstance(scale, Tensor):
         moments = moments.scaled(scale.to(moments.cross))
@@ -64,7 +75,8 @@ def _pooled(
     estimator, width = attachment.estimator, pushes.gradient.shape[1]
     if estimator.pooled_rows == 0:
         return estimator.solve(moments), None
-    keep = _keep(attachment, moments, len(pushes.gradient), width)
+    samples = len(pushes.gradient) / (attachment.samples.rows_each or 1)
+    keep = _keep(attachment, moments, samples, width)
     alone = pushes.placement.index is None and attachment.ranks.size == 1
     if keep == 0.0 and alone and state.get("shadow_moments") is None:
         # Nothing to pool with, nor likely to be pooled with what follows.

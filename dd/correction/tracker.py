@@ -43,12 +43,17 @@ class Tracker:
 
     @property
     def shadow(self) -> Tensor | None:
-        """Q, shape (bins, n, k), or None while unattached or before the first step."""
-        layer = self.layer
-        if layer is None:
+        """Q, shape (bins, n, k), or None while unattached or before the first step.
+
+        Of inputs with several rows a sample (bins, n, rows, k).
+        """
+        attachment = self._attachment
+        if attachment is None:
             return None
         self._settle()
-        return self._store().of(layer.weight).get("shadow")
+        found = self._store().of(attachment.weight).get("shadow")
+        rows = attachment.samples.rows_each or 1
+        return found if found is None or rows == 1 else found.unflatten(1, (-1, rows))
 
     @property
     def needs_graph(self) -> bool:

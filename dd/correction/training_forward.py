@@ -47,8 +47,8 @@ class TrainingForward:
 
         Args:
             layer: that ran.
-            inputs: shape (m, d).
-            output: shape (m, k).
+            inputs: shape (m, d), or (m, …, d) of samples of several rows.
+            output: shape (m, k), or (m, …, k).
 
         Raises:
             RuntimeError: if the forward or the state does not fit the attachment.
@@ -56,15 +56,31 @@ class TrainingForward:
         attachment = self._attachment
         if not layer.training:
             return None
-        if layer is not attachment.layer:
+        if layer not in attachment.layers:
             _refuse_replica(layer)
             return None
+        if attachment.layers.are_several:
+            waiting = attachment.layers.waiting(layer, inputs)
+            if waiting is not None:
+                return waiting
+            joined = attachment.layers.outputs(layer, inputs, output)
+            return attachment.layers.split(layer, inputs, self._at_layers(inputs, joined))
+        return self._at_layers(inputs, output)
+
+    def _at_layers(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Correct the output of all decoupled layers, shape (m, k) or (m, …, k).
+
+        Raises:
+            RuntimeError: as :meth:`at_layer`.
+        """
+        attachment = self._attachment
         refuse_capture("a training forward")
         attachment.require_weight_in_place()
         state = self._store.of(attachment.weight)
         if torch.is_grad_enabled() and _is_differentiating():
             with full_precision(output):
-                return self._as_before(inputs, output)
+                again = self._as_before(_rows(inputs), _rows(output))
+                return again.view(output.shape)
         if state.get("shadow") is None and self._has_moved(state.get("momentum_buffer")):
             raise RuntimeError(
                 f"DecoupledDescent: layer {attachment.name!r} has momentum from steps without "
@@ -80,7 +96,11 @@ class TrainingForward:
         if defers and self._store.may_defer(attachment):
             attachment.verdicts.defer(state.get("shadow_step", 0))
         with full_precision(output):
-            return self._corrected(inputs, output, leads_to_step=leads_to_step)
+            if inputs.dim() < 3:
+                return self._corrected(inputs, output, leads_to_step=leads_to_step)
+            inputs = inputs.flatten(1, -2)
+            found = self._corrected(inputs, _rows(output), leads_to_step=leads_to_step)
+            return found.view(output.shape)
 
     def _has_moved(self, momentum: Tensor | None) -> bool:
         return momentum is not None and bool(momentum.count_nonzero())
@@ -90,9 +110,12 @@ class TrainingForward:
         placement = place(attachment, inputs, state, binds=leads_to_step)
         attachment.now = placement
         attachment.rows_seen += len(inputs)
+        if placement is not None:
+            placement = attachment.samples.rows_of(placement, inputs)
         if placement is not None and state.get("shadow") is not None:
             self._require_same_head()
-        product = product_node(output, attachment.weight) if attachment.is_plain else None
+        is_product = attachment.is_plain and not attachment.layers.are_several
+        product = product_node(output, attachment.weight) if is_product else None
         looks = attachment.shared is not None and attachment.repeats == 0
         looks = looks and state.get("shadow") is not None
         # What the shadows are added to in place.
@@ -152,6 +175,7 @@ class TrainingForward:
         attachment, state = self._attachment, self._store.of(self._attachment.weight)
         for parameter, _ in attachment.shadowed:
             self._store.require_own(attachment, parameter)
+        self._store.require_one_group(attachment)
         step = state.get("shadow_step", 0)
         forward = len(attachment.pending) + attachment.repeats
         seed = probe_seed(self._seed, step, forward, attachment.ranks.rank)
@@ -250,6 +274,11 @@ class TrainingForward:
             if attachment.repeats == 0:
                 attachment.pending[-1].follow(output, corrected, features)
         return corrected if type(output) is Tensor else corrected.as_subclass(type(output))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """One row after the other, shape (m, d), of samples of one row or several."""
+    return values.flatten(0, -2)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -1,5 +1,7 @@
 """What the pending forwards have delivered, held against the weight's gradient."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from dd.correction.gradient_check import (
     scale_of_terms,
 )
 from dd.correction.gradient_terms import ProjectedTerm
+from dd.samples.several_rows import spread_over_units
 from dd.support.fingerprint import Fingerprints
 
 __all__ = ["gathered_gradients", "pending_gradients", "seen_terms", "weight_edit"]
@@ -23,21 +26,26 @@ def pending_gradients(attachment: Attachment) -> StepGradients:
     Raises:
         RuntimeError: if what is needed of them was changed in place.
     """
-    count = attachment.samples.count
+    count = attachment.samples.row_count
     assert count is not None
     attachment.shares = all(capture.is_intact for capture in attachment.pending)
     return joined(attachment.pending, count)
 
 
 def gathered_gradients(attachment: Attachment, pushes: StepGradients) -> StepGradients:
-    """The rows whose shadows this rank keeps: where ranks number samples alike, those of all.
+    """The rows that are pushed of those whose shadows this rank keeps.
 
-    Then a sample may come to any rank, and every rank keeps all shadows. Where each rank knows
+    Where rows share noise these are all of their units. Where ranks number samples alike, those of
+    all: then a sample may come to any rank, and every rank keeps all shadows. Where each rank knows
     its own samples alone, it keeps theirs.
 
     Raises:
         RuntimeError: if ranks that do not number alike know the same samples.
     """
+    units = None if attachment.noise is None else attachment.noise.units
+    if units is not None:
+        placement, gradient = spread_over_units(units, pushes.placement, pushes.by_sample)
+        return replace(pushes, placement=placement, gradient=gradient)
     if attachment.ranks.size == 1:
         return pushes
     assert attachment.samples.known is not None
@@ -82,17 +90,17 @@ def weight_edit(attachment: Attachment, pushes: StepGradients) -> float | Tensor
     Raises:
         RuntimeError: if it was edited otherwise.
     """
-    weight, directions = attachment.layer.weight, attachment.samples.directions
-    assert weight.grad is not None
+    gradient, directions = attachment.layers.gradient, attachment.samples.directions
+    assert gradient is not None
     assert directions is not None
     projections, terms = pushes.placement.fingerprints, seen_terms(attachment)
-    compared = weight.grad, pushes.gradient, directions, projections, attachment.ranks
+    compared = gradient, pushes.gradient, directions, projections, attachment.ranks
     if not attachment.verdicts.defers:
         if terms:
-            return scale_of_terms(weight.grad, terms, directions)
+            return scale_of_terms(gradient, terms, directions)
         return edit_scale(*compared)
     if terms:
-        found = GradientComparison.of_terms(weight.grad, terms, directions)
+        found = GradientComparison.of_terms(gradient, terms, directions)
     else:
         found = GradientComparison.of(*compared, scaled=True)
     is_same, (scale, is_multiple) = found.is_same(), found.multiple

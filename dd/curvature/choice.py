@@ -36,7 +36,7 @@ def build(name: str, noise: NoiseModel | None, module: nn.Module | None = None) 
         ValueError: if the name is unknown, or Stein is asked for without component ids.
     """
     check_name(name)
-    components = None if noise is None else noise.components
+    components = None if noise is None else noise.row_components
     relative_mass = None if noise is None else noise.relative_mass
     if name == "stein":
         if components is None:

@@ -28,6 +28,7 @@ from dd.functional import (
     solved_curvature,
     symmetric_curvature,
 )
+from dd.noise.units import Units
 from dd.support.ranks import Ranks
 
 __all__ = ["BackwardResult", "Curvature", "Exact", "GraphProbe", "Probe", "Rows", "Stein"]
@@ -59,6 +60,7 @@ class Rows:
         ranks: over which rows are spread.
         preactivation: R, shape (m, k), for estimators that look for kinks; else None.
         gradient: G, shape (m, k), likewise.
+        units: rows that share noise, or None where each is a sample by itself.
         pools: whether their moments may be pooled with those of other steps.
     """
 
@@ -68,6 +70,7 @@ class Rows:
     ranks: Ranks
     preactivation: Tensor | None = None
     gradient: Tensor | None = None
+    units: Units | None = None
     pools: bool = True
 
 
@@ -158,6 +161,11 @@ class Stein(Curvature):
         """R_cᵀR_c / m and R_cᵀG."""
         components, count = self.of(rows.index, rows.observed.device), self.num_components
         both = rows.observed, rows.product
+        if rows.units is not None:
+            there = rows.units.has_noise
+            there = there if rows.index is None else there[rows.index]
+            # Rows of padding are no draws of R.
+            both, components = (both[0][there], both[1][there]), components[there]
         return Moments.centred(*both, components, count, rows.ranks, pools=rows.pools)
 
     def solve(self, moments: Moments) -> Tensor:
@@ -195,15 +203,22 @@ class _SecondDerivative(Curvature):
     def __init__(self, relative_mass: Tensor | None = None, *, leaky: bool = False) -> None:
         self.relative_mass, self.leaky = relative_mass, leaky
 
-    def weighted(self, product: Tensor, index: Tensor | None) -> Tensor:
-        """Scale row i of a curvature-vector product (m, k) by its sample's relative mass."""
-        return scaled_by_mass(product, self._mass_of(index, product.device))
+    def weighted(self, product: Tensor, rows: Rows) -> Tensor:
+        """Scale row i of a curvature-vector product (m, k) by its sample's relative mass.
+
+        Where rows share noise, H holds ρ_ab ∂²ℓ/∂r_a∂r_b of two rows of a unit as well.
+        """
+        if rows.units is not None:
+            return rows.units.weighted(product, rows.index)
+        return scaled_by_mass(product, self._mass_of(rows.index, product.device))
 
     def kinks(self, rows: Rows) -> Tensor | None:
         """What kinks add to the diagonal, shape (k,), over all ranks; None where R is not given."""
         if rows.preactivation is None or rows.gradient is None:
             return None
         mass = self._mass_of(rows.index, rows.gradient.device)
+        if rows.units is not None:
+            mass = rows.units.mass if rows.index is None else rows.units.mass[rows.index]
         both = rows.preactivation, rows.gradient
         signs = rows.ranks.sum(kink_signs(*both))
         found = kink_terms(*both, signs, mass, leaky=self.leaky).sum(-2)
@@ -243,7 +258,7 @@ class Probe(_SecondDerivative):
 
     def column(self, rows: Rows) -> Tensor:
         """The column of H that a pass :meth:`along` a unit gives, shape (k,), kinks left out."""
-        product = at_least_single(self.weighted(rows.product, rows.index))
+        product = at_least_single(self.weighted(rows.product, rows))
         signs = at_least_single(rows.observed).sum(1, keepdim=True)
         return (signs * product).sum(0)
 
@@ -261,7 +276,7 @@ class Probe(_SecondDerivative):
 
     def moments(self, rows: Rows) -> Moments:
         """VᵀV / m and Vᵀ(HV), and what kinks add to it."""
-        product = self.weighted(rows.product, rows.index)
+        product = self.weighted(rows.product, rows)
         found, kinks = Moments.plain(rows.observed, product, rows.ranks), self.kinks(rows)
         if kinks is None:
             return found
@@ -322,7 +337,7 @@ class Exact(_SecondDerivative):
     def moments(self, rows: Rows) -> Moments:
         """The sum itself, beside a gram matrix of ones."""
         product, ranks = rows.product, rows.ranks
-        parts = self.weighted(product.flatten(1), rows.index)
+        parts = self.weighted(product.flatten(1), rows)
         total, kinks = ranks.sum(parts.sum(0).view(product.shape[1:])), self.kinks(rows)
         if kinks is not None:
             total = total + torch.diag(kinks).to(total)

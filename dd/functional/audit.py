@@ -10,7 +10,11 @@ __all__ = ["stein_excess", "stein_mismatch"]
 
 
 def stein_excess(
-    centred: Tensor, gradient: Tensor, probe: Tensor, product: Tensor
+    centred: Tensor,
+    gradient: Tensor,
+    probe: Tensor,
+    product: Tensor,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How far Stein's lemma exceeds a probe, as a share and in standard errors.
 
@@ -24,6 +28,7 @@ def stein_excess(
         gradient: G, shape (..., n, k).
         probe: V, shape (..., n, k), entries ±1.
         product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
+        unit: of each row, from 0, shape (n,), where rows of one are not independent.
 
     Returns:
         The difference tr R_cᵀG − tr K H over the nuclear norm of K H, and over its standard error;
@@ -38,7 +43,10 @@ def stein_excess(
     scatter = ((probe @ covariance) * (product - probe @ curvature / n)).sum(-1)
     total = unexplained.sum(-1)
     scale = torch.linalg.matrix_norm(covariance @ curvature, "nuc")
-    return total / scale, total / ((unexplained - scatter).std(-1) * n**0.5)
+    terms = unexplained - scatter
+    if unit is not None:
+        terms = terms.new_zeros(int(unit.max()) + 1).index_add_(0, unit, terms)
+    return total / scale, total / (terms.std(-1) * terms.shape[-1] ** 0.5)
 
 
 def stein_mismatch(

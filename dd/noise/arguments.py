@@ -50,7 +50,8 @@ def _as_matrix(inputs: Tensor | np.ndarray) -> Tensor | np.ndarray:
     if len(values.shape) != 2 or 0 in values.shape:
         raise ValueError(
             f"NoiseModel: expected inputs of shape (n, d), got {tuple(values.shape)}; "
-            "flatten each sample to one row"
+            "flatten each sample to one row, or, of several rows a sample, NoiseModel.fit takes "
+            "(n, rows, d)"
         )
     return values
 

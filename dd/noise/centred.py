@@ -35,6 +35,8 @@ class CentredInputs:
         directions: orthonormal, shape (d, m), float64; what lies along them is taken out. None
             until :meth:`separate`.
         power: mean of ‖x_i‖² over d.
+        independence: share of the degrees of freedom that independent samples would need to scatter
+            as much.
         largest: of all |x_ij|.
 
     Raises:
@@ -42,7 +44,7 @@ class CentredInputs:
     """
 
     def __init__(self, source: Tensor | np.ndarray, components: Tensor | None) -> None:
-        self.source = source
+        self.source, self.independence = source, 1.0
         self.directions: Tensor | None = None
         self._along: Tensor | None = None
         n, d = source.shape
@@ -85,6 +87,11 @@ class CentredInputs:
     def degrees(self) -> int:
         """Degrees of freedom, n less the number of components."""
         return len(self.source) - len(self.sizes)
+
+    @property
+    def effective_degrees(self) -> int:
+        """Degrees of freedom of independent samples that scatter as much."""
+        return max(2, round(self.degrees * self.independence))
 
     @property
     def dimension(self) -> int:

@@ -1,6 +1,5 @@
 """The noise that a sample carries around the mean of its mixture component."""
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,25 +7,20 @@ import torch
 from torch import Tensor
 
 from dd.noise.arguments import _as_components, _check_bins, _check_relative_mass
-from dd.noise.centred import CentredInputs
 from dd.noise.measures import (
     _centred,
     _effective_rank,
-    _is_flat,
     _is_heavy_tailed,
     _may_separate,
-    _one_bin,
-    _relative_mass,
-    _sample_spectrum,
     _span,
 )
-from dd.noise.quadrature import nodes
-from dd.noise.spectrum import population_eigenvalues
+from dd.noise.parts import measured, measured_units, refuse_for_units
+from dd.noise.unit_fit import unit_inputs
+from dd.noise.units import Units
+from dd.noise.words import described
 from dd.support.checks import check_count
 
 __all__ = ["NoiseModel"]
-
-MOST_BINS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +48,8 @@ class NoiseModel:
         copies: how many of them are copies of others, or nearly so; None where not looked for.
         separated: the same noise with the directions of the component means kept out of the bins,
             for an optimizer that follows these exactly (``head=``); or None.
+        units: which rows share noise, where several are one unit: ``components`` are then those of
+            the samples, and masses those of the units' Gram matrices. None where a sample is a row.
         separated_from: what ``separated`` goes with: a model whose noise was replaced afterwards
             has no other form.
 
@@ -78,6 +74,7 @@ class NoiseModel:
     norm_variation: float | None = None
     fingerprints: Tensor | None = None
     copies: int | None = None
+    units: Units | None = None
     separated: "NoiseModel | None" = None
     separated_from: tuple[Tensor | None, ...] | None = None
 
@@ -128,7 +125,7 @@ class NoiseModel:
             (torch.Size([1]), [50.0])
         """
         centred, norms = _centred(inputs, components)
-        return cls._of(centred, _one_bin(centred, norms), _relative_mass(centred, norms))
+        return cls(**measured(centred, norms, bins=1, per_sample=False))
 
     @classmethod
     def fit(
@@ -137,6 +134,7 @@ class NoiseModel:
         components: Tensor | np.ndarray | None = None,
         bins: int | None = None,
         *,
+        groups: Tensor | np.ndarray | None = None,
         per_sample: bool | None = None,
         separate_means: bool | None = None,
     ) -> "NoiseModel":
@@ -149,13 +147,17 @@ class NoiseModel:
         ``numpy.memmap`` larger than memory.
 
         Args:
-            inputs: training inputs, shape (n, d), on any device or in a mapped file.
-            components: as in :meth:`isotropic`.
+            inputs: training inputs, shape (n, d), on any device or in a mapped file; or (n, …, d)
+                for samples of several rows each, which are left out together (patches, tokens,
+                views). Their rows are told apart by position; rows of zeros are padding.
+            components: as in :meth:`isotropic`, one a sample.
             bins: largest number of bins; fewer are taken where fewer serve as well, to half a per
                 cent of what the correction makes of the spectrum. One bin is the isotropic model.
                 By default one where the spectrum is flat up to what n samples resolve or the
                 correction feels (a relative variance of the eigenvalues below 0.02 or 6/n), else
                 12 at most.
+            groups: which rows of inputs (n, d) are left out together, such as all of one patient:
+                an integer for each row, shape (n,).
             per_sample: whether a sample's noise mass is scaled by ‖z_i‖² over its mean; by default
                 where the components are known and these norms vary far more than those of Gaussian
                 noise would.
@@ -178,57 +180,25 @@ class NoiseModel:
             >>> noise = dd.NoiseModel.fit(X, y, bins=2)
             >>> noise.eigenvalues.round()
             tensor([4., 1.])
+            >>> patients = torch.arange(500) // 5  # five rows of each
+            >>> print(dd.NoiseModel.fit(X, y, groups=patients).units)
+            100 units of 5 rows that correlate by ...
+            >>> print(dd.NoiseModel.fit(X.view(100, 5, 50)).units)  # five rows a sample
+            100 units of 5 rows that correlate by ...
         """
         if bins is not None:
             check_count("NoiseModel: bins", bins)
+        units = unit_inputs(inputs, components, groups)
+        if units is not None:
+            refuse_for_units(per_sample, separate_means)
+            return cls(**measured_units(units, bins))
         centred, norms = _centred(inputs, components, separate_means=separate_means is True)
-        model = cls._fitted(centred, norms, bins, per_sample)
+        model = cls(**measured(centred, norms, bins, per_sample=per_sample))
         if separate_means is not None or not _may_separate(centred):
             return model
         centred.separate(_span(centred.means, centred.dimension - 1))
-        apart = cls._fitted(centred, centred.squared_norms(), bins, per_sample)
-        return model._with(apart)
-
-    @classmethod
-    def _fitted(
-        cls, centred: CentredInputs, norms: Tensor, bins: int | None, per_sample: bool | None
-    ) -> "NoiseModel":
-        relative = _relative_mass(centred, norms)
-        if bins == 1 and per_sample is False:
-            return cls._of(centred, _one_bin(centred, norms), relative)
-        sample = _sample_spectrum(centred)
-        spectrum = population_eigenvalues(sample, centred.dimension, centred.degrees)
-        if bins is None:
-            flat = _is_flat(sample, centred.dimension, centred.degrees)
-            bins = 1 if flat else MOST_BINS
-        if per_sample is None:
-            variance, rank = float(relative.double().var()), _effective_rank(spectrum)
-            per_sample = centred.components is not None and _is_heavy_tailed(variance, rank)
-        binned = _one_bin(centred, norms) if bins == 1 else nodes(spectrum, bins)
-        return cls._of(centred, binned, relative, per_sample=per_sample)
-
-    @classmethod
-    def _of(
-        cls,
-        centred: CentredInputs,
-        binned: tuple[Tensor, Tensor],
-        relative: Tensor,
-        *,
-        per_sample: bool = False,
-    ) -> "NoiseModel":
-        eigenvalues, multiplicities = binned
-        like, directions = centred.means.to(centred.dtype), centred.directions
-        return cls(
-            eigenvalues=eigenvalues.to(like),
-            multiplicities=multiplicities.to(like),
-            components=centred.components,
-            relative_mass=relative if per_sample else None,
-            fitted_on=len(relative),
-            norm_variation=float(relative.double().std(correction=0)),
-            mean_directions=None if directions is None else directions.to(like),
-            fingerprints=centred.fingerprints,
-            copies=centred.copies,
-        )
+        apart = measured(centred, centred.squared_norms(), bins, per_sample=per_sample)
+        return model._with(cls(**apart))
 
     @property
     def is_in_both_forms(self) -> bool:
@@ -353,30 +323,13 @@ class NoiseModel:
             components=some(self.components),
             relative_mass=some(self.relative_mass),
             fingerprints=some(self.fingerprints),
+            units=None if self.units is None else self.units.of(rows),
         )
         return some_of_all._with(self._apart.of(rows) if self._apart else None)
 
     def __str__(self) -> str:
         """One line: bins, effective rank (tr Σ)²/tr Σ², n/d, and how the norms vary."""
-        d = self.dimension
-        rank = self.effective_rank
-        count = len(self.eigenvalues)
-        parts = [f"{count} bin{'s' * (count > 1)}", f"effective rank {rank:.4g} of {d}"]
-        if self.fitted_on is not None:
-            parts.append(f"n/d {self.fitted_on / d:.3g}")
-        if self.norm_variation is not None:
-            # The relative deviation of ‖z‖² = Σ λ_j ξ_j² under Gaussian noise.
-            gaussian = f" (Gaussian {math.sqrt(2 / rank):.2f})" if rank > 0 else ""
-            parts.append(f"norm variation {self.norm_variation:.2f}{gaussian}")
-        if self.components is not None:
-            parts.append(f"{int(self.components.max()) + 1} components")
-        if self.is_followed_exactly:
-            parts = [f"{d} inputs, all followed exactly", *parts[2:]]
-        elif self.mean_directions is not None:
-            parts.append(f"{self.mean_directions.shape[1]} directions of their means apart")
-        if self.relative_mass is not None:
-            parts.append("a mass for every sample")
-        return "noise model: " + ", ".join(parts)
+        return described(self)
 
     @property
     def is_followed_exactly(self) -> bool:
@@ -406,8 +359,17 @@ class NoiseModel:
     @property
     def num_samples(self) -> int | None:
         """Number of samples n that the model knows one by one, or None."""
+        if self.units is not None:
+            return len(self.units) if self.units.are_samples else self.units.count
         known = self.components if self.relative_mass is None else self.relative_mass
         return None if known is None else len(known)
+
+    @property
+    def row_components(self) -> Tensor | None:
+        """Component of each row of the inputs, of its position too where samples have several."""
+        if self.units is None or self.components is None or not self.units.are_samples:
+            return self.components
+        return self.components[self.units.unit] * self.units.places + self.units.place
 
     @property
     def mass(self) -> Tensor:
@@ -433,6 +395,7 @@ class NoiseModel:
                 None if self.mean_directions is None else self.mean_directions.to(device, dtype)
             ),
             fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
+            units=None if self.units is None else self.units.to(device, dtype),
         )
         return moved._with(self._apart.to(device, dtype) if self._apart else None)
 

@@ -19,6 +19,8 @@ __all__ = ["population_eigenvalues", "sample_eigenvalues"]
 # Resolution of the equation and of the spectrum; both are smooth on this scale.
 _RIDGES = 80
 _ATOMS = 100
+# Share of the degrees of freedom up to which κ is known where rows are more than these.
+_MOST_FREEDOM = 0.9
 
 
 def sample_eigenvalues(centred: Tensor | CentredInputs, degrees: int) -> Tensor:
@@ -97,6 +99,10 @@ def _effective_ridges(observed: np.ndarray, degrees: int) -> tuple[np.ndarray, n
     """Return κ and the degrees of freedom that it leaves, over a grid of sample ridges."""
     sample_ridges = np.geomspace(20 * observed[0], 0.1 * observed[-1], _RIDGES)
     freedom = (observed / (observed + sample_ridges[:, None])).sum(1)
+    if freedom.max() >= degrees:
+        # Rows that share noise are more than their degrees of freedom.
+        known = freedom < _MOST_FREEDOM * degrees
+        sample_ridges, freedom = sample_ridges[known], freedom[known]
     return sample_ridges / (1 - freedom / degrees), freedom
 
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from dd.correction.attachment import Attachment
 from dd.curvature.choice import check_name
 from dd.noise.model import NoiseModel
@@ -32,7 +30,7 @@ def check_settings(damping: float, curvature: str, process_group: Any) -> None:
         )
 
 
-def refuse_without_module(layer: nn.Module | str | None, noise: NoiseModel | None) -> None:
+def refuse_without_module(layer: object, noise: NoiseModel | None) -> None:
     """Refuse what says how to attach where there is no module to attach to.
 
     Raises:

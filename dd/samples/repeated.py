@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dd.samples.placement import Placement
+from dd.support.fingerprint import whole_fingerprint
 
 __all__ = ["RepeatedBatch", "identity"]
 
@@ -35,7 +36,7 @@ class RepeatedBatch:
         """Whether this batch came again.
 
         Args:
-            inputs: of a batch, shape (m, d).
+            inputs: of a batch, shape (m, d) or (m, P, d).
         """
         now, then = identity(inputs), self.identity
         owner = now[0]()
@@ -44,8 +45,11 @@ class RepeatedBatch:
         if not _changes_unseen(inputs):
             return True
         rows, directions, found, tolerance = self._some
-        off = inputs.detach()[rows].double() @ directions - found
+        off = self._projected(inputs.detach()[rows].double() @ directions) - found
         return bool(torch.linalg.vector_norm(off, torch.inf) <= tolerance)
+
+    def _projected(self, rows: Tensor) -> Tensor:
+        return rows if rows.dim() == 2 else whole_fingerprint(rows)
 
     @cached_property
     def _some(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["Fingerprints", "directions", "fingerprint"]
+__all__ = ["PROJECTIONS", "Fingerprints", "directions", "fingerprint", "whole_fingerprint"]
 
 PROJECTIONS = 3
 
@@ -40,6 +40,21 @@ def fingerprint(inputs: Tensor, along: Tensor | None = None) -> Tensor:
     along = directions(values.shape[1]).to(values) if along is None else along
     # A matrix product would be rounded to TensorFloat32 where the user allows that.
     return torch.stack([values @ direction for direction in along], 1)
+
+
+def whole_fingerprint(rows: Tensor) -> Tensor:
+    """The fingerprints of samples of several rows, in their order.
+
+    Args:
+        rows: fingerprints of the rows, shape (n, P, 3).
+
+    Returns:
+        Shape (n, 3).
+    """
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(rows.shape[1], generator=generator, dtype=torch.float32).to(rows)
+    # A matrix product would be rounded to TensorFloat32 where the user allows that.
+    return (rows * weights.unsqueeze(1)).sum(1)
 
 
 class Fingerprints:

@@ -50,6 +50,14 @@ class Ranks:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool((least == most).all())
 
+    def agree_on_rows(self, values: Tensor) -> bool:
+        """Whether every rank has the same rows in one order, shape (n, j)."""
+        known = values.double()
+        weights = torch.arange(1, len(known) + 1, device=known.device).double()
+        # Unseen samples are no numbers, so that ranks with other ones seen do not agree.
+        seen = (~known.isnan()).double()
+        return self.agree(torch.stack([weights @ known.nan_to_num(), weights @ seen]))
+
     def gather(self, rows: Tensor) -> Tensor:
         """Rows of all ranks, one after the other.
 

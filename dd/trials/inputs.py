@@ -265,6 +265,11 @@ def check_noise(
         found = fingerprint(rows)
         if fitted_samples(found, model, rows.dtype) is None:
             refuse_others(found, model)
+        if model.units is not None:
+            raise ValueError(
+                "run_trials: a noise model has groups of rows that are left out together, which "
+                "run_trials does not follow; train each trial with dd.DecoupledDescent"
+            )
         if model.mean_directions is not None:
             raise ValueError(
                 "run_trials: a noise model leaves out the directions of the component means, "

@@ -29,6 +29,7 @@ from dd.functional import (
     stein_excess,
     stein_mismatch,
 )
+from dd.noise.units import Units
 from dd.samples.placement import Placement
 from dd.support.user_warning import warn_user
 
@@ -161,6 +162,7 @@ class Audit:
         capture: the forward.
         estimator: its estimator of the curvature.
         relative_mass: noise mass of each row over the mean, shape (m,), or None.
+        units: rows that share noise, or None.
         leaky: whether kinks at 0 may be other than a ReLU's.
         seed: of the probe; the global generators are left alone.
         forward: number of the forward.
@@ -178,8 +180,10 @@ class Audit:
         forward: int,
         report: Callable[[], None],
         *,
+        units: Units | None = None,
         leaky: bool = False,
     ) -> None:
+        self._units = units
         self._capture = weakref.ref(capture)
         self._estimator, self._relative_mass, self._leaky = estimator, relative_mass, leaky
         self._seed, self._forward, self._report = seed, forward, report
@@ -231,6 +235,9 @@ class Audit:
         with torch.no_grad():
             mass, index = self._relative_mass, capture.placement.index
             gradient, estimator = gradient.detach(), self._estimator
+            if self._units is not None:
+                found = self._of_units(self._units, index, (observed, gradient, probe, product))
+                return AuditResult(*(float(value) for value in found))
             # Stein's lemma weighs every sample by its noise mass.
             product = scaled_by_mass(product, mass)
             centred = estimator.centred(observed, index)
@@ -242,6 +249,22 @@ class Audit:
             around, ridge = estimator.centred(gradient, index), estimator.ridge
             mismatch = stein_mismatch(centred, around, probe, product, kinks, ridge)
             return AuditResult(*torch.stack([*excess, *mismatch]).tolist())
+
+    def _of_units(
+        self, units: Units, index: Tensor | None, rows: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The same of rows that share noise, whose errors are those of sums over units."""
+        observed, gradient, probe, product = rows
+        unit, there = units.unit, units.has_noise
+        if index is not None:
+            unit, there = unit[index], there[index]
+        product = units.weighted(product, index)
+        centred = self._estimator.centred(observed, index)
+        centred, gradient, probe, product = (
+            part[there] for part in (centred, gradient, probe, product)
+        )
+        unit = torch.unique(unit[there], return_inverse=True)[1]
+        return stein_excess(centred, gradient, probe, product, unit)
 
 
 class AuditResult(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dd.curvature.choice import has_leaky_kinks
+from dd.curvature.custom import CurvatureWarning
 from dd.curvature.estimators import Curvature, Stein
 from dd.noise.copies import CopyWatch, count_copies
 from dd.noise.model import NoiseModel
@@ -29,10 +30,14 @@ from dd.watch.strain import (
     StrainWarning,
     copies_strain_message,
     head_strain_message,
+    pooled_strain_message,
     strain_messages,
 )
 
 __all__ = ["ModelWatch", "WatchedModel"]
+
+# Training forwards in which what pools the rows is looked at.
+_FORWARDS_LOOKED_AT = 3
 
 logger = logging.getLogger("dd")
 
@@ -44,11 +49,13 @@ class WatchedModel:
     Attributes:
         module: the model.
         layer: its decoupled layer.
+        name: dotted name of that.
         noise: the noise model in use, or None before it is fitted.
         given_noise: the one that was given, or None.
         estimator: of the curvature.
         samples: the training samples of this process.
         total: gives their number over all processes, or None before it is known.
+        width: of the decoupled layers, k.
         stalls: whether to look at a number waits for work that is queued on a device.
         corrected: trained numbers that all samples share and that are corrected.
         uncorrected: gives the number of those that are not.
@@ -56,11 +63,13 @@ class WatchedModel:
 
     module: nn.Module
     layer: nn.Linear
+    name: str
     noise: NoiseModel | None
     given_noise: NoiseModel | None
     estimator: Curvature
     samples: Samples
     total: Callable[[], int | None]
+    width: int
     stalls: bool
     corrected: int
     uncorrected: Callable[[], int]
@@ -197,6 +206,10 @@ class ModelWatch:
         layer, head = subject.layer, subject.uncorrected()
         total = subject.total()
         assert total is not None
+        units = None if subject.noise is None else subject.noise.units
+        rows = None
+        if units is not None:
+            total, rows = len(units), units.effective_rows
         copies = self._copies_at_once(subject, placement, inputs)
         if copies is None:
             self._copies = CopyWatch()
@@ -204,9 +217,10 @@ class ModelWatch:
         for sentence in strain_messages(
             total,
             layer.in_features,
-            layer.out_features,
+            subject.width,
             head,
             0 if copies is None else round(copies * total),
+            rows=rows,
             corrected=subject.corrected,
             ignores_heavy_tails=subject.noise is not None and subject.noise.ignores_heavy_tails,
         ):
@@ -227,7 +241,7 @@ class ModelWatch:
         noise, samples = subject.noise, subject.samples
         of_samples = subject.given_noise is None or samples.are_fitted
         if noise is not None and noise.copies is not None and noise.fitted_on and of_samples:
-            return noise.copies / noise.fitted_on
+            return noise.copies / (noise.fitted_on if noise.units is None else len(noise.units))
         if placement.index is not None or math.isinf(samples.total(subject.given_noise)):
             return None
         return count_copies(placement.fingerprints, inputs.__getitem__) / len(inputs)
@@ -245,6 +259,48 @@ class ModelWatch:
         sentence = copies_strain_message(copies, known.count)
         if sentence is not None:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
+
+    def look_at_output(self, subject: WatchedModel, rows: int, output: Tensor) -> None:
+        """Warn once of a model that makes one output of several rows, which are then one unit.
+
+        Args:
+            subject: the model.
+            rows: that the decoupled layer received.
+            output: of the model, any shape.
+
+        Warns:
+            StrainWarning: if it does.
+        """
+        outputs = len(output) if output.dim() > 0 else 0
+        if outputs == 0 or outputs == rows or rows % outputs != 0:
+            return
+        sentence = pooled_strain_message(subject.name, rows, outputs)
+        if self.doubt("Rows of one sample are taken for samples."):
+            warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
+
+    def look_at_pooling(self, gradient: Tensor) -> None:
+        """Warn once of a maximum over rows, whose ties no second derivative sees.
+
+        Args:
+            gradient: G of the rows of some samples, shape (m, P, k).
+
+        Warns:
+            CurvatureWarning: if in each sample one row at most has a gradient, unit for unit.
+        """
+        if self._forwards > _FORWARDS_LOOKED_AT:
+            return
+        pushed = (gradient != 0).sum(1)
+        if not bool((pushed <= 1).all()) or float((pushed == 1).double().mean()) < 0.5:
+            return
+        if self.doubt("A probe does not see the curvature of a maximum over rows."):
+            warn_user(
+                "DecoupledDescent: behind the decoupled layer a maximum over the rows of a sample "
+                "is taken, and where rows tie no second derivative sees its curvature: the "
+                "training error may be off by several points. Remedy, where the inputs are "
+                'Gaussian within known components: curvature="stein" and '
+                "noise=dd.NoiseModel.fit(inputs, components); or a smooth maximum (logsumexp).",
+                CurvatureWarning,
+            )
 
     def outgoing(
         self, subject: WatchedModel, capture: AuditedForward, preactivation: Tensor, seed: int
@@ -270,9 +326,9 @@ class ModelWatch:
         if mass is not None and index is not None:
             mass = mass[index]
         leaky = has_leaky_kinks(subject.module)
-        self._audit = Audit(
-            capture, estimator, mass, seed, self._forwards, self._found, leaky=leaky
-        )
+        units = None if subject.noise is None else subject.noise.units
+        given = capture, estimator, mass, seed, self._forwards, self._found
+        self._audit = Audit(*given, units=units, leaky=leaky)
         return preactivation.as_subclass(AuditedTensor)
 
     def _found(self) -> None:

@@ -60,6 +60,8 @@ def largest_shadow_ratio(noise: NoiseModel, num_samples: int) -> float:
     if noise.is_followed_exactly and noise.norm_variation is not None:
         # Every sample's own mass is in its coordinates.
         tails = math.hypot(1.0, noise.norm_variation)
+    if noise.units is not None:
+        num_samples = round(noise.units.effective_rows)
     return min(MOST, MARGIN * math.sqrt(noise.dimension / num_samples) * tails)
 
 

@@ -47,9 +47,9 @@ class StepWatches:
         if noise is None:
             return
         if self._feedback is None:
-            self._feedback = DivergenceWatch(
-                noise.eigenvalues, noise.multiplicities, len(preactivation)
-            )
+            units = noise.units
+            rows = len(preactivation) if units is None else round(units.effective_rows)
+            self._feedback = DivergenceWatch(noise.eigenvalues, noise.multiplicities, rows)
         self._feedback.observe(preactivation)
 
     @property

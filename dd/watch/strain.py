@@ -1,6 +1,12 @@
 """Sizes at which the theory of decoupled descent is strained."""
 
-__all__ = ["StrainWarning", "copies_strain_message", "head_strain_message", "strain_messages"]
+__all__ = [
+    "StrainWarning",
+    "copies_strain_message",
+    "head_strain_message",
+    "pooled_strain_message",
+    "strain_messages",
+]
 
 # Beyond these the mean gap was found to be 1.5 to 6 times its sampling floor, within them at most
 # 1.6 times (docs/when-to-trust.md).
@@ -35,6 +41,7 @@ def strain_messages(
     head: int,
     copies: int,
     *,
+    rows: float | None = None,
     corrected: int = 0,
     ignores_heavy_tails: bool = False,
 ) -> list[str]:
@@ -46,6 +53,7 @@ def strain_messages(
         k: its width.
         head: trained numbers that all samples share and that are not corrected.
         copies: samples that equal another, or nearly.
+        rows: independent rows that say as much of the noise, where a sample has several.
         corrected: trained numbers that all samples share and that are.
         ignores_heavy_tails: whether the noise model does.
 
@@ -53,11 +61,13 @@ def strain_messages(
         One sentence for every number that is out of range, and for an unfit noise model.
     """
     sentences = []
-    if n < MIN_SAMPLES_PER_INPUT * d:
+    known = n if rows is None else rows
+    if known < MIN_SAMPLES_PER_INPUT * d:
+        what = "samples" if rows is None else "independent rows' worth of samples"
         sentences.append(
-            f"{n} samples of dimension {d} (n/d = {n / d:.2g}): the noise spectrum is known "
-            "poorly and the correction is coarse; expect the training error to be off by several "
-            "points."
+            f"{known:.0f} {what} of dimension {d} (n/d = {known / d:.2g}): the noise spectrum is "
+            "known poorly and the correction is coarse; expect the training error to be off by "
+            "several points."
         )
     if k * k > MAX_SQUARED_WIDTH_PER_SAMPLE * n:
         sentences.append(
@@ -123,5 +133,23 @@ def copies_strain_message(copies: int, n: int) -> str | None:
     return (
         f"{copies} of {n} samples are copies of others, or nearly: each leaves its imprint on its "
         "twins, and only its own is removed; expect a training error that is too low. Keep each "
-        "sample once, and weigh it in the loss by its count."
+        "sample once, and weigh it in the loss by its count; or leave what belongs together out "
+        "together, NoiseModel.fit(inputs, components, groups=ids)."
+    )
+
+
+def pooled_strain_message(layer: str, rows: int, outputs: int) -> str:
+    """Say what to expect where several rows make one output.
+
+    Args:
+        layer: name of the decoupled layer.
+        rows: that it received.
+        outputs: that the model made of them.
+    """
+    return (
+        f"layer {layer!r} received {rows} rows and the model returned {outputs}, so that "
+        f"{rows // outputs} rows seem to be one sample: their noise and their gradients go "
+        "together, each is corrected as if it stood alone, and the training error is too low. Hand "
+        f"the layer inputs of shape (samples, {rows // outputs}, d), which nn.Linear takes as they "
+        "are, and fit NoiseModel.fit on inputs of that shape."
     )

@@ -1,0 +1,117 @@
+"""What a noise model is made of, measured."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dd.noise.centred import CentredInputs
+from dd.noise.measures import (
+    _centred,
+    _effective_rank,
+    _is_flat,
+    _is_heavy_tailed,
+    _one_bin,
+    _relative_mass,
+    _sample_spectrum,
+)
+from dd.noise.quadrature import nodes
+from dd.noise.spectrum import population_eigenvalues
+from dd.noise.unit_fit import UnitInputs
+
+__all__ = ["measured", "measured_units", "refuse_for_units"]
+
+MOST_BINS = 12
+
+
+def measured(
+    centred: CentredInputs, norms: Tensor, bins: int | None, *, per_sample: bool | None
+) -> dict[str, Any]:
+    """Fields of a noise model of samples of one row.
+
+    Args:
+        centred: the inputs around their means.
+        norms: ‖z_i‖², shape (n,).
+        bins: as in :meth:`dd.NoiseModel.fit`, as is the next.
+        per_sample: whether each sample has a mass of its own.
+    """
+    relative = _relative_mass(centred, norms)
+    binned, per_sample = _binned(centred, norms, relative, bins, per_sample)
+    return {
+        **_bins(centred, binned),
+        "components": centred.components,
+        "relative_mass": relative if per_sample else None,
+        "fitted_on": len(relative),
+        "norm_variation": float(relative.double().std(correction=0)),
+        "fingerprints": centred.fingerprints,
+        "copies": centred.copies,
+    }
+
+
+def measured_units(given: UnitInputs, bins: int | None) -> dict[str, Any]:
+    """Fields of a noise model of rows that share noise.
+
+    Args:
+        given: the rows.
+        bins: as in :meth:`dd.NoiseModel.fit`.
+    """
+    centred, norms = _centred(given.values, given.components)
+    units = given.units(centred)
+    centred.independence = given.independence(units)
+    fingerprints, components = given.fingerprints(centred), given.of_samples
+    binned, _ = _binned(centred, norms, norms, bins, per_sample=False)
+    return {
+        **_bins(centred, binned),
+        "components": None if components is None else components.to(centred.device),
+        "fitted_on": len(fingerprints),
+        "fingerprints": fingerprints,
+        "copies": given.copies(centred, fingerprints),
+        "units": units,
+    }
+
+
+def refuse_for_units(per_sample: bool | None, separate_means: bool | None) -> None:
+    """Refuse what does not go with rows that share noise.
+
+    Raises:
+        ValueError: if a mass for all, or the means apart, are asked for.
+    """
+    if separate_means:
+        raise ValueError(
+            "NoiseModel: separate_means is for head=True, which does not follow samples of "
+            "several rows yet; leave it out, and use head=False"
+        )
+    if per_sample is False:
+        raise ValueError(
+            "NoiseModel: rows that share noise have the masses of their own Gram matrices; leave "
+            "per_sample out"
+        )
+
+
+def _bins(centred: CentredInputs, binned: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    like, directions = centred.means.to(centred.dtype), centred.directions
+    return {
+        "eigenvalues": binned[0].to(like),
+        "multiplicities": binned[1].to(like),
+        "mean_directions": None if directions is None else directions.to(like),
+    }
+
+
+def _binned(
+    centred: CentredInputs,
+    norms: Tensor,
+    relative: Tensor,
+    bins: int | None,
+    per_sample: bool | None,
+) -> tuple[tuple[Tensor, Tensor], bool]:
+    """Eigenvalues and multiplicities, and whether each sample has a mass of its own."""
+    if bins == 1 and per_sample is False:
+        return _one_bin(centred, norms), False
+    sample = _sample_spectrum(centred)
+    spectrum = population_eigenvalues(sample, centred.dimension, centred.effective_degrees)
+    if bins is None:
+        flat = _is_flat(sample, centred.dimension, centred.effective_degrees)
+        bins = 1 if flat else MOST_BINS
+    if per_sample is None:
+        variance, rank = float(relative.double().var()), _effective_rank(spectrum)
+        per_sample = centred.components is not None and _is_heavy_tailed(variance, rank)
+    return _one_bin(centred, norms) if bins == 1 else nodes(spectrum, bins), per_sample

@@ -1,0 +1,41 @@
+"""A hook on a module that does not outlive whoever looks, and does nothing for a copy."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo
+
+__all__ = ["WeakHook"]
+
+
+class WeakHook:
+    """Lets a method see what a module is given; inert in compiled code and in copies.
+
+    Args:
+        method: of an owner that may be forgotten; None for an inert hook.
+    """
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeakHook":
+        """Return an inert hook."""
+        return WeakHook()
+
+    def __reduce__(self) -> tuple[type["WeakHook"], tuple[()]]:
+        """Pickle as an inert hook."""
+        return WeakHook, ()
+
+    def __call__(self, *arguments: Any) -> None:
+        """Tell the owner, if it lives."""
+        if self._method is None or torch.compiler.is_compiling():
+            return
+        self._tell(*arguments)
+
+    @_disable_dynamo
+    def _tell(self, *arguments: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(*arguments)
