@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dd
-from dd.data import xor
+from dd.data import generator, xor
 from dd.experiments.models import two_layer
 from dd.rules.line_search.search import NO_MOVE, LineSearch, Point
 from tests.closures import closure_of
@@ -118,11 +118,20 @@ def test_the_first_turn_is_nearly_a_quarter_where_that_informs():
     assert angle_and_size(toy, LineSearch().choose(toy, memory)) == pytest.approx((0.9, 2.0))
 
 
-@pytest.mark.parametrize(("best", "expected"), [(0.0, 0.0), (0.05, 0.06), (0.7, 0.6), (9.0, 2.0)])
-def test_a_turn_takes_the_head_step_of_lowest_loss(best, expected):
-    """Of shares of 0, 3, 10, 30 and 100 % of a unit of 2."""
+@pytest.mark.parametrize(("best", "expected"), [(0.0, 0.0), (0.05, 0.06), (0.7, 0.6), (9.0, 0.6)])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_turn_takes_the_head_step_of_lowest_loss(turns, best, expected):
+    """Of shares of 0, 3, 10 and 30 % of a unit of 2: of a larger one the signs would be noise's."""
     toy = Toy(lambda rows, t: blind(rows, t) + 100 * (t - best) ** 2, head=(1.0, 0.5), start=10.0)
-    assert LineSearch().choose(toy, {"constant": 1.0}).head == pytest.approx(expected)
+    memory = {"constant": 1.0, "rotations": turns}
+    assert LineSearch().choose(toy, memory).head == pytest.approx(expected)
+
+
+def test_a_quarter_turn_may_move_the_head_by_its_own_length():
+    toy = Toy(blind, head=(1.0, 0.5), start=10.0)
+    goal = toy.along / size_of(toy.along)
+    toy.loss_of = lambda rows, t: torch.tanh((rows - goal).square().mean() + (t - 2.0) ** 2)
+    assert LineSearch().choose(toy, {"constant": 1.0}).head == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
@@ -415,13 +424,33 @@ def test_xor_is_learnt_from_weights_that_know_nothing():
     """In 40 steps further than gradient descent in as many at any of four rates.
 
     The Bayes error is 0.033, its estimate on 800 samples at 0.05 has standard error 0.008. Errors
-    of different starts scatter by 0.01, so that only several tell 0.07 from 0.08.
+    of different starts scatter by 0.01, so that only several tell 0.07 from 0.08, and one gap of a
+    tracked error by 0.013.
     """
     found = [searched_and_descended(seed) for seed in range(3)]
     for error, tracked, least in found:
         assert error < min(0.075, least)
-        assert tracked == pytest.approx(error, abs=0.03)
+        assert abs(tracked - error) < 3 * 0.013
+    gaps = [tracked - error for error, tracked, _ in found]
+    assert abs(sum(gaps) / 3) < 3 * 0.013 / 3**0.5
     assert sum(error for error, *_ in found) < 0.85 * sum(least for *_, least in found)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_both_axes_of_xor_are_learnt(seed):
+    """A network that sees one axis errs on 0.15: heads without signs of both kinds lead there.
+
+    Errors estimated on 4000 samples have a standard error of 0.005.
+    """
+    split = xor(dimension=200, num_train=800, num_test=4000, separation=2.5, seed=seed)
+    source = generator(seed, "initialisation")
+    model = two_layer(200, 8, 2, hidden_scale=0.5, generator=source)
+    noise = dd.NoiseModel.isotropic(split.train_inputs)
+    optimizer = dd.DecoupledDescent(model, lr="auto", stop="auto", noise=noise, head=False)
+    closure = closure_of(model, optimizer, split.train_inputs, split.train_targets)
+    for _ in range(25):
+        optimizer.step(closure)
+    assert error_of(model, split.test_inputs, split.test_targets) < 0.12
 
 
 def errors_of(model, inputs, labels):

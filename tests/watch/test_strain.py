@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dd
-from dd.watch.strain import strain_messages
+from dd.watch.strain import means_strain_message, strain_messages
+from tests.closures import closure_of
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,33 @@ def test_tails_matter_where_shadows_do():
     assert strain_messages(500, 50, 4, 0, 0, ignores_heavy_tails=True) == []
     (found,) = strain_messages(499, 50, 4, 0, 0, ignores_heavy_tails=True)
     assert "to either side" in found
+
+
+def test_a_search_may_follow_half_of_the_dimensions_along_means():
+    assert means_strain_message(8, 16) is None
+    found = means_strain_message(9, 16)
+    assert found is not None
+    assert "span 9 of 16 dimensions" in found
+
+
+@pytest.mark.parametrize(("classes", "warnings_told"), [(2, 0), (3, 1)])
+def test_a_search_along_many_means_is_told_once(classes, warnings_told):
+    """Means of 2 classes, not centred, span 2 of 5 dimensions, of 3 classes 3."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % classes
+    inputs = 3 * torch.eye(5)[labels] + torch.randn(200, 5, generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, classes))
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = dd.DecoupledDescent(model, lr="auto", noise=noise, head=True)
+    closure = closure_of(model, optimizer, inputs, labels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step(closure)
+        optimizer.step(closure)
+    strained = [w for w in caught if w.category is dd.StrainWarning]
+    assert len(strained) == warnings_told
+    assert all("component means span 3 of 5" in str(w.message) for w in strained)
 
 
 def problem(n: int):

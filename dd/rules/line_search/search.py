@@ -1,8 +1,8 @@
 """Which point of a linear family a step moves to: the policy behind ``lr="auto"``."""
 
 import math
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -117,8 +117,11 @@ _RENEWALS, _KEPT = 12, 0.7
 # Losses of a ratio below this are the same but for rounding.
 _SAME = 1.001
 
-# Shares of the head's unit among which a rotation chooses.
+# Shares of the head's unit among which the lowest loss is chosen, at a quarter turn and without any
+# weights; and at other turns. What a weak start tells of the head is noise, and a head moved by its
+# own length loses the signs with which units take to different clusters.
 _HEAD_STEPS = (0.0, 0.03, 0.1, 0.3, 1.0)
+_SHORT_HEAD_STEPS = _HEAD_STEPS[:-1]
 
 
 _Evaluate = Callable[[Point], tuple[float, Tensor]]
@@ -165,7 +168,7 @@ class LineSearch:
             memory["lost"] = 1.0
             return without
         memory["rotations"] += 1
-        loss, point = _rotation(family, _ANGLE, _SIZE)
+        loss, point = _rotation(family, _ANGLE, _SIZE, _SHORT_HEAD_STEPS)
         return point if loss < math.inf else NO_MOVE
 
     def _renewed(self, family: Family, memory: dict[str, float]) -> tuple[float, Point]:
@@ -236,17 +239,19 @@ def _layer_units(family: Family) -> Tensor:
 
 def _without_weights(family: Family) -> tuple[float, Point]:
     """The lowest loss seen without any weights, and where."""
-    return _best(family, [Point(0.0, 0.0, 0.0, 0.0, t) for t in _head_steps(family)])
+    return _best(family, Point(0.0, 0.0, 0.0, 0.0, 0.0), _HEAD_STEPS)
 
 
 def _first_turn(family: Family, constant: float) -> Point:
-    loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE)
+    loss, point = _rotation(family, _FIRST_ANGLE, _FIRST_SIZE, _HEAD_STEPS)
     if loss >= _INFORMED * constant:
-        loss, point = _rotation(family, _ANGLE, _SIZE)
+        loss, point = _rotation(family, _ANGLE, _SIZE, _SHORT_HEAD_STEPS)
     return point if loss < math.inf else NO_MOVE
 
 
-def _rotation(family: Family, angle: float, size: float) -> tuple[float, Point]:
+def _rotation(
+    family: Family, angle: float, size: float, head_steps: Sequence[float]
+) -> tuple[float, Point]:
     """Turn R toward S by an angle, as if they were of equal size, and give it a size."""
     present, along = family.gram[0, 0].sqrt().item(), family.gram[1, 1].sqrt().item()
     if present > 0 and along > 0:
@@ -257,16 +262,14 @@ def _rotation(family: Family, angle: float, size: float) -> tuple[float, Point]:
     else:
         # Weights or gradients of zero: there is but one direction, or the head's alone.
         keep, step = 1.0, size / along if along > 0 else 0.0
-    return _best(family, [Point(keep, step, 0.0, 0.0, t) for t in _head_steps(family)])
+    return _best(family, Point(keep, step, 0.0, 0.0, 0.0), head_steps)
 
 
-def _best(family: Family, points: list[Point]) -> tuple[float, Point]:
-    return min(((family.evaluate(p)[0], p) for p in points), key=lambda found: found[0])
-
-
-def _head_steps(family: Family) -> list[float]:
+def _best(family: Family, point: Point, head_steps: Sequence[float]) -> tuple[float, Point]:
+    """The lowest loss at a point with one of some steps of the head, and where."""
     unit = _head_unit(family)
-    return [share * unit for share in _HEAD_STEPS]
+    points = [replace(point, head=share * unit) for share in head_steps]
+    return min(((family.evaluate(p)[0], p) for p in points), key=lambda found: found[0])
 
 
 def _head_unit(family: Family) -> float:

@@ -25,6 +25,7 @@ from dd.rules.line_search.settings import require_dense, require_loss, require_p
 from dd.rules.line_search.stopping import Outputs, StopRule
 from dd.support.user_warning import warn_user
 from dd.watch.step_watches import StepWatches
+from dd.watch.strain import StrainWarning, means_strain_message
 
 __all__ = ["LineStep", "NoSignalWarning", "SearchWarning"]
 
@@ -134,6 +135,7 @@ class LineStep:
         require_loss(loss)
         signal = self._only_forward().signal
         require_dense(self._moving)
+        self._look_at_means()
         before = {parameter: dict(state) for parameter, state in self._store.state.items()}
         try:
             self._require_unedited()
@@ -156,6 +158,16 @@ class LineStep:
         if memory.get("informed") == 0.0:
             self._forget_shared()
         return loss
+
+    def _look_at_means(self) -> None:
+        """Warn before the first step of too many directions that are corrected apart."""
+        attachment, noise = self._attachment, self._attachment.noise
+        apart = None if noise is None else noise.mean_directions
+        if attachment.shared is None or apart is None or MEMORY in self._state:
+            return
+        sentence = means_strain_message(apart.shape[1], attachment.layer.in_features)
+        if sentence is not None:
+            warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     @torch.no_grad()
     def _forget_shared(self) -> None:
