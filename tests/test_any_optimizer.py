@@ -19,6 +19,19 @@ pytestmark = [
 ]
 
 
+# One of every kind; the others are like them, and run with the slow tests.
+KINDS = ("SGD nesterov", "AdamW", "Adafactor", "Muon", "Schedule-Free SGD", "Schedule-Free AdamW")
+
+
+def each(names):
+    """Parametrise by name, slow but for one of every kind."""
+    marked = [pytest.param(n, marks=[] if n in KINDS else [pytest.mark.slow]) for n in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+EACH, EACH_CONTINUOUS = each(CASES), each([name for name in CASES if name != "SOAP"])
+
+
 def built(name, dtype=torch.float64, wrap=lambda model: model):
     (X, y, components), _ = problem()
     model = network(dtype=dtype)
@@ -51,7 +64,7 @@ def test_response_is_found_as_its_kind_has_it(name):
     assert 0 < tracker.response.share <= 1 + 1e-9
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH
 def test_mini_batches_are_those_of_full_passes_over_rows(name):
     """Absent samples go through a map, lazily; all at once they end at the same shadows."""
     X, y, model, optimizers, tracker = built(name)
@@ -68,7 +81,7 @@ def test_mini_batches_are_those_of_full_passes_over_rows(name):
 
 
 # SOAP's first eigenvectors are those of a matrix of low rank, and rounding chooses among them.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "SOAP"])
+@EACH_CONTINUOUS
 def test_accumulated_gradients_are_those_of_one_pass(name):
     found = run(name)[0]
     X, y, model, optimizers, tracker = built(name)
@@ -85,7 +98,7 @@ def test_accumulated_gradients_are_those_of_one_pass(name):
 
 
 @pytest.mark.parametrize("clip", ["norm", "value"])
-@pytest.mark.parametrize("name", CASES)
+@EACH
 def test_clipped_gradients_are_followed(name, clip):
     def edit(model, optimizers):
         if clip == "norm":
@@ -100,7 +113,7 @@ def test_clipped_gradients_are_followed(name, clip):
         assert has_found(name, tracker.response)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH
 def test_scheduled_rates_are_followed(name):
     X, y, model, optimizers, tracker = built(name)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda step: min(1.0, step / 3))
@@ -111,7 +124,7 @@ def test_scheduled_rates_are_followed(name):
     assert has_found(name, tracker.response)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH
 def test_scaled_losses_are_followed(name):
     X, y, model, optimizers, tracker = built(name)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -125,7 +138,7 @@ def test_scaled_losses_are_followed(name):
     assert close(tracker.shadow, run(name)[0], 0.02 if name.startswith("Muon") else 1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH
 def test_training_goes_on_from_saved_states(name):
     # In double precision NAdam itself does not: torch casts its mu_product when it loads it.
     single = {"dtype": torch.float32}
@@ -145,7 +158,7 @@ def test_training_goes_on_from_saved_states(name):
     assert torch.equal(other.shadow, tracker.shadow)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH
 def test_copies_of_an_optimizer_are_plain(name):
     X, y, model, optimizers, tracker = built(name)
     train(model, optimizers, full(X, y, 2))
