@@ -333,6 +333,8 @@ def test_displacements_that_the_theory_cannot_explain_are_seen():
         train(model, optimizer, inputs, labels, steps=1)
 
 
+# Of a long turn on the way, and told.
+@pytest.mark.filterwarnings("ignore::dd.ShadowWarning")
 def test_a_state_is_gone_on_with_in_its_own_form():
     """That of a search follows the means alone; a numeric rate would follow every direction."""
     settings = {"momentum": 0.0}

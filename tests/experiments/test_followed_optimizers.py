@@ -294,7 +294,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, override,
         ("+available.dd_adamw.speed=3", "the settings of optimizer dd_adamw do not fit"),
         ("+available.dd_adamw.decouple.speed=3", "the settings of optimizer dd_adamw do not fit"),
         ("available.dd_adamw.decouple.curvature=best", "curvature"),
-        ("+available.dd_adamw.decouple.head=true", "head=True needs the optimizer's own rule"),
+        ("+available.dd_adamw.decouple.head=auto", 'head="auto" is for dd.DecoupledDescent'),
         ("+available.dd_adamw.differentiable=true", "differentiable=True"),
     ],
 )

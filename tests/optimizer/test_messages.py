@@ -146,6 +146,7 @@ def test_what_changes_the_inputs_does_not_in_eval_mode(name):
 @pytest.mark.parametrize("curvature", ["probe", "probe_create_graph", "exact"])
 @pytest.mark.parametrize("loss", [nn.MultiMarginLoss(), nn.MultiMarginLoss(p=2)])
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.filterwarnings("ignore:.* was trained by another optimizer")
 def test_a_margin_loss_is_told_what_works(loss, curvature):
     inputs, labels = problem()
 

@@ -48,7 +48,8 @@ def test_other_units_and_other_rows_are_refused(labelled, fit):
     step(model, optimizer, inputs, targets)
     optimizer.detach()
     optimizer.attach(model, noise=dataclasses.replace(noise, fingerprints=None))
-    step(model, optimizer, inputs / 3, targets)
+    with pytest.warns(UserWarning, match="was trained by another optimizer"):
+        step(model, optimizer, inputs / 3, targets)
 
 
 def test_some_other_rows_are_refused():
