@@ -22,6 +22,11 @@ def _package(package, name, **settings):
     return partial(getattr(module, name), **settings)
 
 
+def _adam_mini(**settings):
+    made = _package("adam_mini", "Adam_mini", dim=60, n_heads=1, verbose=False, **settings)
+    return made and (lambda parameters: made([("hidden", one) for one in parameters]))
+
+
 # Rates with which XOR of the tests is learnt in some dozen steps.
 CASES = {
     "SGD": _torch("SGD", lr=0.3),
@@ -52,6 +57,7 @@ CASES = {
     "Lion": _package("lion_pytorch", "Lion", lr=0.002),
     "Schedule-Free SGD": _package("schedulefree", "SGDScheduleFree", lr=0.5),
     "Schedule-Free AdamW": _package("schedulefree", "AdamWScheduleFree", lr=0.01),
+    "Adam-mini": _adam_mini(lr=0.01),
     "Prodigy": _package("prodigyopt", "Prodigy", lr=1.0),
     "SOAP": _package("pytorch_optimizer", "SOAP", lr=0.003),
     "Shampoo": _package("pytorch_optimizer", "Shampoo", lr=0.003),
@@ -60,7 +66,7 @@ CASES = {
 }
 # Those whose update is a combination of known quantities at every step, Shampoo's before its
 # preconditioning begins; Muon's, whose iterations are in bfloat16, nearly.
-EXACT = ("SGD", "ASGD", "Schedule-Free", "LARS", "Shampoo")
+EXACT = ("SGD", "ASGD", "Adam-mini", "Schedule-Free", "LARS", "Shampoo")
 NEARLY = ("Muon",)
 
 
