@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _followed import figures, reported_figures
 from torch import Tensor, nn, optim
 
 import dd
@@ -62,14 +63,6 @@ def _of(package: str, name: str) -> Any:
     return getattr(importlib.import_module(package), name)
 
 
-def figures(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Error and loss of a batch."""
-    scores = model(batch[0])
-    return torch.stack(
-        [(scores.argmax(1) != batch[1]).float().mean(), F.cross_entropy(scores, batch[1])]
-    )
-
-
 def data_of(seed: int) -> Split:
     """Training and test samples."""
     return xor(dimension=INPUTS, num_train=SAMPLES, num_test=10_000, seed=seed)
@@ -104,7 +97,7 @@ def run(name: str, seed: int, passes: int, size: int | None, *, followed: bool) 
         if epoch % EVERY == EVERY - 1:
             if hasattr(optimizer, "eval"):
                 optimizer.eval()
-            reported = _reported(tracker, model, train)
+            reported = reported_figures(tracker, model, train)
             model.eval()
             with torch.no_grad():
                 true = figures(model, test)
@@ -122,18 +115,6 @@ def _batches(size: int | None, shuffle: torch.Generator) -> list[Tensor | slice]
     if size is None:
         return [slice(None)]
     return list(torch.randperm(SAMPLES, generator=shuffle).split(size))
-
-
-def _reported(
-    tracker: dd.ErrorTracker | None, model: nn.Module, train: tuple[Tensor, Tensor]
-) -> Tensor:
-    if tracker is not None:
-        return tracker.evaluate([train], lambda batch: figures(model, batch))
-    model.eval()
-    with torch.no_grad():
-        found = figures(model, train)
-    model.train()
-    return found
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, optim
+from _followed import figures, reported_figures
+from torch import nn, optim
 
 import dd
 from dd.data import cifar10_probe, noisy_mnist
@@ -45,14 +46,6 @@ def data_of(problem: str, seed: int) -> Split:
     if problem == "features":
         return cifar10_probe(num_train=3000, num_test=2000, seed=seed)
     return noisy_mnist(num_train=2000, num_test=5000, seed=seed)
-
-
-def figures(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Error and loss of a batch."""
-    scores = model(batch[0])
-    return torch.stack(
-        [(scores.argmax(1) != batch[1]).float().mean(), F.cross_entropy(scores, batch[1])]
-    )
 
 
 def run(
@@ -83,7 +76,7 @@ def run(
             for optimizer in optimizers:
                 optimizer.step()
         if epoch % EVERY == EVERY - 1:
-            reported = _reported(tracker, model, train)
+            reported = reported_figures(tracker, model, train)
             model.eval()
             with torch.no_grad():
                 true = figures(model, test)
@@ -92,18 +85,6 @@ def run(
             best = min(best, float(true[0]))
     error, loss = (statistics.mean(gap[at] for gap in gaps) for at in (0, 1))
     return {"error": error, "loss": loss, "best": best}
-
-
-def _reported(
-    tracker: dd.ErrorTracker | None, model: nn.Module, train: tuple[Tensor, Tensor]
-) -> Tensor:
-    if tracker is not None:
-        return tracker.evaluate([train], lambda batch: figures(model, batch))
-    model.eval()
-    with torch.no_grad():
-        found = figures(model, train)
-    model.train()
-    return found
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """One test for every optimizer: each goes through the same features of a loop."""
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -10,7 +9,16 @@ from torch import nn
 
 import dd
 from tests.any_optimizer import CASES, has_found, make
-from tests.test_decouple import full, mini, network, problem, rest_of, train
+from tests.test_decouple import (
+    full,
+    load_all,
+    mini,
+    network,
+    problem,
+    rest_of,
+    states_from_file,
+    train,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::dd.ResponseWarning"),
@@ -65,13 +73,10 @@ def test_response_is_found_as_its_kind_has_it(name):
 
 
 @EACH
-def test_mini_batches_are_those_of_full_passes_over_rows(name):
-    """Absent samples go through a map, lazily; all at once they end at the same shadows."""
+def test_absent_samples_catch_up_to_the_same_shadows(name):
+    """Whether they go through the maps of steps at their next batch, or all after every step."""
     X, y, model, optimizers, tracker = built(name)
-    lazy = []
-    for batch in mini(X, y, 8, size=50):
-        train(model, optimizers, [batch])
-        lazy.append(None)
+    train(model, optimizers, mini(X, y, 8, size=50))
     found = tracker.shadow.clone()
     X, y, model, optimizers, tracker = built(name)
     for batch in mini(X, y, 8, size=50):
@@ -144,15 +149,11 @@ def test_training_goes_on_from_saved_states(name):
     single = {"dtype": torch.float32}
     X, y, model, optimizers, tracker = built(name, **single)
     train(model, optimizers, full(X, y, 4))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, *optimizers, tracker)], file)
-    train(model, optimizers, full(X, y, 4))
-    file.seek(0)
     # The optimizers' own states may hold what is no tensor.
-    states = torch.load(file, weights_only=False)
+    states = states_from_file([model, *optimizers, tracker], weights_only=False)
+    train(model, optimizers, full(X, y, 4))
     _, _, again, others, other = built(name, **single)
-    for part, state in zip((again, *others, other), states, strict=True):
-        part.load_state_dict(state)
+    load_all([again, *others, other], states)
     train(again, others, full(X, y, 4))
     assert torch.equal(again[0].weight, model[0].weight)
     assert torch.equal(other.shadow, tracker.shadow)

@@ -55,6 +55,19 @@ def train(model, optimizers, batches, between=lambda: None):
             optimizer.step()
 
 
+def states_from_file(parts, *, weights_only=True):
+    """The states of model, optimizers and tracker, as a file gives them back."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def load_all(parts, states):
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+
+
 def full(X, y, steps):
     return [(X, y)] * steps
 
@@ -261,17 +274,10 @@ def test_training_goes_on_from_saved_states_bit_for_bit(make, batches):
 
     model, optimizers, tracker = build()
     train(model, optimizers, passes[:7])
-    file = io.BytesIO()
-    states = [model.state_dict(), *(o.state_dict() for o in optimizers), tracker.state_dict()]
-    torch.save(states, file)
+    states = states_from_file([model, *optimizers, tracker])
     train(model, optimizers, passes[7:])
-    file.seek(0)
-    own, *others, tracked = torch.load(file, weights_only=True)
     again, again_optimizers, again_tracker = build()
-    again.load_state_dict(own)
-    for optimizer, state in zip(again_optimizers, others, strict=True):
-        optimizer.load_state_dict(state)
-    again_tracker.load_state_dict(tracked)
+    load_all([again, *again_optimizers, again_tracker], states)
     train(again, again_optimizers, passes[7:])
     assert torch.equal(again[0].weight, model[0].weight)
     if batches is full:

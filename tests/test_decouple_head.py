@@ -1,13 +1,21 @@
 """``dd.decouple(..., head=True)``: what all samples share, by the optimizers' own rules."""
 
-import io
-
 import pytest
 import torch
 from torch import nn
 
 import dd
-from tests.test_decouple import full, mini, network, problem, refused, rest_of, train
+from tests.test_decouple import (
+    full,
+    load_all,
+    mini,
+    network,
+    problem,
+    refused,
+    rest_of,
+    states_from_file,
+    train,
+)
 
 RULES = {
     "plain": {},
@@ -50,13 +58,15 @@ def test_displacements_under_sgd_are_those_of_the_closed_rule(batches, rule, ord
         assert torch.linalg.vector_norm(one - other) < 1e-4 * torch.linalg.vector_norm(other)
 
 
-def build(order="together"):
+def build(kind="together"):
+    """Of optimizers: one of all, Muon or SGD for the decoupled weight beside AdamW."""
     (X, y, components), _ = problem()
     model = network()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01)]
-    if order == "muon":
+    if kind != "together":
+        rule = torch.optim.Muon if kind == "muon" else torch.optim.SGD
         optimizers = [
-            torch.optim.Muon([model[0].weight], lr=0.02),
+            rule([model[0].weight], lr=0.02),
             torch.optim.AdamW(rest_of(model), lr=0.01),
         ]
     noise = dd.NoiseModel.fit(X, components)
@@ -70,14 +80,10 @@ KINDS = ["together", *(["muon"] if hasattr(torch.optim, "Muon") else [])]
 def test_training_goes_on_from_saved_states(kind):
     X, y, model, optimizers, tracker = build(kind)
     train(model, optimizers, full(X, y, 5))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, *optimizers, tracker)], file)
+    states = states_from_file([model, *optimizers, tracker])
     train(model, optimizers, full(X, y, 5))
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
     _, _, again, again_optimizers, again_tracker = build(kind)
-    for part, state in zip((again, *again_optimizers, again_tracker), states, strict=True):
-        part.load_state_dict(state)
+    load_all([again, *again_optimizers, again_tracker], states)
     train(again, again_optimizers, full(X, y, 5))
     found = displacements(again_tracker._state, again), displacements(tracker._state, model)
     for one, other in zip(*found, strict=True):
@@ -130,13 +136,7 @@ def test_rules_without_a_derivative_are_refused_by_name():
 
 
 def test_second_step_of_the_heads_optimizer_is_refused():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizers = [
-        torch.optim.SGD([model[0].weight], lr=0.1),
-        torch.optim.AdamW(rest_of(model), lr=0.1),
-    ]
-    dd.decouple(model, *optimizers, noise=dd.NoiseModel.fit(X, components), head=True)
+    X, y, model, optimizers, _ = build("apart")
     nn.functional.cross_entropy(model(X), y).backward()
     optimizers[1].step()
     with refused("steps twice"):
@@ -144,13 +144,7 @@ def test_second_step_of_the_heads_optimizer_is_refused():
 
 
 def test_step_on_gradients_of_no_forward_is_refused():
-    (X, y, components), _ = problem()
-    model = network()
-    optimizers = [
-        torch.optim.SGD([model[0].weight], lr=0.1),
-        torch.optim.AdamW(rest_of(model), lr=0.1),
-    ]
-    dd.decouple(model, *optimizers, noise=dd.NoiseModel.fit(X, components), head=True)
+    X, y, model, optimizers, _ = build("apart")
     train(model, optimizers, full(X, y, 2))
     with refused("gradients of no training forward"):
         optimizers[1].step()

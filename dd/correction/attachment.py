@@ -13,6 +13,7 @@ from dd.correction.head import SharedParameters
 from dd.correction.head_choice import (
     AUTO,
     form_and_head,
+    form_without_head,
     require_matching_means,
     uncorrected_count,
 )
@@ -130,10 +131,8 @@ class Attachment:
         self._handles: list[Any] = []
         self._hook: ForwardHook | None = None
         self._at_head: Any = None
-        directions = None if noise is None else noise.mean_directions
-        self.shared = (
-            None if head is False else SharedParameters(module, self.layer, head, directions)
-        )
+        means = None if noise is None else noise.mean_directions
+        self.shared = None if head is False else SharedParameters(module, self.layer, head, means)
         self.weight = self.layers.own_weights()[0]
         if noise is not None and noise.dimension != self.layer.in_features:
             raise ValueError(
@@ -190,20 +189,11 @@ class Attachment:
         plain = self.bins is None and not self.searches and self.shadows.follows_units
         follows = plain and self.ranks.size == 1 and (self.shared is None or self.head_is_optional)
         if follows:
-            self._leave_head_before_training()
+            if self.shared is not None:
+                self.release_head(begun=False)
             self.layers.join(name, layer)
             self._handles.append(self._hooked(layer))
         return follows
-
-    def _leave_head_before_training(self) -> None:
-        """Correct no head that nobody asked for, as if it had not been chosen."""
-        if self.shared is None:
-            return
-        self.release_head()
-        noise = self.given_noise = self.noise_of_all
-        if noise is not None and noise.mean_directions is not None:
-            self.given_noise = noise.spread_over_means()
-        self.take_given_noise()
 
     def take_given_noise(self) -> None:
         """Go by the noise model that is given now, for all samples."""
@@ -216,11 +206,18 @@ class Attachment:
         self.estimator.num_components = max(components, self.estimator.num_components)
         self.oversight.forget_limit()
 
-    def release_head(self) -> None:
-        """Take away the hook at the head, and all that is kept of it."""
+    def release_head(self, *, begun: bool) -> None:
+        """Take away the hook at the head, and all that is kept of it.
+
+        Args:
+            begun: whether there are displacements; else all is as if it had not been chosen.
+        """
         if self._at_head is not None:
             self._at_head.remove()
         self.shared, self.head_is_optional, self.has_left_head = None, False, True
+        noise = self.given_noise if begun else self.noise_of_all
+        self.given_noise = form_without_head(noise, self.noise_of_all)
+        self.take_given_noise()
 
     @property
     def direction(self) -> Tensor:
@@ -228,6 +225,11 @@ class Attachment:
         if self.samples.directions is not None:
             return self.samples.directions[0]
         return directions(self.layer.in_features)[0].to(self.weight.device)
+
+    def along(self, weight: Tensor) -> Tensor:
+        """What a weight is known again by, or a tensor of its shape (k, d); shape (k,)."""
+        found = at_least_single(weight.detach())
+        return found @ self.direction.to(found)
 
     @property
     def subject(self) -> WatchedModel:
@@ -390,8 +392,7 @@ class Attachment:
 
     def remember_weight(self, state: dict[str, Any]) -> None:
         """Remember the weights that a step leaves, in the state of the decoupled one."""
-        weight = at_least_single(self.layers.weight)
-        state["shadow_weight"] = along = weight @ self.direction.to(weight)
+        state["shadow_weight"] = along = self.along(self.layers.weight)
         if self._hook is not None:
             self._hook.left = along
         if self.shared is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dd.correction.attachment import Attachment
 from dd.correction.estimate import Estimate, check_confidence
 from dd.correction.repeats import GroupSums, Repeats
+from dd.support.modes import modes_kept
 
 __all__ = [
     "corrected_estimate",
@@ -113,16 +114,12 @@ def corrected_in_eval_mode(attachment: Attachment) -> Iterator[None]:
     """Put the model in eval mode, but for the correction."""
     shared = attachment.shared
     layers = [*attachment.layers.layers, *([] if shared is None else [shared.head])]
-    modes = [(module, module.training) for module in attachment.module.modules()]
-    attachment.module.eval()
-    for layer in layers:
-        # Not train(): parametrised children keep their mode.
-        layer.training = True
-    try:
+    with modes_kept(attachment.module):
+        attachment.module.eval()
+        for layer in layers:
+            # Not train(): parametrised children keep their mode.
+            layer.training = True
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _values(

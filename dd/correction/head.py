@@ -23,6 +23,7 @@ from dd.functional import (
     shared_shadow_gradient,
 )
 from dd.samples.placement import Placement
+from dd.support.growth import grown
 from dd.support.ranks import Ranks
 
 __all__ = ["SharedParameters", "row_products"]
@@ -226,8 +227,7 @@ class SharedParameters:
                 if found is None and name == key:
                     write(parameter, name, signal.new_zeros(size))
                 elif found is not None and len(found) < num_samples:
-                    more = found.new_zeros(num_samples - len(found), *size[1:])
-                    write(parameter, name, torch.cat([found, more]))
+                    write(parameter, name, grown(found, num_samples))
 
     def curvature(self, pushes: StepGradients, scale: float, ranks: Ranks) -> Tensor:
         """H_ψ of a step, equation (4), shape (p, p).

@@ -9,6 +9,7 @@ __all__ = [
     "AUTO",
     "form_and_head",
     "form_to_correct",
+    "form_without_head",
     "require_matching_means",
     "shared_count",
     "uncorrected_count",
@@ -181,6 +182,20 @@ def uncorrected_count(
         linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
         components = linear[-1].out_features
     return count + layer.out_features * min(max(components - 1, 0), layer.in_features)
+
+
+def form_without_head(noise: NoiseModel | None, whole: NoiseModel | None) -> NoiseModel:
+    """A noise model for the bins of another, of as many as the shadows have, and all directions.
+
+    Args:
+        noise: that the shadows belong to.
+        whole: the noise model as given.
+    """
+    assert noise is not None
+    assert whole is not None
+    if noise.is_followed_exactly:
+        return whole.in_one_bin()
+    return noise if noise.mean_directions is None else noise.spread_over_means()
 
 
 def require_matching_means(noise: NoiseModel | None, *, corrects_head: bool) -> None:

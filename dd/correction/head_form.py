@@ -28,18 +28,7 @@ def leave_head(attachment: Attachment, reason: Exception | str, *, begun: bool) 
     Warns:
         StrainWarning: if there are, or the head is large for the samples.
     """
-    attachment.release_head()
-    assert attachment.given_noise is not None
-    if not begun:
-        attachment.given_noise = attachment.noise_of_all
-    assert attachment.given_noise is not None
-    # As many bins as the shadows have, now for all directions.
-    if attachment.given_noise.is_followed_exactly:
-        assert attachment.noise_of_all is not None
-        attachment.given_noise = attachment.noise_of_all.in_one_bin()
-    elif attachment.given_noise.mean_directions is not None:
-        attachment.given_noise = attachment.given_noise.spread_over_means()
-    attachment.take_given_noise()
+    attachment.release_head(begun=begun)
     if not begun:
         attachment.oversight.look_at_head(attachment.subject)
         return

@@ -9,15 +9,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_map_only
 
-__all__ = [
-    "UNTRACEABLE",
-    "Correct",
-    "Forward",
-    "ForwardHook",
-    "OutputHook",
-    "sweep",
-    "take_over",
-]
+from dd.support.weak_hook import WeakHook
+
+__all__ = ["UNTRACEABLE", "Correct", "Forward", "ForwardHook", "OutputHook", "sweep", "take_over"]
 
 UNTRACEABLE = (
     "DecoupledDescent looks at every batch and every gradient outside of the graph: compile "
@@ -114,34 +108,22 @@ class ForwardHook:
             return correct(layer, inputs, output)
 
 
-class OutputHook:
+class OutputHook(WeakHook):
     """Marks what a model returns, where something within took the mark away.
 
-    Args:
-        mark: a method that marks a tensor; its owner may be forgotten.
+    Its method takes a tensor and returns it marked.
     """
-
-    def __init__(self, mark: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._method = None if mark is None else weakref.WeakMethod(mark)
 
     @property
     def is_owned(self) -> bool:
         """Whether the owner of the method lives."""
-        return self._method is not None and self._method() is not None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OutputHook":
-        """Return an inert hook."""
-        return OutputHook()
-
-    def __reduce__(self) -> tuple[type["OutputHook"], tuple[()]]:
-        """Pickle as an inert hook."""
-        return OutputHook, ()
+        return self.method is not None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Return the output, marked in training; compiled code keeps marks as they are."""
-        if self._method is None or not module.training or torch.compiler.is_compiling():
+        if self.is_inert or not module.training or torch.compiler.is_compiling():
             return None
-        mark = self._method()
+        mark = self.method
         return None if mark is None else tree_map_only(Tensor, mark, output)
 
 

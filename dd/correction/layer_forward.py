@@ -15,7 +15,6 @@ from dd.correction.gradient_check import (
 from dd.correction.saved_state import bind_samples
 from dd.curvature.estimators import Exact
 from dd.functional import (
-    at_least_single,
     correct_preactivation_,
     corrected_preactivation,
 )
@@ -249,10 +248,7 @@ def _earlier_parameters(attachment: Attachment) -> str:
 
 def _warn_of_orphans(attachment: Attachment) -> None:
     """Say so where the weights come from steps whose shadows are gone."""
-    assert attachment.samples.directions is not None
-    direction = attachment.samples.directions[0]
-    weight = at_least_single(attachment.layers.weight)
-    now = weight @ direction.to(weight)
+    now = attachment.along(attachment.layers.weight)
     if any(torch.equal(left.to(now), now) for left in attachment.orphans):
         warn_user(
             f"DecoupledDescent: layer {attachment.name!r} was trained by another optimizer, "

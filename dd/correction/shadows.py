@@ -13,6 +13,7 @@ from dd.functional import driven, scaled_by_mass, shadow_decay
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
 from dd.support.blocks import bin_groups, row_blocks
+from dd.support.growth import grown
 
 __all__ = [
     "BUFFER_KEY",
@@ -239,14 +240,12 @@ class KeptShadows:
         shape = (len(noise.eigenvalues), num_samples, gradient.shape[1])
         if KEY not in state:
             state[KEY] = gradient.new_zeros(shape, dtype=noise.eigenvalues.dtype)
-        missing = num_samples - state[KEY].shape[1]
-        if missing == 0:
+        if state[KEY].shape[1] == num_samples:
             return
         # Not by the keys of the last step, of which there is none after a state was loaded.
         for key in [key for key in state if key in (KEY, BUFFER_KEY) or key.startswith(f"{KEY}.")]:
             if state[key] is not None:
-                more = state[key].new_zeros(shape[0], missing, shape[2])
-                state[key] = torch.cat([state[key], more], 1)
+                state[key] = grown(state[key], num_samples, 1)
         if self._log is not None:
             self._log.grow(num_samples)
 

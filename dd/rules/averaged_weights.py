@@ -19,6 +19,7 @@ from dd.correction.tracker import Tracker
 from dd.correction.training_forward import TrainingForward
 from dd.functional.response import combined
 from dd.rules.combination import combination
+from dd.support.growth import grown
 from dd.watch.step_watches import Unwatched
 
 __all__ = ["AveragedWeights"]
@@ -54,8 +55,9 @@ class AveragedWeights(Tracker):
         self._state: dict[Tensor, dict[str, Any]] = {own.weight: {}}
         self._attachment: Attachment | None = own
         self._left = own.weight.detach().clone()
-        self._mark = self._along(self._left)
-        if not bool(same_weight(self._left, attachment.direction, self._along(attachment.weight))):
+        self._mark = attachment.along(self._left)
+        now = attachment.along(attachment.weight)
+        if not bool(same_weight(self._left, attachment.direction, now)):
             raise ValueError(
                 "dd.decouple: average() takes a copy of the model as it is now, such as "
                 "torch.optim.swa_utils.AveragedModel(model) right before; this one has other "
@@ -91,9 +93,9 @@ class AveragedWeights(Tracker):
             )
         trained.shadows.flush(self._trained_store.of(trained.weight))
         before = state.get(KEY)
-        before = torch.zeros_like(shadow) if before is None else _of_length(before, shadow)
+        before = torch.zeros_like(shadow) if before is None else grown(before, shadow.shape[1], 1)
         state[KEY] = combined([before, shadow], coefficients[:, None])
-        self._left, self._mark = weight.clone(), self._along(weight)
+        self._left, self._mark = weight.clone(), trained.along(weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is needed to go on."""
@@ -107,7 +109,7 @@ class AveragedWeights(Tracker):
         assert self._attachment is not None
         device = self._attachment.weight.device
         self._left = state[_AVERAGE].to(device, copy=True)
-        self._mark = self._along(self._left)
+        self._mark = self._trained.along(self._left)
         found = {KEY: state[KEY].to(device, copy=True)} if KEY in state else {}
         self._state[self._attachment.weight] = found
 
@@ -135,10 +137,6 @@ class AveragedWeights(Tracker):
     def _store(self) -> OptimizerState:
         return OptimizerState(self._state, [])
 
-    def _along(self, weight: Tensor) -> Tensor:
-        found = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        return found @ self._trained.direction.to(found)
-
 
 def _layer_of(module: nn.Module, attachment: Attachment) -> nn.Module:
     """The layer of an averaged model that stands where the decoupled one does.
@@ -155,11 +153,3 @@ def _layer_of(module: nn.Module, attachment: Attachment) -> nn.Module:
         f"dd.decouple: average() takes a copy of the model, and this {type(module).__name__} has "
         f"no linear layer {attachment.name!r} of the decoupled one's shape"
     )
-
-
-def _of_length(shadow: Tensor, like: Tensor) -> Tensor:
-    """Shadows of as many samples as another has; zero for those that are new."""
-    missing = like.shape[1] - shadow.shape[1]
-    if missing == 0:
-        return shadow
-    return torch.cat([shadow, shadow.new_zeros(len(shadow), missing, shadow.shape[2])], 1)

@@ -12,7 +12,7 @@ from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadow_step import ShadowStep, StepMeasures
 from dd.correction.training_forward import full_precision, refuse_capture
 from dd.correction.weight_gradient import weight_edit
-from dd.rules.followed_states import mark_states, own_states, take_up_states
+from dd.rules.followed_states import FollowedStates, own_states
 from dd.rules.response import (
     AVERAGE_RATES,
     OptimizerStep,
@@ -65,6 +65,7 @@ class ResponseStep:
         self._shared = shared
         self._due: _Due | None = None
         self.identifier = ResponseIdentifier()
+        self._followed = FollowedStates(attachment, store, self.identifier, optimizer)
         self.response: Response | None = None
 
     @torch.no_grad()
@@ -92,8 +93,7 @@ class ResponseStep:
                     self._shared.take(measures)
             else:
                 step.require_idle()
-            known = self._store.of(weight), self.identifier, self._optimizer
-            take_up_states(attachment, *known)
+            self._followed.take_up()
             states = self.identifier.watched(own_states(self._optimizer, weight))
             kept = {key: value.clone() for key, value in states.items()}
             self._due = _Due(weight.detach().clone(), kept, gradient, step, measures)
@@ -132,7 +132,7 @@ class ResponseStep:
             for position, average in enumerate(step.averages if averages else []):
                 state[_average_key(position)] = average
             attachment.remember_weight(state)
-            mark_states(attachment, state, self.identifier, self._optimizer)
+            self._followed.mark()
         due.step.finish()
 
     def drop(self) -> None:

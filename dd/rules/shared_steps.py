@@ -25,6 +25,7 @@ from dd.rules.linearised import (
 from dd.rules.response import AVERAGE_RATES, WEIGHT, Response, average_name, state_name
 from dd.rules.response_shadows import SIGNAL, moved_shadows
 from dd.rules.scaled_steps import is_skipped, unscaling
+from dd.support.growth import grown
 
 __all__ = ["SharedSteps"]
 
@@ -132,7 +133,11 @@ class SharedSteps:
         keys = {name: SIGNAL if name == WEIGHT else f"{SIGNAL}.{name}" for name in names}
         for key in [k for k in state if k.startswith(f"{SIGNAL}.") and k not in keys.values()]:
             del state[key]
-        before = {name: self._padded(state.get(key), shadow) for name, key in keys.items()}
+        kept = {name: state.get(key) for name, key in keys.items()}
+        before = {
+            name: torch.zeros_like(shadow) if value is None else grown(value, len(shadow))
+            for name, value in kept.items()
+        }
         parts = {name: value.permute(2, 0, 1) for name, value in before.items()}
         driven = torch.zeros_like(shadow) if gradient is None else gradient.to(shadow)
         moved = moved_shadows(parts, driven.permute(2, 0, 1), response)
@@ -204,7 +209,7 @@ class SharedSteps:
         if shadow is None:
             return
         kept = {name: state.get(_key(key, name)) for name in derivative} | {GRADIENT: gradient}
-        known = {n: self._padded(v, shadow) for n, v in kept.items() if v is not None}
+        known = {n: grown(v, len(shadow)) for n, v in kept.items() if v is not None}
         moved = {}
         for name, parts in derivative.items():
             value = torch.zeros_like(shadow)
@@ -213,16 +218,6 @@ class SharedSteps:
                     value.addcmul_(known[source].to(shadow), factor.to(shadow))
             moved[_key(key, name)] = value
         state.update(moved)
-
-    @staticmethod
-    def _padded(value: Tensor | None, shadow: Tensor) -> Tensor:
-        """Displacements of as many samples as there are; zero for those that are new."""
-        if value is None:
-            return torch.zeros_like(shadow)
-        missing = len(shadow) - len(value)
-        if missing == 0:
-            return value
-        return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
 
 
 def _key(key: str, name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dd.support.modes import modes_kept
 from dd.support.weak_hook import WeakHook
 
 __all__ = ["InputReaders"]
@@ -77,10 +78,10 @@ class InputReaders:
                 seen[part] = _some(given[0])
 
         handles = [p.register_forward_pre_hook(see) for p in (self._layer, *candidates)]
-        modes = [(part, part.training) for part in module.modules()]
         try:
             # What does not run in eval mode is looked at in training alone.
             with (
+                modes_kept(module),
                 contextlib.suppress(Exception),
                 torch.no_grad(),
                 torch.random.fork_rng(devices=[]),
@@ -89,8 +90,6 @@ class InputReaders:
         finally:
             for handle in handles:
                 handle.remove()
-            for part, mode in modes:
-                part.training = mode
         join, own = self._join(), seen.get(self._layer)
         for part in candidates:
             same = own is not None and part in seen and torch.equal(seen[part], own)
