@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 import dd
-from dd.rules.response import (
-    AVERAGE_RATES,
-    OptimizerStep,
-    ResponseIdentifier,
-    after_step,
-    average_name,
-    state_name,
-)
+from dd.rules.quantities import AVERAGE_RATES, OptimizerStep, after_step, average_name, state_name
+from dd.rules.response import ResponseIdentifier
 
 N, D, K = 240, 60, 4
 
@@ -193,7 +187,7 @@ def test_regression_finds_the_mean_derivative_through_the_whole_history(name):
             gradients[step],
             identifier.watched(states),
             identifier.watched(later),
-            averages,
+            {at: averages[at] for at in identifier.missing_averages},
             None,
         )
         response = identifier.identify(seen)

@@ -4,7 +4,7 @@ Section 11 of ``docs/theory.md``. Weights and what moves them are laid out as
 :class:`torch.nn.Linear` stores them: one row a unit, shape (k, d).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,15 +12,74 @@ from torch import Tensor
 
 __all__ = [
     "ResponseFit",
+    "UnitProducts",
     "combined",
     "fit_across_units",
     "fit_by_unit",
     "fit_of_all_units",
-    "without_directions",
 ]
 
 # Rows of the basis beyond this share of the coordinates leave no freedom to tell a fit by.
 _MOST_COLUMNS = 0.9
+# Products of d numbers are summed to a few units in the last place.
+_ROUNDINGS = 16
+
+
+class UnitProducts:
+    """Quantities and their inner products unit by unit, from which any of them is fitted by others.
+
+    Args:
+        quantities: by their names, each of shape (k, d).
+        directions: orthonormal, shape (d, m), to take out of all of them, or None.
+
+    Attributes:
+        columns: all of them, in float64, shape (k, q, d).
+        gram: their products, shape (k, q, q).
+    """
+
+    def __init__(self, quantities: Mapping[str, Tensor], directions: Tensor | None = None) -> None:
+        self._names = list(quantities)
+        self.columns = torch.stack(list(quantities.values()), 1).double()
+        if directions is not None:
+            basis = directions.to(self.columns)
+            self.columns -= (self.columns @ basis) @ basis.mT
+        self.gram = self.columns @ self.columns.mT
+
+    def joined(self, quantities: Mapping[str, Tensor]) -> "UnitProducts":
+        """With more quantities."""
+        known = dict(zip(self._names, self.columns.unbind(1), strict=True))
+        return UnitProducts({**known, **quantities})
+
+    def without(self, directions: Tensor | None) -> "UnitProducts":
+        """Without some orthonormal directions, shape (d, m), of the inputs' space."""
+        if directions is None:
+            return self
+        return UnitProducts(dict(zip(self._names, self.columns.unbind(1), strict=True)), directions)
+
+    def positions(self, names: Sequence[str]) -> list[int]:
+        """Where some of the quantities stand."""
+        return [self._names.index(name) for name in names]
+
+    def of(self, one: str, other: str) -> Tensor:
+        """Products of two quantities, shape (k,)."""
+        (i, j) = self.positions([one, other])
+        return self.gram[:, i, j]
+
+    def left(self, update: str, basis: Sequence[str], coefficients: Tensor) -> float:
+        """Squared size of what a combination leaves of a quantity, to all digits.
+
+        Args:
+            update: the quantity.
+            basis: what is combined.
+            coefficients: as in :class:`ResponseFit`.
+        """
+        columns = self.columns[:, self.positions(basis)].transpose(0, 1)
+        if coefficients.dim() == 3:
+            found = torch.einsum("plj,pld->jd", coefficients, columns)
+        else:
+            found = (coefficients.unsqueeze(-1) * columns).sum(0)
+        (at,) = self.positions([update])
+        return float((self.columns[:, at] - found).square().sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +92,14 @@ class ResponseFit:
         share: of the update's squared size that the combination explains, all units together.
         unexplained: squared size of the rest, per degree of freedom that the fit leaves, times the
             number of coordinates.
+        rounding: by what rounding may have changed the squared size of the rest.
         freedom: degrees of freedom that the fit leaves, all units together.
     """
 
     coefficients: Tensor
     share: float
     unexplained: float
+    rounding: float
     freedom: int
 
     @property
@@ -47,118 +108,167 @@ class ResponseFit:
         return self.coefficients.dim() == 3
 
 
-def fit_by_unit(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit | None:
+def fit_by_unit(
+    products: UnitProducts, update: str, basis: Sequence[str], ridge: float
+) -> ResponseFit | None:
     """Combine each unit's update of the same unit of every quantity, by least squares.
 
     Args:
-        update: U, shape (k, d).
-        basis: p quantities, each of shape (k, d).
+        products: of all that is named.
+        update: what is combined.
+        basis: p quantities.
         ridge: penalty on coefficients of quantities of unit length.
 
     Returns:
         The fit, in float64; None where d coordinates do not tell p quantities apart.
     """
-    if len(basis) > _MOST_COLUMNS * update.shape[1]:
-        return None
-    target = update.double()
-    columns = torch.stack([part.double() for part in basis], 1)
-    lengths = _lengths(columns)
-    gram = columns @ columns.mT / (lengths.mT * lengths)
-    right = (columns @ target.unsqueeze(-1)) / lengths.mT
-    found = _solved(gram, right, ridge) / lengths.mT
-    rest = target - (found.mT @ columns).squeeze(1)
-    return _fit(found.squeeze(-1).mT, target, rest, len(basis))
+    return _fit_by_unit(products, update, basis, ridge, pooled=False)
 
 
-def fit_across_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit | None:
-    """Combine every unit's update of all units of every quantity, by least squares.
-
-    Args:
-        update: U, shape (k, d).
-        basis: p quantities, each of shape (k, d).
-        ridge: as in :func:`fit_by_unit`.
-
-    Returns:
-        The fit, in float64; None where d coordinates do not tell p k columns apart.
-    """
-    count, (width, dimension) = len(basis), update.shape
-    if count * width > _MOST_COLUMNS * dimension:
-        return None
-    target = update.double()
-    columns = torch.cat([part.double() for part in basis])
-    lengths = _lengths(columns)
-    gram = columns @ columns.mT / (lengths.mT * lengths)
-    right = columns @ target.mT / lengths.mT
-    found = _solved(gram, right, ridge) / lengths.mT
-    rest = target - found.mT @ columns
-    return _fit(found.unflatten(0, (count, width)), target, rest, count * width)
-
-
-def fit_of_all_units(update: Tensor, basis: Sequence[Tensor], ridge: float) -> ResponseFit | None:
+def fit_of_all_units(
+    products: UnitProducts, update: str, basis: Sequence[str], ridge: float
+) -> ResponseFit | None:
     """Combine the update of all units by one coefficient a quantity, by least squares.
 
     Args:
-        update: U, shape (k, d).
-        basis: p quantities, each of shape (k, d).
+        products: of all that is named.
+        update: what is combined.
+        basis: p quantities.
         ridge: as in :func:`fit_by_unit`.
 
     Returns:
         The fit, in float64, its coefficients repeated for every unit; None where k d numbers do not
         tell p quantities apart.
     """
-    flat = [part.reshape(1, -1) for part in basis]
-    fit = fit_by_unit(update.reshape(1, -1), flat, ridge)
+    fit = _fit_by_unit(products, update, basis, ridge, pooled=True)
     if fit is None:
         return None
-    coefficients = fit.coefficients.expand(-1, len(update))
-    return replace(fit, coefficients=coefficients)
+    return replace(fit, coefficients=fit.coefficients.expand(-1, len(products.columns)))
 
 
-def combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """Σ_b B_b A_b of the shadows of some quantities.
+def fit_across_units(
+    products: UnitProducts, update: str, basis: Sequence[str], ridge: float
+) -> ResponseFit | None:
+    """Combine every unit's update of all units of every quantity, by least squares.
 
     Args:
-        parts: p shadows, each of shape (..., n, k).
-        coefficients: as in :class:`ResponseFit`.
+        products: of all that is named.
+        update: what is combined.
+        basis: p quantities.
+        ridge: as in :func:`fit_by_unit`.
 
     Returns:
-        Shape (..., n, k).
+        The fit, in float64; None where d coordinates do not tell p k columns apart.
     """
-    found = None
+    count, (width, _, dimension) = len(basis), products.columns.shape
+    if count * width > _MOST_COLUMNS * dimension:
+        return None
+    (at,) = products.positions([update])
+    target = products.columns[:, at]
+    columns = products.columns[:, products.positions(basis)].transpose(0, 1).flatten(0, 1)
+    size = products.gram[:, at, at]
+    solution = _solved(columns @ columns.mT, columns @ target.mT, size, ridge)
+    return _summary(solution, count * width, dimension, lambda c: c.unflatten(0, (count, width)))
+
+
+def combined(parts: Sequence[Tensor], coefficients: Tensor, start: Tensor | None = None) -> Tensor:
+    """S + Σ_b B_b A_b of the shadows of some quantities.
+
+    Args:
+        parts: p shadows, each of shape (B, n, k).
+        coefficients: as in :class:`ResponseFit`.
+        start: S, of the same shape, or None for zero.
+
+    Returns:
+        Shape (B, n, k).
+    """
+    found, is_own = start, False
     for part, coefficient in zip(parts, coefficients.to(parts[0]), strict=True):
-        term = part @ coefficient if coefficient.dim() == 2 else part * coefficient
-        found = term if found is None else found.add_(term)
+        found = _with_term(found, part, coefficient, in_place=is_own)
+        is_own = True
     assert found is not None
     return found
 
 
-def without_directions(values: Tensor, directions: Tensor | None) -> Tensor:
-    """Take some directions of the inputs' space out of weights.
+def _with_term(
+    found: Tensor | None, part: Tensor, coefficient: Tensor, *, in_place: bool
+) -> Tensor:
+    """One term more of a sum, with no intermediate result of its size."""
+    if coefficient.dim() == 1:
+        if found is None:
+            return part * coefficient
+        if in_place:
+            return found.addcmul_(part, coefficient)
+        return torch.addcmul(found, part, coefficient)
+    if found is None:
+        return part @ coefficient
+    matrices = coefficient.expand(len(part), -1, -1)
+    if in_place:
+        return found.baddbmm_(part, matrices)
+    return torch.baddbmm(found, part, matrices)
 
-    Args:
-        values: shape (k, d).
-        directions: orthonormal, shape (d, m), or None.
+
+def _fit_by_unit(
+    products: UnitProducts, update: str, basis: Sequence[str], ridge: float, *, pooled: bool
+) -> ResponseFit | None:
+    width, _, dimension = products.columns.shape
+    gram = products.gram
+    if pooled:
+        gram, dimension = gram.sum(0, keepdim=True), dimension * width
+    if len(basis) > _MOST_COLUMNS * dimension:
+        return None
+    rows, (at,) = products.positions(basis), products.positions([update])
+    basis_gram = gram[:, rows][:, :, rows]
+    right = gram[:, rows, at].unsqueeze(-1)
+    solution = _solved(basis_gram, right, gram[:, at, at], ridge)
+    return _summary(solution, len(basis), dimension, lambda c: c.squeeze(-1).mT)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    """Least squares from products alone.
+
+    Attributes:
+        coefficients: shape (..., p, m).
+        size: of the targets, squared.
+        rest: squared size of what is left.
+        rounding: error of that.
+        targets: how many.
     """
-    if directions is None:
-        return values
-    basis = directions.to(values)
-    return values - (values @ basis) @ basis.mT
+
+    coefficients: Tensor
+    size: float
+    rest: float
+    rounding: float
+    targets: int
 
 
-def _lengths(columns: Tensor) -> Tensor:
-    """Lengths of rows, shape (..., 1, p); one where there is nothing."""
-    found = torch.linalg.vector_norm(columns, dim=-1).unsqueeze(-2)
-    return torch.where(found > 0, found, 1.0)
-
-
-def _solved(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+def _solved(gram: Tensor, right: Tensor, size: Tensor, ridge: float) -> _Solution:
+    """Combine columns of products ``gram`` to targets of products ``right`` with them."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1.0).unsqueeze(-1)
+    scaled = gram / (lengths * lengths.mT)
+    target = right / lengths
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge * identity, right)
+    found = torch.linalg.solve(scaled + ridge * identity, target)
+    total = size.sum()
+    rest = total + (found * (scaled @ found - 2 * target)).sum()
+    terms = total + (found.abs() * (scaled.abs() @ found.abs())).sum()
+    total, rest, terms = torch.stack([total, rest, terms]).tolist()
+    rounding = _ROUNDINGS * torch.finfo(gram.dtype).eps * terms
+    return _Solution(found / lengths, total, max(rest, 0.0), rounding, size.numel())
 
 
-def _fit(coefficients: Tensor, target: Tensor, rest: Tensor, columns: int) -> ResponseFit:
-    size, dimension = float(target.square().sum()), target.shape[1]
-    missing = float(rest.square().sum()) / size if size > 0 else 0.0
+def _summary(
+    found: _Solution, columns: int, dimension: int, arranged: Callable[[Tensor], Tensor]
+) -> ResponseFit:
+    missing = found.rest / found.size if found.size > 0 else 0.0
     freedom = max(dimension - columns, 1)
-    unexplained = missing * size * dimension / freedom
-    return ResponseFit(coefficients, 1.0 - missing, unexplained, freedom * len(target))
+    scale = dimension / freedom
+    return ResponseFit(
+        arranged(found.coefficients),
+        1.0 - missing,
+        found.rest * scale,
+        found.rounding * scale,
+        freedom * found.targets,
+    )

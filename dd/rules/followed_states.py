@@ -6,7 +6,8 @@ from torch import Tensor
 from dd.correction.attachment import Attachment
 from dd.correction.gradient_check import same_weight
 from dd.correction.optimizer_state import OptimizerState
-from dd.rules.response import ResponseIdentifier, state_name
+from dd.rules.quantities import state_name
+from dd.rules.response import ResponseIdentifier
 from dd.rules.response_shadows import SIGNAL, shadow_key
 
 __all__ = ["FollowedStates", "own_states"]

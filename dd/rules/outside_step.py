@@ -12,7 +12,7 @@ from dd.correction.shadows import KEY
 from dd.functional.response import combined
 from dd.rules.combination import combination
 from dd.rules.followed_states import own_states
-from dd.rules.response import WEIGHT, state_name
+from dd.rules.quantities import WEIGHT, state_name
 from dd.rules.response_shadows import shadow_key
 
 __all__ = ["OutsideMoves"]

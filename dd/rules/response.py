@@ -14,30 +14,24 @@ from torch import Tensor
 
 from dd.functional.response import (
     ResponseFit,
+    UnitProducts,
     fit_across_units,
     fit_by_unit,
     fit_of_all_units,
-    without_directions,
+)
+from dd.rules.quantities import (
+    AVERAGE_RATES,
+    GRADIENT,
+    UPDATE,
+    WEIGHT,
+    Combination,
+    OptimizerStep,
+    average_name,
+    change_name,
+    state_name,
 )
 
-__all__ = [
-    "AVERAGE_RATES",
-    "GRADIENT",
-    "WEIGHT",
-    "Combination",
-    "OptimizerStep",
-    "Response",
-    "ResponseIdentifier",
-    "after_step",
-    "average_name",
-    "state_name",
-]
-
-# Names of quantities that have shadows: the weight, the gradient that the optimizer saw, its
-# exponential averages, and tensors of the optimizer's state before and after the step.
-WEIGHT, GRADIENT = "weight", "gradient"
-_STATE, _AFTER = "state.", " after step"
-AVERAGE_RATES = (0.9, 0.99)
+__all__ = ["Response", "ResponseIdentifier"]
 
 # What rounding in single precision leaves unexplained of an update that is a combination, and
 # bfloat16 within Muon's iterations, is less; what coordinate-wise optimizers leave is far more.
@@ -49,75 +43,12 @@ _EVIDENCE = 4
 _REDUNDANT = 0.99
 # A combination across units must leave this share of what one by unit leaves.
 _ACROSS_GAIN = 0.5
+# A tensor of the state stands for an average that it is a multiple of, up to rounding; that is
+# known once gradients have differed.
+_SAME, _DIFFERED = 1e-10, 3
 # After these steps a form that was ruled out is tried now and then.
 _FIRST_STEPS, _EVERY = 8, 16
 _NUMBERS_PER_COLUMN = 10
-
-
-def average_name(position: int) -> str:
-    """Name of the exponential average of the gradients at one of :data:`AVERAGE_RATES`."""
-    return f"average_{position}"
-
-
-def state_name(key: str) -> str:
-    """Name of a tensor of the optimizer's state before a step."""
-    return f"{_STATE}{key}"
-
-
-def after_step(name: str) -> str:
-    """Name of a tensor of the optimizer's state after a step."""
-    return f"{name}{_AFTER}"
-
-
-@dataclass(frozen=True, eq=False)
-class OptimizerStep:
-    """What one step of an optimizer did to the decoupled weight, all of shape (k, d).
-
-    Attributes:
-        before: the weight.
-        after: the weight.
-        gradient: V, as it came from the backward pass, up to a scale that applies to all of it.
-        states_before: tensors of this shape in the optimizer's state of the weight.
-        states_after: likewise.
-        averages: exponential averages of V up to this step, one for each of
-            :data:`AVERAGE_RATES`.
-        directions: orthonormal, in which the gradients are no noise, shape (d, m), or None.
-    """
-
-    before: Tensor
-    after: Tensor
-    gradient: Tensor
-    states_before: Mapping[str, Tensor]
-    states_after: Mapping[str, Tensor]
-    averages: Sequence[Tensor]
-    directions: Tensor | None
-
-    def quantity(self, name: str) -> Tensor:
-        """A quantity by its name."""
-        if name == WEIGHT:
-            return self.before
-        if name == GRADIENT:
-            return self.gradient
-        for position, average in enumerate(self.averages):
-            if name == average_name(position):
-                return average
-        key = name.removeprefix(_STATE)
-        if key.endswith(_AFTER):
-            return self.states_after[key.removesuffix(_AFTER)]
-        return self.states_before[key]
-
-
-@dataclass(frozen=True, eq=False)
-class Combination:
-    """Something that a step adds, as a combination of quantities that have shadows.
-
-    Attributes:
-        names: of the quantities.
-        coefficients: one a quantity and unit, shape (p, k), or across units, shape (p, k, k).
-    """
-
-    names: list[str]
-    coefficients: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,24 +85,40 @@ class ResponseIdentifier:
 
     Attributes:
         followed: keys of the tensors of the optimizer's state whose shadows are known.
-        averages: whether averages of the gradients and their shadows are kept.
+        averages: positions in :data:`AVERAGE_RATES` of the averages of the gradients that are kept,
+            and their shadows.
     """
 
     def __init__(self) -> None:
         self.followed: list[str] = []
-        self.averages = False
+        self._averages = False
         self._regressed: list[str] = []
         self._lost: list[str] = []
+        self._added: list[str] = []
+        # Tensors of the state that are multiples of an average, which is then not kept beside them.
+        self._stand_ins: dict[int, str] = {}
         self._across = False
         self._steps = 0
         self._was_exact = self._found_exact = False
 
+    @property
+    def averages(self) -> tuple[int, ...]:
+        """Positions of the averages that are kept."""
+        return self.missing_averages if self._averages else ()
+
+    @property
+    def missing_averages(self) -> tuple[int, ...]:
+        """Positions of the averages that no tensor of the state stands for."""
+        return tuple(i for i in range(len(AVERAGE_RATES)) if i not in self._stand_ins)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far, in plain values."""
         found: dict[str, Any] = {"followed": self.followed, "regressed": self._regressed}
-        found = {key: list(names) for key, names in (found | {"lost": self._lost}).items()}
+        found |= {"lost": self._lost, "added": self._added}
+        found = {key: list(names) for key, names in found.items()}
         return found | {
-            "averages": self.averages,
+            "averages": self._averages,
+            "stand_ins": dict(self._stand_ins),
             "across": self._across,
             "steps": self._steps,
             "exact": self._was_exact,
@@ -180,8 +127,9 @@ class ResponseIdentifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self.followed, self._lost = list(state["followed"]), list(state["lost"])
-        self._regressed = list(state["regressed"])
-        self.averages, self._across = state["averages"], state["across"]
+        self._regressed, self._added = list(state["regressed"]), list(state["added"])
+        self._averages, self._across = state["averages"], state["across"]
+        self._stand_ins = dict(state["stand_ins"])
         self._steps, self._was_exact = state["steps"], state["exact"]
 
     @property
@@ -193,6 +141,7 @@ class ResponseIdentifier:
         """Follow a tensor of the optimizer's state no more, until it is made anew."""
         self.followed = [other for other in self.followed if other != key]
         self._regressed = [other for other in self._regressed if other != key]
+        self._stand_ins = {at: k for at, k in self._stand_ins.items() if k != key}
 
     def watched(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those tensors of an optimizer's state that may have a shadow."""
@@ -209,31 +158,39 @@ class ResponseIdentifier:
         # Steps at a rate of zero, as at the start of a warm-up, tell nothing.
         self._steps += moves
         self._require_same_states(step)
-        exact = self._exact_states(step)
-        rest = [key for key in step.states_after if key not in exact]
-        known = [state_name(key) for key in exact if key in step.states_before]
-        update = step.after - step.before
-        fitted = self._exactly(step, update, [WEIGHT, GRADIENT, *known])
-        states = dict(exact)
+        products = step.products(averages=self._averages)
+        states = self._exact_states(step, products)
+        rest = [key for key in step.states_after if key not in states]
+        known = [state_name(key) for key in states if key in step.states_before]
+        fitted = None
+        if self._tries_exact:
+            fitted = self._exactly(products, UPDATE, [WEIGHT, GRADIENT, *known])
         if fitted is None and rest:
             # Whatever moves these, the weight is a combination of them and of what is known.
             befores = [state_name(key) for key in rest if key in step.states_before]
-            afters = [after_step(state_name(key)) for key in rest]
-            fitted = self._exactly(step, update, [WEIGHT, GRADIENT, *known, *befores, *afters])
+            afters = step.named_afters(rest)
+            products = products.joined(afters)
+            names = [WEIGHT, GRADIENT, *known, *befores, *afters]
+            fitted = self._exactly(products, UPDATE, names)
             if fitted is not None:
-                self.averages, self._regressed = True, rest
-                states |= {key: self._regression_of_state(step, key) for key in rest}
-        self.followed = list(states)
-        self._lost += [key for key in rest if key not in states]
+                noise = self._noise(step, products)
+                self._regressed = rest
+                states |= {key: self._regression_of_state(noise, key) for key in rest}
+        self._follow(list(states), [key for key in rest if key not in states])
         tries_across, self._was_exact = self._tries_across, fitted is not None and moves
         self._found_exact = fitted is not None
         if fitted is None:
-            self.averages = True
-            update = without_directions(update, step.directions)
-            weight, fit = self._regression(step, update, known, tries_across=tries_across)
+            noise = self._noise(step, products)
+            self._find_stand_ins(step, noise, known)
+            weight, fit = self._regression(noise, UPDATE, known, tries_across=tries_across)
             return Response(False, fit.share, fit.is_across_units, weight, states)
         weight, fit = fitted
         return Response(True, fit.share, fit.is_across_units, weight, states)
+
+    def _follow(self, keys: list[str], lost: list[str]) -> None:
+        self.followed = keys
+        self._lost += lost
+        self._stand_ins = {at: key for at, key in self._stand_ins.items() if key in keys}
 
     def _require_same_states(self, step: OptimizerStep) -> None:
         gone = [key for key in self.followed if key not in step.states_after]
@@ -244,96 +201,129 @@ class ResponseIdentifier:
                 "decouple anew, from untrained weights"
             )
 
-    def _exact_states(self, step: OptimizerStep) -> dict[str, Combination]:
+    def _exact_states(self, step: OptimizerStep, products: UnitProducts) -> dict[str, Combination]:
         """What a step adds to tensors of the state that are combinations, by their keys."""
         found = {}
         for key in step.states_after:
             if key in self._regressed or (key in step.states_before and key not in self.followed):
                 continue
-            names, change = [WEIGHT, GRADIENT], step.states_after[key]
+            names = [WEIGHT, GRADIENT]
             if key in step.states_before:
-                names, change = [state_name(key), *names], change - step.states_before[key]
-            fitted = self._exactly(step, change, names)
+                names = [state_name(key), *names]
+            fitted = self._exactly(products, change_name(key), names)
             if fitted is not None:
                 found[key] = fitted[0]
         return found
 
     def _exactly(
-        self, step: OptimizerStep, change: Tensor, names: list[str]
+        self, products: UnitProducts, change: str, names: list[str]
     ) -> tuple[Combination, ResponseFit] | None:
         """A change as a combination up to rounding, or None."""
-        basis = [step.quantity(name) for name in names]
-        fit = fit_by_unit(change, basis, _EXACT_RIDGE)
+        fit = fit_by_unit(products, change, names, _EXACT_RIDGE)
         if fit is None:
-            fit = fit_of_all_units(change, basis, _EXACT_RIDGE)
-        is_exact = fit is not None and _is_exact(fit, change, step.before)
+            fit = fit_of_all_units(products, change, names, _EXACT_RIDGE)
+        is_exact = fit is not None and _is_exact(fit, products, change, names)
         if not is_exact and self._tries_across:
-            fit = fit_across_units(change, basis, _EXACT_RIDGE)
-            is_exact = fit is not None and _is_exact(fit, change, step.before)
+            fit = fit_across_units(products, change, names, _EXACT_RIDGE)
+            is_exact = fit is not None and _is_exact(fit, products, change, names)
             self._across |= is_exact
         return (Combination(names, fit.coefficients), fit) if fit and is_exact else None
 
     @property
+    def _is_due(self) -> bool:
+        return self._steps <= _FIRST_STEPS or self._steps % _EVERY == 0
+
+    @property
+    def _tries_exact(self) -> bool:
+        return self._was_exact or self._is_due
+
+    @property
     def _tries_across(self) -> bool:
-        is_due = self._steps <= _FIRST_STEPS or self._steps % _EVERY == 0
         # Where units were followed by themselves and that has ended, the optimizer has changed.
-        return self._across or self._was_exact or is_due
+        return self._across or self._was_exact or self._is_due
+
+    def _noise(self, step: OptimizerStep, products: UnitProducts) -> UnitProducts:
+        """Products of the noise alone, with the averages that are kept from now on."""
+        if not self._averages:
+            self._averages = True
+            products = products.joined(step.named_averages())
+        return products.without(step.directions)
+
+    def _find_stand_ins(
+        self, step: OptimizerStep, noise: UnitProducts, known: Sequence[str]
+    ) -> None:
+        """Find averages that tensors of the state stand for."""
+        if not (self._is_due and self._steps >= _DIFFERED):
+            return
+        for position in step.averages:
+            for key in self.followed:
+                after, average = step.states_after[key], step.averages[position]
+                if state_name(key) in known and _is_multiple(after, average):
+                    self._stand_ins[position] = key
+                    break
 
     def _regression(
-        self, step: OptimizerStep, update: Tensor, known: list[str], *, tries_across: bool
+        self, noise: UnitProducts, change: str, known: list[str], *, tries_across: bool
     ) -> tuple[Combination, ResponseFit]:
         """An update's mean derivative, from its regression on the noise of the gradients.
 
         Raises:
             ValueError: if the layer has too few inputs to tell.
         """
-        averages = [average_name(position) for position in range(len(step.averages))]
-        names = [WEIGHT, GRADIENT, *averages, *known]
-        found = {name: without_directions(step.quantity(name), step.directions) for name in names}
-        _require_inputs(update, names)
-        averaged = [found[name] for name in [GRADIENT, *averages]]
-        added = [name for name in known if not _is_redundant(found[name], averaged)]
-        names = [WEIGHT, GRADIENT, *averages, *added]
-        best, fit = names, _simpler(update, [found[name] for name in names])
+        averages = [average_name(position) for position in self.averages]
+        _require_inputs(noise, 2 + len(averages) + len(known))
+        names = [WEIGHT, GRADIENT, *averages, *self._worth_adding(noise, averages, known)]
+        best, fit = names, _simpler(noise, change, names)
         if tries_across:
             few = [WEIGHT, GRADIENT, *(known or averages)]
-            basis = [found[name] for name in few]
-            across = fit_across_units(update, basis, _ridge(update, len(basis)))
+            across = fit_across_units(noise, change, few, _ridge(noise, len(few)))
             gains = across is not None and across.unexplained < _ACROSS_GAIN * fit.unexplained
             if across is not None and gains:
                 best, fit = few, across
             self._across = gains
         return Combination(best, fit.coefficients), fit
 
-    def _regression_of_state(self, step: OptimizerStep, key: str) -> Combination:
+    def _worth_adding(
+        self, noise: UnitProducts, averages: list[str], known: list[str]
+    ) -> list[str]:
+        """Tensors of the state that averages do not explain."""
+        if self._is_due:
+            stand_ins = [state_name(key) for key in self._stand_ins.values()]
+            basis = [GRADIENT, *averages, *stand_ins]
+            self._added = [
+                name for name in known if name in stand_ins or not _is_redundant(noise, name, basis)
+            ]
+        return [name for name in self._added if name in known]
+
+    def _regression_of_state(self, noise: UnitProducts, key: str) -> Combination:
         """Likewise, of what a step adds to a tensor of the state."""
-        change = step.states_after[key]
-        if key in step.states_before:
-            change = change - step.states_before[key]
-        change = without_directions(change, step.directions)
-        return self._regression(step, change, [], tries_across=False)[0]
+        return self._regression(noise, change_name(key), [], tries_across=False)[0]
 
 
-def _is_exact(fit: ResponseFit, change: Tensor, weight: Tensor) -> bool:
+def _is_exact(fit: ResponseFit, products: UnitProducts, change: str, names: Sequence[str]) -> bool:
     """Whether a fit leaves no more than rounding.
 
     What merely shrinks or copies the weight is no evidence, and explains next to all of a change
     that is mostly that.
     """
-    change, weight = change.double(), weight.double()
-    along = (change * weight).sum(1, keepdim=True)
-    size = weight.square().sum(1, keepdim=True)
-    beside = change - along / size.clamp_min(torch.finfo(torch.float64).tiny) * weight
-    rounding = 4 * torch.finfo(torch.float32).eps
-    allowed = _EXACT * float(beside.square().sum()) + rounding**2 * float(size.sum())
-    return fit.freedom >= _EVIDENCE and fit.unexplained <= allowed
+    if fit.freedom < _EVIDENCE:
+        return False
+    along, size = products.of(change, WEIGHT), products.of(WEIGHT, WEIGHT)
+    beside = products.of(change, change) - along.square() / size.clamp_min(
+        torch.finfo(size.dtype).tiny
+    )
+    sizes = torch.stack([beside.clamp_min(0.0).sum(), size.sum()]).tolist()
+    allowed = _EXACT * sizes[0] + (4 * torch.finfo(torch.float32).eps) ** 2 * sizes[1]
+    if abs(fit.unexplained - allowed) > fit.rounding:
+        return fit.unexplained <= allowed
+    return products.left(change, names, fit.coefficients) <= allowed
 
 
-def _simpler(update: Tensor, basis: list[Tensor]) -> ResponseFit:
+def _simpler(noise: UnitProducts, change: str, names: Sequence[str]) -> ResponseFit:
     """A fit by unit, or of all units alike where inputs are too few to tell units apart."""
-    ridge = _ridge(update, len(basis))
-    by_unit = fit_by_unit(update, basis, ridge)
-    alike = fit_of_all_units(update, basis, ridge)
+    ridge = _ridge(noise, len(names))
+    by_unit = fit_by_unit(noise, change, names, ridge)
+    alike = fit_of_all_units(noise, change, names, ridge)
     # There are enough weights for one coefficient a quantity.
     assert alike is not None
     if by_unit is None or alike.unexplained < by_unit.unexplained:
@@ -341,25 +331,32 @@ def _simpler(update: Tensor, basis: list[Tensor]) -> ResponseFit:
     return by_unit
 
 
-def _ridge(update: Tensor, count: int) -> float:
+def _ridge(noise: UnitProducts, count: int) -> float:
     """Penalty on quantities of unit length.
 
     Gradients of successive steps are nearly alike, and d coordinates tell their small differences
     apart to p/d of the update's size, which their shadows would take for a response (Hoerl,
     Kennard and Baldwin 1975, with as much left over as explained).
     """
-    return count / update.shape[1]
+    return count / noise.columns.shape[2]
 
 
-def _is_redundant(quantity: Tensor, averages: list[Tensor]) -> bool:
-    fit = fit_by_unit(quantity, averages, _EXACT_RIDGE)
+def _is_redundant(noise: UnitProducts, quantity: str, averages: Sequence[str]) -> bool:
+    fit = fit_by_unit(noise, quantity, averages, _EXACT_RIDGE)
     return fit is not None and fit.share > _REDUNDANT
 
 
-def _require_inputs(update: Tensor, names: list[str]) -> None:
-    if update.numel() < _NUMBERS_PER_COLUMN * len(names):
+def _is_multiple(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
+    size, other_size, product = (one * one).sum(), (other * other).sum(), (one * other).sum()
+    return bool((size * other_size > 0) & (size - product**2 / other_size <= _SAME * size))
+
+
+def _require_inputs(noise: UnitProducts, count: int) -> None:
+    width, _, dimension = noise.columns.shape
+    if width * dimension < _NUMBERS_PER_COLUMN * count:
         raise ValueError(
-            f"dd.decouple: a decoupled layer of {update.shape[1]} inputs and {update.shape[0]} "
-            f"units has too few weights to find {len(names)} coefficients of the optimizer's "
-            "response from; train it with dd.DecoupledDescent, whose response is known"
+            f"dd.decouple: a decoupled layer of {dimension} inputs and {width} units has too few "
+            f"weights to find {count} coefficients of the optimizer's response from; train it with "
+            "dd.DecoupledDescent, whose response is known"
         )

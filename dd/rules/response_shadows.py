@@ -1,6 +1,6 @@
 """The shadows of a weight that an optimizer moves by a response of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from dd.correction.shadows import KEY, KeptShadows, ShadowTerms
 from dd.functional.response import combined
-from dd.rules.response import (
+from dd.rules.quantities import (
     AVERAGE_RATES,
     GRADIENT,
     WEIGHT,
     Combination,
-    Response,
     after_step,
     average_name,
     state_name,
 )
+from dd.rules.response import Response
 from dd.samples.placement import Placement
 from dd.support.blocks import row_blocks
 
-__all__ = ["SIGNAL", "ResponseShadows", "moved_shadows", "shadow_key"]
+__all__ = ["SIGNAL", "ResponseShadows", "moved_shadows", "shadow_key", "shadowed_names"]
 
 # Key, in the decoupled weight's state, of its displacements along the component means.
 SIGNAL = "signal_shadow"
@@ -30,6 +30,17 @@ SIGNAL = "signal_shadow"
 def shadow_key(name: str) -> str:
     """Key, in the state of the decoupled weight, of the shadow of a quantity."""
     return KEY if name == WEIGHT else f"{KEY}.{name}"
+
+
+def shadowed_names(response: Response, averages: Sequence[int]) -> list[str]:
+    """Quantities that have shadows after a step, the weight first.
+
+    Args:
+        response: of the optimizer.
+        averages: positions of the averages of the gradients that are kept.
+    """
+    kept = [average_name(position) for position in averages]
+    return [WEIGHT, *kept, *(state_name(key) for key in response.states)]
 
 
 class ResponseShadows(KeptShadows):
@@ -42,7 +53,7 @@ class ResponseShadows(KeptShadows):
         terms: ShadowTerms | None,
         response: Response,
         *,
-        averages: bool,
+        averages: Sequence[int],
     ) -> None:
         """Move them with a step.
 
@@ -51,10 +62,9 @@ class ResponseShadows(KeptShadows):
             placement: the samples of the step; None for all.
             terms: what drives the shadow of the gradient; None for a step on no gradient.
             response: of the optimizer.
-            averages: whether averages of the gradients are kept.
+            averages: positions of the averages of the gradients that are kept.
         """
-        names = [WEIGHT, *(average_name(i) for i in range(len(AVERAGE_RATES) * averages))]
-        names += [state_name(key) for key in response.states]
+        names = shadowed_names(response, averages)
         keys = [shadow_key(name) for name in names]
         if placement is not None and placement.rows is not None:
             self._keep(state, keys)
@@ -167,10 +177,10 @@ def moved_shadows(
             found[name] = known[name] = torch.lerp(known[GRADIENT], before[name], rate)
     for key, change in response.states.items():
         name = state_name(key)
-        found[name] = known[after_step(name)] = before[name] + _of(change, known)
-    found[WEIGHT] = shadow + _of(response.weight, known)
+        found[name] = known[after_step(name)] = _with(before[name], change, known)
+    found[WEIGHT] = _with(shadow, response.weight, known)
     return found
 
 
-def _of(change: Combination, known: Mapping[str, Tensor]) -> Tensor:
-    return combined([known[name] for name in change.names], change.coefficients)
+def _with(start: Tensor, change: Combination, known: Mapping[str, Tensor]) -> Tensor:
+    return combined([known[name] for name in change.names], change.coefficients, start)

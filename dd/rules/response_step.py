@@ -13,13 +13,8 @@ from dd.correction.shadow_step import ShadowStep, StepMeasures
 from dd.correction.training_forward import full_precision, refuse_capture
 from dd.correction.weight_gradient import weight_edit
 from dd.rules.followed_states import FollowedStates, own_states
-from dd.rules.response import (
-    AVERAGE_RATES,
-    OptimizerStep,
-    Response,
-    ResponseIdentifier,
-    average_name,
-)
+from dd.rules.quantities import AVERAGE_RATES, OptimizerStep, average_name
+from dd.rules.response import Response, ResponseIdentifier
 from dd.rules.response_shadows import ResponseShadows
 from dd.rules.scaled_steps import is_skipped, unscaling
 from dd.rules.shared_steps import SharedSteps
@@ -124,13 +119,18 @@ class ResponseStep:
             step = self._step(due, state)
             self.response = response = self.identifier.identify(step)
             averages = self.identifier.averages
+            kept = {position: step.averages[position] for position in averages}
             shadows = attachment.shadows
             assert isinstance(shadows, ResponseShadows)
             shadows.move(state, placement, terms, response, averages=averages)
             if self._shared is not None:
                 self._shared.move_weight(response, averages=averages)
-            for position, average in enumerate(step.averages if averages else []):
-                state[_average_key(position)] = average
+            for position in range(len(AVERAGE_RATES)):
+                key = _average_key(position)
+                if position in kept:
+                    state[key] = kept[position]
+                else:
+                    state.pop(key, None)
             attachment.remember_weight(state)
             self._followed.mark()
         due.step.finish()
@@ -144,10 +144,12 @@ class ResponseStep:
     def _step(self, due: _Due, state: dict[str, Any]) -> OptimizerStep:
         weight = self._attachment.weight.detach()
         gradient = torch.zeros_like(weight) if due.gradient is None else due.gradient
-        averages = []
-        for position, rate in enumerate(AVERAGE_RATES):
-            kept = state.get(_average_key(position))
-            averages.append((1 - rate) * gradient if kept is None else gradient.lerp(kept, rate))
+        averages = {}
+        for position in self.identifier.missing_averages:
+            kept, rate = state.get(_average_key(position)), AVERAGE_RATES[position]
+            averages[position] = (
+                (1 - rate) * gradient if kept is None else gradient.lerp(kept, rate)
+            )
         states = self.identifier.watched(own_states(self._optimizer, self._attachment.weight))
         directions = self._signal_directions()
         return OptimizerStep(due.before, weight, gradient, due.states, states, averages, directions)

@@ -22,8 +22,9 @@ from dd.rules.linearised import (
     names_of_linear_rules,
     step_derivative,
 )
-from dd.rules.response import AVERAGE_RATES, WEIGHT, Response, average_name, state_name
-from dd.rules.response_shadows import SIGNAL, moved_shadows
+from dd.rules.quantities import WEIGHT
+from dd.rules.response import Response
+from dd.rules.response_shadows import SIGNAL, moved_shadows, shadowed_names
 from dd.rules.scaled_steps import is_skipped, unscaling
 from dd.support.growth import grown
 
@@ -115,12 +116,12 @@ class SharedSteps:
         if shared is not None and self.holds(optimizer):
             shared.remember_weight()
 
-    def move_weight(self, response: Response, *, averages: bool) -> None:
+    def move_weight(self, response: Response, *, averages: Sequence[int]) -> None:
         """Move the decoupled weight's displacements along the component means.
 
         Args:
             response: of its optimizer.
-            averages: whether averages of the gradients are kept.
+            averages: positions of the averages of the gradients that are kept.
         """
         state = self._store.of(self._attachment.weight)
         shadow, gradient = state.get(SIGNAL), self._signal
@@ -128,8 +129,7 @@ class SharedSteps:
         if shadow is None:
             return
         # A direction takes the place of a bin.
-        names = [WEIGHT, *(average_name(i) for i in range(len(AVERAGE_RATES) * averages))]
-        names += [state_name(key) for key in response.states]
+        names = shadowed_names(response, averages)
         keys = {name: SIGNAL if name == WEIGHT else f"{SIGNAL}.{name}" for name in names}
         for key in [k for k in state if k.startswith(f"{SIGNAL}.") and k not in keys.values()]:
             del state[key]
