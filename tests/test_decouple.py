@@ -281,6 +281,36 @@ def test_training_goes_on_from_saved_states_bit_for_bit(make, batches):
         torch.testing.assert_close(again_tracker.shadow, tracker.shadow, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        # beta_1 is the rate of the first average, for which the state then stands.
+        (lambda p: torch.optim.AdamW(p, lr=0.003), {"average_1", "state.exp_avg"}),
+        (
+            lambda p: torch.optim.AdamW(p, lr=0.003, betas=(0.8, 0.99)),
+            {"average_0", "average_1", "state.exp_avg"},
+        ),
+        (lambda p: torch.optim.Muon(p, lr=0.02), {"state.momentum_buffer"}),
+    ],
+    ids=["AdamW", "AdamW-0.8", "Muon"],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_no_more_shadows_are_kept_than_a_response_needs(make, expected, scale):
+    """Squares of small gradients are far below a weight's rounding, and no combination for that."""
+    (X, y, components), _ = problem()
+    model = network()
+    optimizer, rest = make([model[0].weight]), torch.optim.SGD(rest_of(model), lr=0.1)
+    tracker = dd.decouple(model, optimizer, rest, noise=dd.NoiseModel.fit(X, components))
+    for _ in range(6):
+        optimizer.zero_grad()
+        rest.zero_grad()
+        (scale * nn.functional.cross_entropy(model(X), y)).backward()
+        optimizer.step()
+        rest.step()
+    kept = {key for key in tracker.state_dict()["state"] if key.startswith("shadow.")}
+    assert kept == {f"shadow.{name}" for name in expected}
+
+
 def test_detached_model_and_optimizer_are_plain_ones():
     (X, y, components), _ = problem()
     models = [network(), network()]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd.correction.decay import DecayLog
+from dd.correction.decay import DecayLog, StepMap
 from dd.functional import driven, scaled_by_mass, shadow_decay
 from dd.noise.model import NoiseModel
 from dd.samples.placement import Placement
@@ -265,16 +265,16 @@ class KeptShadows:
         # Rows of other processes have not been in a forward here.
         self._bring(state, placement)
 
-    def passed(self, state: dict[str, Any], step: Tensor, rows_on_cpu: Tensor) -> None:
+    def passed(self, state: dict[str, Any], step: StepMap, rows_on_cpu: Tensor) -> None:
         """Note the map that the absent samples are still to go through.
 
         Args:
             state: of the decoupled weight.
-            step: shape (B, p, p), p the width of all keys together.
+            step: of all keys together.
             rows_on_cpu: the samples of the step, shape (u,).
         """
         assert self._log is not None
-        if self._log.append(step, rows_on_cpu, state[KEY].shape[-1]):
+        if self._log.append(step, rows_on_cpu):
             self.flush(state)
 
 
@@ -323,7 +323,8 @@ class Shadows(KeptShadows):
     ) -> ShadowUpdate:
         shadow, before = state[KEY], state.get(BUFFER_KEY)
         bins, _, width = shadow.shape
-        # Beside the batch's rows the rule moves a basis: where it goes is the map of the absent.
+        # Beside the batch's rows the rule moves a basis: where it goes is the map of the absent. It
+        # takes every unit of the momenta to the same unit alone, so that one row tells them all.
         momentum = len(self.keys) > 1
         start, pace = _basis(bins, width, shadow, momentum=momentum)
         some = torch.cat([shadow[:, rows], start], 1)
@@ -343,22 +344,19 @@ class Shadows(KeptShadows):
                     state[BUFFER_KEY] = torch.zeros_like(shadow)
                 state[BUFFER_KEY][:, rows] = pace[:, :count]
                 basis = torch.cat([basis, pace[:, count:]], -1)
-            self.passed(state, basis, rows_on_cpu)
+            factors = basis[:, width:] if momentum else None
+            self.passed(state, StepMap(basis[:, :width], factors=factors), rows_on_cpu)
 
         piece = ShadowSlice(..., some, moved, buffer, finish)
         return ShadowUpdate(push.weight, some, lambda: iter([piece]), push.parameter_gradient)
 
 
 def _basis(bins: int, width: int, like: Tensor, *, momentum: bool) -> tuple[Tensor, Tensor]:
-    """Positions and momenta of a basis of (position, momentum), each of shape (B, p, k)."""
-    identity = torch.eye(width, dtype=like.dtype, device=like.device)
-    nothing = torch.zeros_like(identity)
-    start, pace = [identity, nothing], [nothing, identity]
-    count = 2 if momentum else 1
-    return (
-        torch.cat(start[:count]).expand(bins, -1, -1),
-        torch.cat(pace[:count]).expand(bins, -1, -1),
-    )
+    """Positions and momenta of a basis of the positions, and of a momentum of one in all units."""
+    start = torch.eye(width + momentum, width, dtype=like.dtype, device=like.device)
+    pace = torch.zeros_like(start)
+    pace[width:] = 1.0
+    return start.expand(bins, -1, -1), pace.expand(bins, -1, -1)
 
 
 def momentum_writer(state: dict[str, Any], key: str) -> Callable[[Tensor | None], None]:

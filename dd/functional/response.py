@@ -4,8 +4,10 @@ Section 11 of ``docs/theory.md``. Weights and what moves them are laid out as
 :class:`torch.nn.Linear` stores them: one row a unit, shape (k, d).
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,31 +32,47 @@ class UnitProducts:
 
     Args:
         quantities: by their names, each of shape (k, d).
-        directions: orthonormal, shape (d, m), to take out of all of them, or None.
 
     Attributes:
-        columns: all of them, in float64, shape (k, q, d).
         gram: their products, shape (k, q, q).
     """
 
-    def __init__(self, quantities: Mapping[str, Tensor], directions: Tensor | None = None) -> None:
+    def __init__(self, quantities: Mapping[str, Tensor]) -> None:
         self._names = list(quantities)
-        self.columns = torch.stack(list(quantities.values()), 1).double()
-        if directions is not None:
-            basis = directions.to(self.columns)
-            self.columns -= (self.columns @ basis) @ basis.mT
-        self.gram = self.columns @ self.columns.mT
+        self._all = torch.stack(list(quantities.values()), 1).double()
+        self._along: tuple[Tensor, Tensor] | None = None
+        self.gram = self._all @ self._all.mT
 
     def joined(self, quantities: Mapping[str, Tensor]) -> "UnitProducts":
         """With more quantities."""
+        if not quantities:
+            return self
         known = dict(zip(self._names, self.columns.unbind(1), strict=True))
-        return UnitProducts({**known, **quantities})
+        return UnitProducts(known | dict(quantities))
 
     def without(self, directions: Tensor | None) -> "UnitProducts":
         """Without some orthonormal directions, shape (d, m), of the inputs' space."""
         if directions is None:
             return self
-        return UnitProducts(dict(zip(self._names, self.columns.unbind(1), strict=True)), directions)
+        found = copy.copy(self)
+        basis = directions.to(self._all)
+        along = self._all @ basis
+        found._along, found.gram = (along, basis), self.gram - along @ along.mT
+        vars(found).pop("columns", None)
+        return found
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """All quantities, in float64, shape (k, q, d)."""
+        if self._along is None:
+            return self._all
+        along, basis = self._along
+        return self._all - along @ basis.mT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The units k and inputs d."""
+        return self._all.shape[0], self._all.shape[2]
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Where some of the quantities stand."""
@@ -143,7 +161,7 @@ def fit_of_all_units(
     fit = _fit_by_unit(products, update, basis, ridge, pooled=True)
     if fit is None:
         return None
-    return replace(fit, coefficients=fit.coefficients.expand(-1, len(products.columns)))
+    return replace(fit, coefficients=fit.coefficients.expand(-1, products.shape[0]))
 
 
 def fit_across_units(
@@ -160,7 +178,7 @@ def fit_across_units(
     Returns:
         The fit, in float64; None where d coordinates do not tell p k columns apart.
     """
-    count, (width, _, dimension) = len(basis), products.columns.shape
+    count, (width, dimension) = len(basis), products.shape
     if count * width > _MOST_COLUMNS * dimension:
         return None
     (at,) = products.positions([update])
@@ -211,7 +229,7 @@ def _with_term(
 def _fit_by_unit(
     products: UnitProducts, update: str, basis: Sequence[str], ridge: float, *, pooled: bool
 ) -> ResponseFit | None:
-    width, _, dimension = products.columns.shape
+    width, dimension = products.shape
     gram = products.gram
     if pooled:
         gram, dimension = gram.sum(0, keepdim=True), dimension * width

@@ -17,6 +17,7 @@ __all__ = [
     "after_step",
     "average_name",
     "change_name",
+    "changes",
     "state_name",
 ]
 
@@ -49,6 +50,11 @@ def change_name(key: str) -> str:
     return f"{state_name(key)}{_CHANGE}"
 
 
+def changes(change: str, name: str) -> bool:
+    """Whether something that a step adds is added to this quantity."""
+    return change == (UPDATE if name == WEIGHT else f"{name}{_CHANGE}")
+
+
 @dataclass(frozen=True, eq=False)
 class OptimizerStep:
     """What one step of an optimizer did to the decoupled weight, all of shape (k, d).
@@ -72,11 +78,12 @@ class OptimizerStep:
     averages: Mapping[int, Tensor]
     directions: Tensor | None
 
-    def products(self, *, averages: bool) -> UnitProducts:
+    def products(self, *, averages: bool, afters: Sequence[str]) -> UnitProducts:
         """Of the weight, the gradient, and what the step found and changed.
 
         Args:
             averages: whether also of the averages.
+            afters: keys of tensors of the state of which also as the step leaves them.
         """
         found = {WEIGHT: self.before, GRADIENT: self.gradient, UPDATE: self.after - self.before}
         for key, after in self.states_after.items():
@@ -84,7 +91,8 @@ class OptimizerStep:
             found[change_name(key)] = after if before is None else after - before
             if before is not None:
                 found[state_name(key)] = before
-        return UnitProducts(found | (self.named_averages() if averages else {}))
+        found |= self.named_averages() if averages else {}
+        return UnitProducts(found | self.named_afters(afters))
 
     def named_averages(self) -> dict[str, Tensor]:
         """The averages by their names."""

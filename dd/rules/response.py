@@ -26,8 +26,10 @@ from dd.rules.quantities import (
     WEIGHT,
     Combination,
     OptimizerStep,
+    after_step,
     average_name,
     change_name,
+    changes,
     state_name,
 )
 
@@ -79,6 +81,12 @@ class Response:
     weight: Combination = field(repr=False)
     states: Mapping[str, Combination] = field(repr=False)
 
+    @property
+    def is_by_unit(self) -> bool:
+        """Whether every unit of all that is followed answers to itself alone."""
+        found = [self.weight, *self.states.values()]
+        return all(change.coefficients.dim() == 2 for change in found)
+
 
 class ResponseIdentifier:
     """Finds the response of one optimizer, step by step.
@@ -97,7 +105,7 @@ class ResponseIdentifier:
         self._added: list[str] = []
         # Tensors of the state that are multiples of an average, which is then not kept beside them.
         self._stand_ins: dict[int, str] = {}
-        self._across = False
+        self._across = self._is_told_apart = False
         self._steps = 0
         self._was_exact = self._found_exact = False
 
@@ -120,6 +128,7 @@ class ResponseIdentifier:
             "averages": self._averages,
             "stand_ins": dict(self._stand_ins),
             "across": self._across,
+            "told_apart": self._is_told_apart,
             "steps": self._steps,
             "exact": self._was_exact,
         }
@@ -129,7 +138,7 @@ class ResponseIdentifier:
         self.followed, self._lost = list(state["followed"]), list(state["lost"])
         self._regressed, self._added = list(state["regressed"]), list(state["added"])
         self._averages, self._across = state["averages"], state["across"]
-        self._stand_ins = dict(state["stand_ins"])
+        self._stand_ins, self._is_told_apart = dict(state["stand_ins"]), state["told_apart"]
         self._steps, self._was_exact = state["steps"], state["exact"]
 
     @property
@@ -158,7 +167,7 @@ class ResponseIdentifier:
         # Steps at a rate of zero, as at the start of a warm-up, tell nothing.
         self._steps += moves
         self._require_same_states(step)
-        products = step.products(averages=self._averages)
+        products = step.products(averages=self._averages, afters=[*self._stand_ins.values()])
         states = self._exact_states(step, products)
         rest = [key for key in step.states_after if key not in states]
         known = [state_name(key) for key in states if key in step.states_before]
@@ -180,9 +189,11 @@ class ResponseIdentifier:
         tries_across, self._was_exact = self._tries_across, fitted is not None and moves
         self._found_exact = fitted is not None
         if fitted is None:
-            noise = self._noise(step, products)
-            self._find_stand_ins(step, noise, known)
+            products = products.joined(step.named_afters(self._find_stand_ins(step)))
+            noise = self._noise(step, products, is_complete=self._across and bool(known))
             weight, fit = self._regression(noise, UPDATE, known, tries_across=tries_across)
+            # Units that answer to each other's momenta leave nothing for averages to explain.
+            self._averages &= not (self._across and known)
             return Response(False, fit.share, fit.is_across_units, weight, states)
         weight, fit = fitted
         return Response(True, fit.share, fit.is_across_units, weight, states)
@@ -242,25 +253,25 @@ class ResponseIdentifier:
         # Where units were followed by themselves and that has ended, the optimizer has changed.
         return self._across or self._was_exact or self._is_due
 
-    def _noise(self, step: OptimizerStep, products: UnitProducts) -> UnitProducts:
-        """Products of the noise alone, with the averages that are kept from now on."""
-        if not self._averages:
+    def _noise(
+        self, step: OptimizerStep, products: UnitProducts, *, is_complete: bool = False
+    ) -> UnitProducts:
+        """Products of the noise alone, with averages, kept from now on, where it lacks them."""
+        if not self._averages and not is_complete:
             self._averages = True
             products = products.joined(step.named_averages())
         return products.without(step.directions)
 
-    def _find_stand_ins(
-        self, step: OptimizerStep, noise: UnitProducts, known: Sequence[str]
-    ) -> None:
-        """Find averages that tensors of the state stand for."""
+    def _find_stand_ins(self, step: OptimizerStep) -> list[str]:
+        """Find tensors of the state that stand for averages; return those not known before."""
         if not (self._is_due and self._steps >= _DIFFERED):
-            return
-        for position in step.averages:
-            for key in self.followed:
-                after, average = step.states_after[key], step.averages[position]
-                if state_name(key) in known and _is_multiple(after, average):
-                    self._stand_ins[position] = key
-                    break
+            return []
+        known = list(self._stand_ins.values())
+        for position, average in step.averages.items():
+            found = [k for k in self.followed if _is_multiple(step.states_after[k], average)]
+            if found:
+                self._stand_ins[position] = found[0]
+        return [key for key in self._stand_ins.values() if key not in known]
 
     def _regression(
         self, noise: UnitProducts, change: str, known: list[str], *, tries_across: bool
@@ -270,10 +281,12 @@ class ResponseIdentifier:
         Raises:
             ValueError: if the layer has too few inputs to tell.
         """
-        averages = [average_name(position) for position in self.averages]
+        # As a step leaves them, as averages are: what it finds is nearly along the gradient.
+        stand_ins = [after_step(state_name(key)) for key in self._stand_ins.values()]
+        averages = [*(average_name(position) for position in self.averages), *stand_ins]
         _require_inputs(noise, 2 + len(averages) + len(known))
         names = [WEIGHT, GRADIENT, *averages, *self._worth_adding(noise, averages, known)]
-        best, fit = names, _simpler(noise, change, names)
+        best, fit = names, self._simpler(noise, change, names)
         if tries_across:
             few = [WEIGHT, GRADIENT, *(known or averages)]
             across = fit_across_units(noise, change, few, _ridge(noise, len(few)))
@@ -283,16 +296,25 @@ class ResponseIdentifier:
             self._across = gains
         return Combination(best, fit.coefficients), fit
 
+    def _simpler(self, noise: UnitProducts, change: str, names: Sequence[str]) -> ResponseFit:
+        """A fit by unit, or of all units alike where inputs are too few to tell units apart."""
+        ridge = _ridge(noise, len(names))
+        by_unit = fit_by_unit(noise, change, names, ridge)
+        if by_unit is not None and self._is_told_apart and not self._is_due:
+            return by_unit
+        alike = fit_of_all_units(noise, change, names, ridge)
+        # There are enough weights for one coefficient a quantity.
+        assert alike is not None
+        self._is_told_apart = by_unit is not None and by_unit.unexplained <= alike.unexplained
+        return by_unit if by_unit is not None and self._is_told_apart else alike
+
     def _worth_adding(
         self, noise: UnitProducts, averages: list[str], known: list[str]
     ) -> list[str]:
         """Tensors of the state that averages do not explain."""
         if self._is_due:
-            stand_ins = [state_name(key) for key in self._stand_ins.values()]
-            basis = [GRADIENT, *averages, *stand_ins]
-            self._added = [
-                name for name in known if name in stand_ins or not _is_redundant(noise, name, basis)
-            ]
+            basis = [GRADIENT, *averages]
+            self._added = [name for name in known if not _is_redundant(noise, name, basis)]
         return [name for name in self._added if name in known]
 
     def _regression_of_state(self, noise: UnitProducts, key: str) -> Combination:
@@ -301,7 +323,7 @@ class ResponseIdentifier:
 
 
 def _is_exact(fit: ResponseFit, products: UnitProducts, change: str, names: Sequence[str]) -> bool:
-    """Whether a fit leaves no more than rounding.
+    """Whether a fit leaves no more than rounding, of the change and of what is changed.
 
     What merely shrinks or copies the weight is no evidence, and explains next to all of a change
     that is mostly that.
@@ -312,23 +334,13 @@ def _is_exact(fit: ResponseFit, products: UnitProducts, change: str, names: Sequ
     beside = products.of(change, change) - along.square() / size.clamp_min(
         torch.finfo(size.dtype).tiny
     )
-    sizes = torch.stack([beside.clamp_min(0.0).sum(), size.sum()]).tolist()
+    (changed,) = [name for name in names if changes(change, name)] or [change]
+    rounded = products.of(changed, changed)
+    sizes = torch.stack([beside.clamp_min(0.0).sum(), rounded.sum()]).tolist()
     allowed = _EXACT * sizes[0] + (4 * torch.finfo(torch.float32).eps) ** 2 * sizes[1]
     if abs(fit.unexplained - allowed) > fit.rounding:
         return fit.unexplained <= allowed
     return products.left(change, names, fit.coefficients) <= allowed
-
-
-def _simpler(noise: UnitProducts, change: str, names: Sequence[str]) -> ResponseFit:
-    """A fit by unit, or of all units alike where inputs are too few to tell units apart."""
-    ridge = _ridge(noise, len(names))
-    by_unit = fit_by_unit(noise, change, names, ridge)
-    alike = fit_of_all_units(noise, change, names, ridge)
-    # There are enough weights for one coefficient a quantity.
-    assert alike is not None
-    if by_unit is None or alike.unexplained < by_unit.unexplained:
-        return alike
-    return by_unit
 
 
 def _ridge(noise: UnitProducts, count: int) -> float:
@@ -338,7 +350,7 @@ def _ridge(noise: UnitProducts, count: int) -> float:
     apart to p/d of the update's size, which their shadows would take for a response (Hoerl,
     Kennard and Baldwin 1975, with as much left over as explained).
     """
-    return count / noise.columns.shape[2]
+    return count / noise.shape[1]
 
 
 def _is_redundant(noise: UnitProducts, quantity: str, averages: Sequence[str]) -> bool:
@@ -353,7 +365,7 @@ def _is_multiple(one: Tensor, other: Tensor) -> bool:
 
 
 def _require_inputs(noise: UnitProducts, count: int) -> None:
-    width, _, dimension = noise.columns.shape
+    width, dimension = noise.shape
     if width * dimension < _NUMBERS_PER_COLUMN * count:
         raise ValueError(
             f"dd.decouple: a decoupled layer of {dimension} inputs and {width} units has too few "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dd.correction.decay import StepMap
 from dd.correction.shadows import KEY, KeptShadows, ShadowTerms
 from dd.functional.response import combined
 from dd.rules.quantities import (
@@ -116,12 +117,10 @@ class ResponseShadows(KeptShadows):
         rows = placement.rows
         assert rows is not None
         assert placement.rows_on_cpu is not None
-        # Beside the batch's rows a basis moves: where it goes is the map of the absent.
         shadow: Tensor = state[KEY]
-        bins, _, width = shadow.shape
-        total = len(names) * width
-        basis = torch.eye(total, dtype=shadow.dtype, device=shadow.device).expand(bins, -1, -1)
-        parts = basis.chunk(len(names), -1)
+        width = shadow.shape[-1]
+        parts = _basis(names, shadow, by_unit=response.is_by_unit)
+        total = parts[0].shape[1]
         some = {
             name: torch.cat([state[shadow_key(name)][:, rows], part], 1)
             for name, part in zip(names, parts, strict=True)
@@ -135,7 +134,36 @@ class ResponseShadows(KeptShadows):
         for name, value in moved.items():
             state[shadow_key(name)][:, rows] = value[:, : len(rows)]
         step = torch.cat([moved[name][:, len(rows) :] for name in names], -1)
-        self.passed(state, step, placement.rows_on_cpu)
+        others = step[:, width:] if len(names) > 1 else None
+        if response.is_by_unit:
+            kept = StepMap(step[:, :width], factors=others)
+        else:
+            kept = StepMap(step[:, :width], others)
+        self.passed(state, kept, placement.rows_on_cpu)
+
+
+def _basis(names: Sequence[str], shadow: Tensor, *, by_unit: bool) -> list[Tensor]:
+    """A basis of what moves with the shadows: where a step takes it is the map of the absent.
+
+    Args:
+        names: of q quantities, the weight first.
+        shadow: of the weight, shape (B, n, k).
+        by_unit: whether every unit of the other quantities is taken to the same unit of all alone,
+            so that one row of ones tells them all.
+
+    Returns:
+        The part of each quantity, shape (B, p, k); with ``by_unit`` (B, k + q - 1, k).
+    """
+    bins, _, width = shadow.shape
+    count = len(names)
+    if not by_unit:
+        whole = torch.eye(count * width, dtype=shadow.dtype, device=shadow.device)
+        return list(whole.expand(bins, -1, -1).chunk(count, -1))
+    parts = [shadow.new_zeros(width + count - 1, width) for _ in names]
+    parts[0][:width].fill_diagonal_(1.0)
+    for at, part in enumerate(parts[1:]):
+        part[width + at] = 1.0
+    return [part.expand(bins, -1, -1) for part in parts]
 
 
 def _moved(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dd.correction.decay import DecayLog
+from dd.correction.decay import DecayLog, StepMap
 from dd.curvature.moments import Moments
 from dd.functional import centre_within_components, symmetric_curvature
 from dd.support.fingerprint import Fingerprints, directions, fingerprint
@@ -142,11 +142,39 @@ def test_maps_kept_for_later_are_maps_applied_at_once(batches, flushes, seed):
         eager = eager @ step
         eager[:, rows] += push
         lazy[:, rows] = lazy[:, rows] @ step + push
-        if log.append(step, rows, k) or (flushes and number % 5 == 0):
+        if log.append(StepMap(step), rows) or (flushes and number % 5 == 0):
             log.flush(lazy)
     log.flush(lazy)
     assert log.is_empty
     torch.testing.assert_close(lazy, eager)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 10_000))
+def test_factors_by_unit_are_a_map_of_many_zeros(bins, k, more, seed):
+    first, factors = (
+        normal(seed, bins, k, (1 + more) * k),
+        normal(seed + 1, bins, more, (1 + more) * k),
+    )
+    blocks = factors.unflatten(-1, (1 + more, k))
+    others = torch.cat(
+        [
+            torch.cat([row.diag_embed() for row in blocks[:, at].unbind(1)], -1)
+            for at in range(more)
+        ],
+        1,
+    )
+    short, whole = StepMap(first, factors=factors), StepMap(first, others)
+    rows, later = (
+        normal(seed + 2, bins, 5, (1 + more) * k),
+        normal(seed + 3, bins, (1 + more) * k, 7),
+    )
+    matrix = torch.cat([first, others], 1)
+    for step in (short, whole):
+        torch.testing.assert_close(step.of(rows), rows @ matrix)
+        torch.testing.assert_close(step.before(later), matrix @ later)
+        torch.testing.assert_close(step.before(None), matrix)
+    assert short.numbers == (k + more) * (1 + more) * k
 
 
 def test_a_step_costs_no_more_than_its_batch(monkeypatch):
@@ -168,7 +196,7 @@ def test_a_step_costs_no_more_than_its_batch(monkeypatch):
             g = torch.Generator().manual_seed(epoch)
             for rows in torch.randperm(n, generator=g).split(m):
                 work += n * bring(log, state, rows)
-                if log.append(torch.eye(k)[None].double(), rows, k):
+                if log.append(StepMap(torch.eye(k)[None].double()), rows):
                     work += n
                     log.flush(state)
         monkeypatch.undo()
