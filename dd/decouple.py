@@ -363,6 +363,8 @@ class ErrorTracker(Tracker):
 
     def _after_step(self) -> None:
         self._rule.after()
+        if self._shared is not None:
+            self._shared.after(self._optimizer)
         self._moves.remember()
         attachment, response = self._attachment, self._rule.response
         if attachment is None or response is None or self._has_told:

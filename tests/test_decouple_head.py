@@ -6,6 +6,7 @@ from torch import nn
 
 import dd
 from tests.test_decouple import (
+    Averaging,
     full,
     load_all,
     mini,
@@ -148,3 +149,47 @@ def test_step_on_gradients_of_no_forward_is_refused():
     train(model, optimizers, full(X, y, 2))
     with refused("gradients of no training forward"):
         optimizers[1].step()
+
+
+def test_displacements_go_with_weights_that_are_swapped():
+    (X, y, components), _ = problem()
+    model = network()
+    optimizer = Averaging([model[0].weight], lr=0.5)
+    head = torch.optim.SGD(rest_of(model), lr=0.1)
+    noise = dd.NoiseModel.fit(X, components)
+    tracker = dd.decouple(model, optimizer, head, noise=noise, head=True)
+    train(model, [optimizer, head], full(X, y, 8))
+    state = tracker._state[model[0].weight]
+    at_y, at_z = state["signal_shadow"].clone(), state["signal_shadow.state.z"].clone()
+    assert at_y.norm() > 0
+    optimizer.swap(train=False)
+    tracker.evaluate([(X, y)], lambda b: nn.functional.cross_entropy(model(b[0]), b[1]))
+    # y = 0.1 z + 0.9 x
+    expected = (at_y - 0.1 * at_z) / 0.9
+    torch.testing.assert_close(state["signal_shadow"], expected, rtol=1e-3, atol=1e-6)
+    optimizer.swap(train=True)
+    tracker.evaluate([(X, y)], lambda b: nn.functional.cross_entropy(model(b[0]), b[1]))
+    torch.testing.assert_close(state["signal_shadow"], at_y, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["together", "apart"])
+def test_displacements_of_a_zeroed_state_are_zero(kind):
+    X, y, model, optimizers, tracker = build(kind)
+    train(model, optimizers, full(X, y, 3))
+    weight = model[2].weight
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizers[-1].state[weight][name].zero_()
+    before = tracker._state[weight]["shadow.exp_avg"].clone()
+    train(model, optimizers, full(X, y, 1))
+    after = tracker._state[weight]["shadow.exp_avg"]
+    # A tenth of a new gradient's alone, where nine tenths of the old would have stayed.
+    assert torch.linalg.vector_norm(after) < 0.5 * torch.linalg.vector_norm(before)
+
+
+@pytest.mark.parametrize("kind", ["together", "apart"])
+def test_state_of_the_head_that_was_loaded_alone_is_refused(kind):
+    X, y, model, optimizers, _ = build(kind)
+    train(model, optimizers, full(X, y, 3))
+    optimizers[-1].state[model[2].weight]["exp_avg"].mul_(2)
+    with refused("'exp_avg' in the optimizer's state of the head or of a bias is not what"):
+        train(model, optimizers, full(X, y, 1))

@@ -13,7 +13,8 @@ from dd.functional.response import combined
 from dd.rules.combination import combination
 from dd.rules.followed_states import own_states
 from dd.rules.quantities import WEIGHT, state_name
-from dd.rules.response_shadows import shadow_key
+from dd.rules.response_shadows import SIGNAL, shadow_key, signal_key
+from dd.support.growth import grown
 
 __all__ = ["OutsideMoves"]
 
@@ -66,6 +67,11 @@ class OutsideMoves:
             attachment.shadows.flush(state)
             parts = [state[shadow_key(name)] for name in tensors]
             state[KEY] = combined(parts, coefficients[:, None])
+            if state.get(SIGNAL) is not None:
+                known = [state.get(signal_key(name)) for name in tensors]
+                nothing = torch.zeros_like(state[SIGNAL])
+                along = [nothing if part is None else grown(part, len(nothing)) for part in known]
+                state[SIGNAL] = combined(along, coefficients[:, None])
             attachment.remember_weight(state)
             state[_LEFT] = weight.clone()
 

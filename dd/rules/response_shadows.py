@@ -22,7 +22,14 @@ from dd.rules.response import Response
 from dd.samples.placement import Placement
 from dd.support.blocks import row_blocks
 
-__all__ = ["SIGNAL", "ResponseShadows", "moved_shadows", "shadow_key", "shadowed_names"]
+__all__ = [
+    "SIGNAL",
+    "ResponseShadows",
+    "moved_shadows",
+    "shadow_key",
+    "shadowed_names",
+    "signal_key",
+]
 
 # Key, in the decoupled weight's state, of its displacements along the component means.
 SIGNAL = "signal_shadow"
@@ -31,6 +38,11 @@ SIGNAL = "signal_shadow"
 def shadow_key(name: str) -> str:
     """Key, in the state of the decoupled weight, of the shadow of a quantity."""
     return KEY if name == WEIGHT else f"{KEY}.{name}"
+
+
+def signal_key(name: str) -> str:
+    """Key, likewise, of the displacements of a quantity along the component means."""
+    return SIGNAL if name == WEIGHT else f"{SIGNAL}.{name}"
 
 
 def shadowed_names(response: Response, averages: Sequence[int]) -> list[str]:

@@ -15,6 +15,7 @@ from dd.correction.attachment import Attachment
 from dd.correction.capture import StepGradients
 from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadow_step import StepMeasures
+from dd.rules.followed_states import own_states
 from dd.rules.linearised import (
     GRADIENT,
     PARAMETER,
@@ -22,13 +23,15 @@ from dd.rules.linearised import (
     names_of_linear_rules,
     step_derivative,
 )
-from dd.rules.quantities import WEIGHT
 from dd.rules.response import Response
-from dd.rules.response_shadows import SIGNAL, moved_shadows, shadowed_names
+from dd.rules.response_shadows import SIGNAL, moved_shadows, shadowed_names, signal_key
 from dd.rules.scaled_steps import is_skipped, unscaling
 from dd.support.growth import grown
 
 __all__ = ["SharedSteps"]
+
+# Keys, in a parameter's state, of what its optimizer's last step left.
+_LEFT = "left."
 
 Derivative = dict[str, dict[str, Tensor]]
 
@@ -69,7 +72,8 @@ class SharedSteps:
         """Look at the shared parameters that an optimizer is about to move.
 
         Raises:
-            RuntimeError: if one is moved twice for one forward, or on gradients of no forward.
+            RuntimeError: if one is moved twice for one forward, on gradients of no forward, or with
+                another state of the optimizer than its last step left.
         """
         attachment = self._attachment
         if is_skipped(optimizer):
@@ -88,6 +92,7 @@ class SharedSteps:
                     f"dd.decouple: {type(optimizer).__name__} steps on gradients of no training "
                     "forward that head=True has seen; call zero_grad() after every step"
                 )
+            self._take_up(optimizer, parameter)
             gradient = parameter.grad.detach() * unscaling(optimizer)
             self._derivatives[parameter] = step_derivative(optimizer, group, parameter, gradient)
             if is_idle:
@@ -111,10 +116,15 @@ class SharedSteps:
         self._move_due()
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember the head as a step leaves it."""
+        """Remember the head, and what its optimizer keeps, as a step leaves them."""
         shared = self._attachment.shared
-        if shared is not None and self.holds(optimizer):
-            shared.remember_weight()
+        if shared is None or not self.holds(optimizer):
+            return
+        shared.remember_weight()
+        for _, parameter in self._held(optimizer):
+            state = self._store.of(parameter)
+            for name, value in own_states(optimizer, parameter).items():
+                state[f"{_LEFT}{name}"] = value.clone()
 
     def move_weight(self, response: Response, *, averages: Sequence[int]) -> None:
         """Move the decoupled weight's displacements along the component means.
@@ -130,7 +140,7 @@ class SharedSteps:
             return
         # A direction takes the place of a bin.
         names = shadowed_names(response, averages)
-        keys = {name: SIGNAL if name == WEIGHT else f"{SIGNAL}.{name}" for name in names}
+        keys = {name: signal_key(name) for name in names}
         for key in [k for k in state if k.startswith(f"{SIGNAL}.") and k not in keys.values()]:
             del state[key]
         kept = {name: state.get(key) for name, key in keys.items()}
@@ -143,6 +153,27 @@ class SharedSteps:
         moved = moved_shadows(parts, driven.permute(2, 0, 1), response)
         for name, value in moved.items():
             state[keys[name]] = value.permute(1, 2, 0).contiguous()
+
+    def _take_up(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        """Look at what an optimizer keeps of a parameter: what was zeroed has no displacement.
+
+        Raises:
+            RuntimeError: if something is neither zero, nor gone, nor what the last step left.
+        """
+        state = self._store.of(parameter)
+        for name, value in own_states(optimizer, parameter).items():
+            left, key = state.get(f"{_LEFT}{name}"), _key(self._key_of(parameter), name)
+            if left is None or torch.equal(value, left):
+                continue
+            if bool(value.count_nonzero()):
+                raise RuntimeError(
+                    f"dd.decouple: {name!r} in the optimizer's state of the head or of a bias is "
+                    "not what the last step left, and the displacements that head=True keeps do "
+                    "not fit it. Load the states of model, optimizer and tracker together; to "
+                    "begin the optimizer's state anew, clear it or set it to zero."
+                )
+            if key in state:
+                state[key] = torch.zeros_like(state[key])
 
     def drop(self) -> None:
         """Forget steps that were begun."""
@@ -203,7 +234,7 @@ class SharedSteps:
 
     def _move(self, parameter: Tensor, gradient: Tensor | None) -> None:
         """Move the displacements of a parameter and of its optimizer's state."""
-        (key,) = [key for other, key in self._parts if other is parameter]
+        key = self._key_of(parameter)
         derivative, state = self._derivatives.pop(parameter), self._store.of(parameter)
         shadow: Tensor | None = state.get(key)
         if shadow is None:
@@ -218,6 +249,10 @@ class SharedSteps:
                     value.addcmul_(known[source].to(shadow), factor.to(shadow))
             moved[_key(key, name)] = value
         state.update(moved)
+
+    def _key_of(self, parameter: Tensor) -> str:
+        (key,) = [key for other, key in self._parts if other is parameter]
+        return key
 
 
 def _key(key: str, name: str) -> str:
