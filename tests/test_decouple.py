@@ -311,6 +311,27 @@ def test_no_more_shadows_are_kept_than_a_response_needs(make, expected, scale):
     assert kept == {f"shadow.{name}" for name in expected}
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_rules_by_coordinate_answer_to_each_bin_by_itself(name):
+    (X, y, components), _ = problem()
+    X[:, :4] *= 8
+    noise = dd.NoiseModel.fit(X, components)
+    assert noise.leading_directions.shape[1] == 4
+    model = network()
+    optimizer = OPTIMIZERS[name]([model[0].weight])
+    tracker = dd.decouple(model, optimizer, torch.optim.SGD(rest_of(model), lr=0.1), noise=noise)
+    train(model, [optimizer], full(X, y, 3))
+    found = tracker.response.weight.by_bin
+    if name == "SGD":
+        assert found is None
+    else:
+        width = len(model[0].weight)
+        assert found.shape == (len(tracker.response.weight.names), len(noise.eigenvalues), width)
+    # Sixteen rows a direction: fewer are not worth their products.
+    train(model, [optimizer], mini(X, y, 1, size=40))
+    assert tracker.response.weight.by_bin is None
+
+
 def test_detached_model_and_optimizer_are_plain_ones():
     (X, y, components), _ = problem()
     models = [network(), network()]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NoiseBins",
     "ResponseFit",
     "UnitProducts",
+    "coefficients_by_bin",
     "combined",
     "fit_across_units",
     "fit_by_unit",
@@ -68,6 +70,11 @@ class UnitProducts:
             return self._all
         along, basis = self._along
         return self._all - along @ basis.mT
+
+    def within(self, directions: Tensor) -> Tensor:
+        """Products within the span of orthonormal directions, shape (d, r); shape (k, q, q)."""
+        along = (self.columns.to(directions) @ directions).double()
+        return along @ along.mT
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -189,12 +196,65 @@ def fit_across_units(
     return _summary(solution, count * width, dimension, lambda c: c.unflatten(0, (count, width)))
 
 
+@dataclass(frozen=True, eq=False)
+class NoiseBins:
+    """Bins of the noise, with the directions of the leading ones.
+
+    Attributes:
+        directions: orthonormal, bin after bin, shape (d, r).
+        ends: of each of these bins, in this order.
+        count: B of all bins.
+    """
+
+    directions: Tensor
+    ends: Sequence[int]
+    count: int
+
+
+def coefficients_by_bin(
+    products: UnitProducts, update: str, basis: Sequence[str], fit: ResponseFit, bins: NoiseBins
+) -> Tensor:
+    """A fit's coefficients for the directions of each bin alone, where these tell them.
+
+    In a bin of d_b directions the fit leaves a rest, which is fitted in turn, with p/d_b for the
+    ridge: d_b numbers tell p coefficients to that share of the update's size.
+
+    Args:
+        products: as in :func:`fit_by_unit`.
+        update: likewise.
+        basis: likewise.
+        fit: of one coefficient a quantity and unit.
+        bins: the last ones, whose directions are not known, are taken together.
+
+    Returns:
+        Shape (p, B, k).
+    """
+    rows, (at,) = products.positions(basis), products.positions([update])
+    start = fit.coefficients.mT.unsqueeze(-1)
+    rest, left = products.gram, products.shape[1]
+    found, begin = [], 0
+    for end in bins.ends:
+        inside = products.within(bins.directions[:, begin:end])
+        found.append(_refined(inside, rows, at, start, len(rows) / (end - begin)))
+        rest, left, begin = rest - inside, left - (end - begin), end
+    last = _refined(rest, rows, at, start, len(rows) / max(left, 1))
+    return torch.stack(found + [last] * (bins.count - len(found)), 1)
+
+
+def _refined(gram: Tensor, rows: list[int], at: int, start: Tensor, ridge: float) -> Tensor:
+    basis = gram[:, rows][:, :, rows]
+    right = gram[:, rows, at].unsqueeze(-1) - basis @ start
+    found = _solved(basis, right, gram[:, at, at], ridge).coefficients
+    return (start + found).squeeze(-1).mT
+
+
 def combined(parts: Sequence[Tensor], coefficients: Tensor, start: Tensor | None = None) -> Tensor:
     """S + Σ_b B_b A_b of the shadows of some quantities.
 
     Args:
         parts: p shadows, each of shape (B, n, k).
-        coefficients: as in :class:`ResponseFit`.
+        coefficients: as in :class:`ResponseFit`, or one a quantity, bin and unit, shape
+            (p, B, 1, k).
         start: S, of the same shape, or None for zero.
 
     Returns:
@@ -212,7 +272,7 @@ def _with_term(
     found: Tensor | None, part: Tensor, coefficient: Tensor, *, in_place: bool
 ) -> Tensor:
     """One term more of a sum, with no intermediate result of its size."""
-    if coefficient.dim() == 1:
+    if coefficient.dim() != 2:
         if found is None:
             return part * coefficient
         if in_place:
@@ -263,7 +323,7 @@ class _Solution:
 
 def _solved(gram: Tensor, right: Tensor, size: Tensor, ridge: float) -> _Solution:
     """Combine columns of products ``gram`` to targets of products ``right`` with them."""
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0).unsqueeze(-1)
     scaled = gram / (lengths * lengths.mT)
     target = right / lengths

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dd.noise.arguments import _as_components, _as_matrix
 from dd.noise.centred import CentredInputs
-from dd.noise.spectrum import sample_eigenvalues
+from dd.noise.spectrum import SampleSpectrum
 
 # Largest side of the matrix whose eigenvalues are the spectrum: 3.2 GB in double precision.
 LARGEST_GRAM = 20_000
@@ -30,8 +30,8 @@ def _one_bin(centred: CentredInputs, norms: Tensor) -> tuple[Tensor, Tensor]:
     return variance.reshape(1), torch.tensor([centred.dimension])
 
 
-def _sample_spectrum(centred: CentredInputs) -> Tensor:
-    """Positive eigenvalues of the sample covariance, float64, on the CPU.
+def _sample_spectrum(centred: CentredInputs) -> SampleSpectrum:
+    """Spectrum of the sample covariance.
 
     Raises:
         ValueError: if min(n, d) is too large for memory.
@@ -44,7 +44,7 @@ def _sample_spectrum(centred: CentredInputs) -> Tensor:
             f"NoiseModel.isotropic, or fit on a sample of at most {LARGEST_GRAM} rows and give "
             "the model every sample's component, dataclasses.replace(model, components=...)"
         )
-    return sample_eigenvalues(centred, centred.degrees)
+    return SampleSpectrum(centred, centred.degrees)
 
 
 def _relative_mass(centred: CentredInputs, norms: Tensor) -> Tensor:

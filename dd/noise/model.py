@@ -46,6 +46,8 @@ class NoiseModel:
         norm_variation: standard deviation of ‖z_i‖² over its mean, or None where not measured.
         fingerprints: of the samples fitted on, shape (n, 3), to know batches of them by; or None.
         copies: how many of them are copies of others, or nearly so; None where not looked for.
+        leading_directions: orthonormal, of the leading bins up to an eighth of all dimensions, in
+            the order of the bins, shape (d, r); None where there are none, or not measured.
         separated: the same noise with the directions of the component means kept out of the bins,
             for an optimizer that follows these exactly (``head=``); or None.
         units: which rows share noise, where several are one unit: ``components`` are then those of
@@ -75,6 +77,7 @@ class NoiseModel:
     fingerprints: Tensor | None = None
     copies: int | None = None
     units: Units | None = None
+    leading_directions: Tensor | None = None
     separated: "NoiseModel | None" = None
     separated_from: tuple[Tensor | None, ...] | None = None
 
@@ -98,6 +101,12 @@ class NoiseModel:
             raise ValueError(
                 f"NoiseModel: expected mean_directions of shape (d, m), d = m + {in_bins:g} "
                 f"dimensions in bins; got {tuple(directions.shape)}"
+            )
+        leading = self.leading_directions
+        if leading is not None and (leading.dim() != 2 or len(leading) != self.dimension):
+            raise ValueError(
+                f"NoiseModel: expected leading_directions of shape ({self.dimension}, r), got "
+                f"{tuple(leading.shape)}"
             )
 
     @classmethod
@@ -249,6 +258,7 @@ class NoiseModel:
             multiplicities=like.new_zeros(1),
             mean_directions=torch.eye(self.dimension, dtype=like.dtype, device=like.device),
             relative_mass=None,
+            leading_directions=None,
             separated=None,
             separated_from=None,
         )
@@ -283,7 +293,8 @@ class NoiseModel:
             tensor([1.7500])
         """
         total = self.multiplicities.sum().reshape(1)
-        return replace(self, eigenvalues=self.mass.sum() / total, multiplicities=total)
+        mean = self.mass.sum() / total
+        return replace(self, eigenvalues=mean, multiplicities=total, leading_directions=None)
 
     def of(self, rows: Tensor) -> "NoiseModel":
         """Return the same noise with what is known of some samples alone.
@@ -393,6 +404,11 @@ class NoiseModel:
             ),
             mean_directions=(
                 None if self.mean_directions is None else self.mean_directions.to(device, dtype)
+            ),
+            leading_directions=(
+                None
+                if self.leading_directions is None
+                else self.leading_directions.to(device, dtype)
             ),
             fingerprints=None if self.fingerprints is None else self.fingerprints.to(device),
             units=None if self.units is None else self.units.to(device, dtype),

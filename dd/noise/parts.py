@@ -1,5 +1,6 @@
 """What a noise model is made of, measured."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +15,16 @@ from dd.noise.measures import (
     _relative_mass,
     _sample_spectrum,
 )
-from dd.noise.quadrature import nodes
-from dd.noise.spectrum import population_eigenvalues
+from dd.noise.quadrature import leading_counts, nodes
+from dd.noise.spectrum import SampleSpectrum, population_eigenvalues
 from dd.noise.unit_fit import UnitInputs
 
 __all__ = ["measured", "measured_units", "refuse_for_units"]
 
 MOST_BINS = 12
+# Directions of the leading bins are kept up to this share of all and of the samples: a step on all
+# of these takes products with that many more.
+MOST_LEADING, LEADING_PER_SAMPLE = 0.5, 1 / 16
 
 
 def measured(
@@ -36,8 +40,10 @@ def measured(
     """
     relative = _relative_mass(centred, norms)
     binned, per_sample = _binned(centred, norms, relative, bins, per_sample)
+    leading = binned.leading(centred)
     return {
         **_bins(centred, binned),
+        "leading_directions": None if leading is None else leading.to(centred.dtype),
         "components": centred.components,
         "relative_mass": relative if per_sample else None,
         "fitted_on": len(relative),
@@ -87,11 +93,31 @@ def refuse_for_units(per_sample: bool | None, separate_means: bool | None) -> No
         )
 
 
-def _bins(centred: CentredInputs, binned: tuple[Tensor, Tensor]) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class _Binned:
+    """Bins of a spectrum, and the sample's own one where it is known."""
+
+    eigenvalues: Tensor
+    multiplicities: Tensor
+    sample: SampleSpectrum | None = None
+
+    def leading(self, centred: CentredInputs) -> Tensor | None:
+        """Directions of the leading bins, shape (d, r), float64, or None."""
+        # Without components no response is followed bin by bin.
+        if self.sample is None or centred.components is None:
+            return None
+        count, dimension = len(centred.source), centred.dimension
+        most = int(min(MOST_LEADING * dimension, LEADING_PER_SAMPLE * count))
+        most = min(most, len(self.sample.values))
+        count = max(leading_counts(self.multiplicities, most), default=0)
+        return self.sample.leading(count) if count else None
+
+
+def _bins(centred: CentredInputs, binned: _Binned) -> dict[str, Any]:
     like, directions = centred.means.to(centred.dtype), centred.directions
     return {
-        "eigenvalues": binned[0].to(like),
-        "multiplicities": binned[1].to(like),
+        "eigenvalues": binned.eigenvalues.to(like),
+        "multiplicities": binned.multiplicities.to(like),
         "mean_directions": None if directions is None else directions.to(like),
     }
 
@@ -102,11 +128,12 @@ def _binned(
     relative: Tensor,
     bins: int | None,
     per_sample: bool | None,
-) -> tuple[tuple[Tensor, Tensor], bool]:
-    """Eigenvalues and multiplicities, and whether each sample has a mass of its own."""
+) -> tuple[_Binned, bool]:
+    """Bins, and whether each sample has a mass of its own."""
     if bins == 1 and per_sample is False:
-        return _one_bin(centred, norms), False
-    sample = _sample_spectrum(centred)
+        return _Binned(*_one_bin(centred, norms)), False
+    found = _sample_spectrum(centred)
+    sample = found.values
     spectrum = population_eigenvalues(sample, centred.dimension, centred.effective_degrees)
     if bins is None:
         flat = _is_flat(sample, centred.dimension, centred.effective_degrees)
@@ -114,4 +141,6 @@ def _binned(
     if per_sample is None:
         variance, rank = float(relative.double().var()), _effective_rank(spectrum)
         per_sample = centred.components is not None and _is_heavy_tailed(variance, rank)
-    return _one_bin(centred, norms) if bins == 1 else nodes(spectrum, bins), per_sample
+    if bins == 1:
+        return _Binned(*_one_bin(centred, norms)), per_sample
+    return _Binned(*nodes(spectrum, bins), found), per_sample

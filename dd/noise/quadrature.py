@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["nodes"]
+__all__ = ["leading_counts", "nodes"]
 
 # The error of tr Σ exp(−tΣ) that is allowed: below what it takes to estimate the spectrum itself
 # from ten samples a dimension or fewer, and at most that of twelve bins of equal log-rank.
@@ -43,6 +43,17 @@ def nodes(spectrum: Tensor, most: int) -> tuple[Tensor, Tensor]:
         if _error(values, found, weights) <= TOLERANCE or len(found) < count:
             break
     return scale * torch.from_numpy(found), torch.from_numpy(weights)
+
+
+def leading_counts(multiplicities: Tensor, most: int) -> list[int]:
+    """Dimensions up to and with each of the leading bins, but the last one of all.
+
+    Args:
+        multiplicities: ν, shape (B,), of bins in descending order of eigenvalues.
+        most: dimensions at most.
+    """
+    bounds = multiplicities.double().cumsum(0).round().long().tolist()
+    return [bound for bound in bounds[:-1] if 0 < bound <= most]
 
 
 def _poles(values: np.ndarray, count: int) -> np.ndarray:

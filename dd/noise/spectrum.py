@@ -6,6 +6,7 @@ decaying; the equation that binds the two spectra is solved here for the populat
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from dd.noise.centred import CentredInputs
 from dd.support.nonnegative import nonnegative_least_squares
 
-__all__ = ["population_eigenvalues", "sample_eigenvalues"]
+__all__ = ["SampleSpectrum", "population_eigenvalues", "sample_eigenvalues"]
 
 # Resolution of the equation and of the spectrum; both are smooth on this scale.
 _RIDGES = 80
@@ -23,26 +24,57 @@ _ATOMS = 100
 _MOST_FREEDOM = 0.9
 
 
-def sample_eigenvalues(centred: Tensor | CentredInputs, degrees: int) -> Tensor:
-    """Positive eigenvalues of the sample covariance S = ZᵀZ / m.
+class SampleSpectrum:
+    """Eigenvalues and directions of the sample covariance S = ZᵀZ / m.
 
     They come from the smaller of ZᵀZ and ZZᵀ: time n d min(n, d), memory min(n, d)².
 
     Args:
         centred: Z, the sample around its component means, shape (n, d).
         degrees: m, degrees of freedom, n less the number of components.
-
-    Returns:
-        At most min(m, d) eigenvalues in squared input units, descending, float64, on the CPU.
     """
-    n, d = centred.shape
-    gram = torch.zeros(min(n, d), min(n, d), dtype=torch.float64, device=centred.device)
-    for half in _halves(centred):
-        gram.addmm_(half.mT, half, alpha=1 / degrees)
-    values = torch.linalg.eigvalsh(gram).flip(0).cpu()[: min(degrees, d)]
-    # Linearly dependent inputs leave eigenvalues that are rounding errors.
-    precision = n**0.5 * torch.finfo(centred.dtype).eps
-    return values[values > precision**2 * values[0]]
+
+    def __init__(self, centred: Tensor | CentredInputs, degrees: int) -> None:
+        n, d = centred.shape
+        self._centred, self._degrees = centred, degrees
+        gram = torch.zeros(min(n, d), min(n, d), dtype=torch.float64, device=centred.device)
+        for half in _halves(centred):
+            gram.addmm_(half.mT, half, alpha=1 / degrees)
+        self._gram = gram
+
+    @cached_property
+    def values(self) -> Tensor:
+        """At most min(m, d), in squared input units, descending, positive, float64, on the CPU."""
+        n, d = self._centred.shape
+        values = torch.linalg.eigvalsh(self._gram).flip(0).cpu()[: min(self._degrees, d)]
+        # Linearly dependent inputs leave eigenvalues that are rounding errors.
+        precision = n**0.5 * torch.finfo(self._centred.dtype).eps
+        return values[values > precision**2 * values[0]]
+
+    def leading(self, count: int) -> Tensor:
+        """Orthonormal directions of the largest eigenvalues, shape (d, count), float64.
+
+        Args:
+            count: at most as many as there are eigenvalues.
+        """
+        n, d = self._centred.shape
+        values, vectors = torch.linalg.eigh(self._gram)
+        values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+        if n >= d:
+            return vectors.contiguous()
+        # From the directions among samples, the longer side of Z in parts.
+        parts = [half @ vectors for half in _halves(self._centred)]
+        return torch.cat(parts) / (self._degrees * values).sqrt()
+
+
+def sample_eigenvalues(centred: Tensor | CentredInputs, degrees: int) -> Tensor:
+    """Positive eigenvalues of the sample covariance, as :attr:`SampleSpectrum.values`.
+
+    Args:
+        centred: Z, the sample around its component means, shape (n, d).
+        degrees: m, degrees of freedom, n less the number of components.
+    """
+    return SampleSpectrum(centred, degrees).values
 
 
 def _halves(centred: Tensor | CentredInputs) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dd.functional.response import UnitProducts
+from dd.functional.response import NoiseBins, UnitProducts
 
 __all__ = [
     "AVERAGE_RATES",
@@ -68,6 +68,7 @@ class OptimizerStep:
         averages: exponential averages of V up to this step, by their positions in
             :data:`AVERAGE_RATES`.
         directions: orthonormal, in which the gradients are no noise, shape (d, m), or None.
+        bins: of the noise, or None where there is one, or directions are not known.
     """
 
     before: Tensor
@@ -77,6 +78,7 @@ class OptimizerStep:
     states_after: Mapping[str, Tensor]
     averages: Mapping[int, Tensor]
     directions: Tensor | None
+    bins: NoiseBins | None = None
 
     def products(self, *, averages: bool, afters: Sequence[str]) -> UnitProducts:
         """Of the weight, the gradient, and what the step found and changed.
@@ -110,7 +112,9 @@ class Combination:
     Attributes:
         names: of the quantities.
         coefficients: one a quantity and unit, shape (p, k), or across units, shape (p, k, k).
+        by_bin: those for the noise of each bin, shape (p, B, k); None where they are the same.
     """
 
     names: list[str]
     coefficients: Tensor
+    by_bin: Tensor | None = None

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from dd.functional.response import (
+    NoiseBins,
     ResponseFit,
     UnitProducts,
+    coefficients_by_bin,
     fit_across_units,
     fit_by_unit,
     fit_of_all_units,
@@ -184,14 +186,15 @@ class ResponseIdentifier:
             if fitted is not None:
                 noise = self._noise(step, products)
                 self._regressed = rest
-                states |= {key: self._regression_of_state(noise, key) for key in rest}
+                states |= {key: self._regression_of_state(noise, key, step.bins) for key in rest}
         self._follow(list(states), [key for key in rest if key not in states])
         tries_across, self._was_exact = self._tries_across, fitted is not None and moves
         self._found_exact = fitted is not None
         if fitted is None:
             products = products.joined(step.named_afters(self._find_stand_ins(step)))
             noise = self._noise(step, products, is_complete=self._across and bool(known))
-            weight, fit = self._regression(noise, UPDATE, known, tries_across=tries_across)
+            bins = step.bins
+            weight, fit = self._regression(noise, UPDATE, known, bins, tries_across=tries_across)
             # Units that answer to each other's momenta leave nothing for averages to explain.
             self._averages &= not (self._across and known)
             return Response(False, fit.share, fit.is_across_units, weight, states)
@@ -274,7 +277,13 @@ class ResponseIdentifier:
         return [key for key in self._stand_ins.values() if key not in known]
 
     def _regression(
-        self, noise: UnitProducts, change: str, known: list[str], *, tries_across: bool
+        self,
+        noise: UnitProducts,
+        change: str,
+        known: list[str],
+        bins: NoiseBins | None,
+        *,
+        tries_across: bool,
     ) -> tuple[Combination, ResponseFit]:
         """An update's mean derivative, from its regression on the noise of the gradients.
 
@@ -294,7 +303,10 @@ class ResponseIdentifier:
             if across is not None and gains:
                 best, fit = few, across
             self._across = gains
-        return Combination(best, fit.coefficients), fit
+        by_bin = None
+        if bins is not None and not fit.is_across_units and self._is_told_apart:
+            by_bin = coefficients_by_bin(noise, change, best, fit, bins)
+        return Combination(best, fit.coefficients, by_bin), fit
 
     def _simpler(self, noise: UnitProducts, change: str, names: Sequence[str]) -> ResponseFit:
         """A fit by unit, or of all units alike where inputs are too few to tell units apart."""
@@ -317,9 +329,11 @@ class ResponseIdentifier:
             self._added = [name for name in known if not _is_redundant(noise, name, basis)]
         return [name for name in self._added if name in known]
 
-    def _regression_of_state(self, noise: UnitProducts, key: str) -> Combination:
+    def _regression_of_state(
+        self, noise: UnitProducts, key: str, bins: NoiseBins | None
+    ) -> Combination:
         """Likewise, of what a step adds to a tensor of the state."""
-        return self._regression(noise, change_name(key), [], tries_across=False)[0]
+        return self._regression(noise, change_name(key), [], bins, tries_across=False)[0]
 
 
 def _is_exact(fit: ResponseFit, products: UnitProducts, change: str, names: Sequence[str]) -> bool:

@@ -200,7 +200,7 @@ def _moved(
 
 
 def moved_shadows(
-    before: Mapping[str, Tensor], gradient: Tensor, response: Response
+    before: Mapping[str, Tensor], gradient: Tensor, response: Response, *, by_bin: bool = True
 ) -> dict[str, Tensor]:
     """Shadows after a step, each of shape (B, u, k).
 
@@ -208,6 +208,7 @@ def moved_shadows(
         before: the step, by the names of what they belong to.
         gradient: the shadow of the gradient.
         response: of the optimizer.
+        by_bin: whether these are of the bins of the noise.
     """
     shadow, known = before[WEIGHT], {**before, GRADIENT: gradient}
     found: dict[str, Tensor] = {}
@@ -217,10 +218,15 @@ def moved_shadows(
             found[name] = known[name] = torch.lerp(known[GRADIENT], before[name], rate)
     for key, change in response.states.items():
         name = state_name(key)
-        found[name] = known[after_step(name)] = _with(before[name], change, known)
-    found[WEIGHT] = _with(shadow, response.weight, known)
+        found[name] = known[after_step(name)] = _with(before[name], change, known, by_bin=by_bin)
+    found[WEIGHT] = _with(shadow, response.weight, known, by_bin=by_bin)
     return found
 
 
-def _with(start: Tensor, change: Combination, known: Mapping[str, Tensor]) -> Tensor:
-    return combined([known[name] for name in change.names], change.coefficients, start)
+def _with(
+    start: Tensor, change: Combination, known: Mapping[str, Tensor], *, by_bin: bool
+) -> Tensor:
+    coefficients = change.coefficients
+    if by_bin and change.by_bin is not None:
+        coefficients = change.by_bin.unsqueeze(-2)
+    return combined([known[name] for name in change.names], coefficients, start)

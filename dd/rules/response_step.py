@@ -12,6 +12,9 @@ from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadow_step import ShadowStep, StepMeasures
 from dd.correction.training_forward import full_precision, refuse_capture
 from dd.correction.weight_gradient import weight_edit
+from dd.functional.response import NoiseBins
+from dd.noise.parts import LEADING_PER_SAMPLE
+from dd.noise.quadrature import leading_counts
 from dd.rules.followed_states import FollowedStates, own_states
 from dd.rules.quantities import AVERAGE_RATES, OptimizerStep, average_name
 from dd.rules.response import Response, ResponseIdentifier
@@ -151,8 +154,35 @@ class ResponseStep:
                 (1 - rate) * gradient if kept is None else gradient.lerp(kept, rate)
             )
         states = self.identifier.watched(own_states(self._optimizer, self._attachment.weight))
-        directions = self._signal_directions()
-        return OptimizerStep(due.before, weight, gradient, due.states, states, averages, directions)
+        return OptimizerStep(
+            due.before,
+            weight,
+            gradient,
+            due.states,
+            states,
+            averages,
+            self._signal_directions(),
+            None if due.measures is None else self._noise_bins(len(due.measures.pushes.gradient)),
+        )
+
+    def _noise_bins(self, rows: int) -> NoiseBins | None:
+        """Bins of the noise whose directions are known, and cost no more than a step on the rows.
+
+        Args:
+            rows: of the step, on this process.
+        """
+        noise = self._attachment.noise
+        if noise is None or noise.leading_directions is None:
+            return None
+        directions = noise.leading_directions
+        ends = leading_counts(noise.multiplicities, directions.shape[1])
+        # Bins may have been put in the place of those that were measured.
+        if ends[-1:] != [directions.shape[1]]:
+            return None
+        ends = [end for end in ends if end <= LEADING_PER_SAMPLE * rows]
+        if not ends:
+            return None
+        return NoiseBins(directions[:, : ends[-1]], ends, len(noise.multiplicities))
 
     def _signal_directions(self) -> Tensor | None:
         """Span of the component means, in which a gradient is no noise, or None."""

@@ -150,7 +150,7 @@ class SharedSteps:
         }
         parts = {name: value.permute(2, 0, 1) for name, value in before.items()}
         driven = torch.zeros_like(shadow) if gradient is None else gradient.to(shadow)
-        moved = moved_shadows(parts, driven.permute(2, 0, 1), response)
+        moved = moved_shadows(parts, driven.permute(2, 0, 1), response, by_bin=False)
         for name, value in moved.items():
             state[keys[name]] = value.permute(1, 2, 0).contiguous()
 

@@ -1,5 +1,6 @@
 """The fitted noise model: spectra of known truth, refusals, and its way into the optimizer."""
 
+import dataclasses
 import math
 import weakref
 
@@ -123,6 +124,41 @@ def test_gram_of_either_side_gives_the_same_eigenvalues():
     tall = normal(3, 2500, 40)
     dense = torch.linalg.eigvalsh(tall.mT @ tall / 2499).flip(0)
     torch.testing.assert_close(sample_eigenvalues(tall, 2499), dense)
+
+
+@pytest.mark.parametrize(("n", "d"), [(4000, 60), (400, 600)])
+@pytest.mark.parametrize("apart", [None, True])
+def test_leading_directions_are_those_of_the_largest_noise(n, d, apart):
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
+    noise = torch.randn(n, d, generator=generator)
+    noise[:, :5] *= 20
+    ids = torch.arange(n) % 2
+    sample = noise @ turned.mT + 3 * turned[:, [30, 31]].mT[ids]
+    model = NoiseModel.fit(sample, ids, separate_means=apart)
+    found = model.leading_directions.double()
+    assert found.shape == (d, 5)
+    centred = torch.empty(n, d, dtype=torch.float64)
+    for one in range(2):
+        centred[ids == one] = (sample[ids == one] - sample[ids == one].mean(0)).double()
+    if apart:
+        along = model.mean_directions.double()
+        centred -= centred @ along @ along.mT
+    expected = torch.linalg.eigh(centred.mT @ centred)[1][:, -5:]
+    # The span in single precision; no more is told by eigenvalues that are nearly equal.
+    torch.testing.assert_close(found @ found.mT, expected @ expected.mT, atol=1e-4, rtol=0.0)
+
+
+def test_leading_directions_are_kept_where_a_response_may_need_them():
+    sample, ids = normal(5, 400, 40), torch.arange(400) % 2
+    assert NoiseModel.fit(sample, ids).leading_directions is None
+    sample[:, :3] *= 10
+    assert NoiseModel.fit(sample).leading_directions is None
+    model = NoiseModel.fit(sample, ids)
+    assert model.leading_directions.shape == (40, 3)
+    assert model.in_one_bin().leading_directions is None
+    with pytest.raises(ValueError, match=r"expected leading_directions of shape \(40, r\), got"):
+        dataclasses.replace(model, leading_directions=torch.eye(3))
 
 
 def test_arrays_float32_and_dead_inputs():
