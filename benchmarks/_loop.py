@@ -30,6 +30,8 @@ class Case:
             takes for the spectrum of *12 bins*, λ_j ∝ 1/j.
         curvature: of decoupled descent.
         batch: samples of a step, or None for all.
+        rule: SGD, for which decoupled descent knows its own response; or AdamW or Muon (with AdamW
+            for all but the decoupled weight), followed by ``dd.decouple``.
     """
 
     n: int
@@ -38,11 +40,14 @@ class Case:
     noise: str = "isotropic"
     curvature: str = "stein"
     batch: int | None = None
+    rule: str = "SGD"
 
     def __str__(self) -> str:
         """One line."""
         batch = "full batch" if self.batch is None else f"batch {self.batch}"
-        return f"n={self.n} d={self.d} k={self.k} {batch}, {self.noise}, {self.curvature}"
+        return (
+            f"n={self.n} d={self.d} k={self.k} {batch}, {self.noise}, {self.curvature}, {self.rule}"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,12 @@ def _bins(noise: str, spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_loop(kind: str, case: Case, data: Data) -> Callable[[], None]:
-    """Return what makes one step of the README's loop, under ``sgd`` or ``dd``."""
+    """Return what makes one step of the README's loop, ``plain`` or by ``dd``."""
     torch.manual_seed(0)
     device = data.inputs.device
     model = nn.Sequential(nn.Linear(case.d, case.k), nn.GELU(), nn.Linear(case.k, CLASSES))
     model.to(device)
-    optimizer: torch.optim.Optimizer
-    if kind == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    else:
-        optimizer = dd.DecoupledDescent(model, lr=RATE, noise=data.noise, curvature=case.curvature)
+    optimizers = _optimizers(kind, case, data, model)
     batches = _batches(case, device)
 
     def step() -> None:
@@ -105,12 +106,31 @@ def make_loop(kind: str, case: Case, data: Data) -> Callable[[], None]:
         if batches is not None:
             rows = next(batches)
             inputs, targets = inputs[rows], targets[rows]
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs), targets)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
+
+
+def _optimizers(
+    kind: str, case: Case, data: Data, model: nn.Sequential
+) -> list[torch.optim.Optimizer]:
+    if case.rule == "SGD":
+        if kind == "plain":
+            return [torch.optim.SGD(model.parameters(), lr=RATE)]
+        settings = {"noise": data.noise, "curvature": case.curvature}
+        return [dd.DecoupledDescent(model, lr=RATE, **settings)]
+    first, *rest = model.parameters()
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW([first, *rest], lr=1e-3)]
+    if case.rule == "Muon":
+        optimizers = [torch.optim.Muon([first], lr=0.02), torch.optim.AdamW(rest, lr=1e-3)]
+    if kind == "dd":
+        dd.decouple(model, *optimizers, noise=data.noise, curvature=case.curvature)
+    return optimizers
 
 
 def _batches(case: Case, device: torch.device):

@@ -29,7 +29,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def _varies(row: Row, name: str) -> bool:
     """Whether a row differs from the base in one size at most."""
-    plain = row["batch"] is None and row["curvature"] == "stein"
+    plain = (row["batch"], row["curvature"], row["rule"]) == (None, "stein", "SGD")
     return plain and all(row[other] == BASE[other] for other in BASE if other != name)
 
 
