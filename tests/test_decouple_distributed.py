@@ -1,5 +1,6 @@
 """Two processes that share the samples are one process, under any optimizer."""
 
+import itertools
 import os
 import socket
 
@@ -19,6 +20,7 @@ OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.3, momentum=0.5),
 }
 SIZES = (None, 25)
+HEADS = (False, True)
 
 
 def problem():
@@ -45,13 +47,17 @@ def part(rank, size, step):
 def trained(model, base, name, noise, rows_of, **options):
     inputs, labels = problem()
     optimizer = OPTIMIZERS[name](base.parameters())
-    tracker = dd.decouple(base if options else model, optimizer, noise=noise, **options)
+    tracker = dd.decouple(model, optimizer, noise=noise, **options)
     for step in range(STEPS):
         rows = rows_of(step)
         optimizer.zero_grad()
         F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
         optimizer.step()
-    return tracker.shadow.clone(), base[0].weight.detach().clone()
+    states = tracker._state
+    found = [base[0].weight.detach(), tracker.shadow.transpose(0, 1)]
+    if options["head"]:
+        found += [states[base[0].weight]["signal_shadow"], states[base[2].weight]["shadow"]]
+    return [tensor.clone() for tensor in found]
 
 
 def work(rank, port, results):
@@ -60,12 +66,12 @@ def work(rank, port, results):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     noise = dd.NoiseModel.fit(*problem(), bins=2).of(own_rows(rank))
     for name in OPTIMIZERS:
-        for size in SIZES:
+        for size, head in itertools.product(SIZES, HEADS):
             base = network()
             model = DistributedDataParallel(base)
             rows_of = lambda step, size=size: part(rank, size, step)  # noqa: E731
-            found = trained(model, base, name, noise, rows_of)
-            results[rank, name, size] = [tensor.tolist() for tensor in found]
+            found = trained(model, base, name, noise, rows_of, head=head)
+            results[rank, name, size, head] = [tensor.tolist() for tensor in found]
     dist.destroy_process_group()
 
 
@@ -80,18 +86,20 @@ def results():
         return dict(found)
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_two_processes_are_one(results, name, size):
+def test_two_processes_are_one(results, name, size, head):
     base, noise = network(), dd.NoiseModel.fit(*problem(), bins=2)
 
     def rows_of(step):
         rows = torch.cat([part(rank, size, step) for rank in range(WORLD)])
         return rows.sort().values if size is None else rows
 
-    shadow, weight = trained(base, base, name, noise, rows_of, process_group=False)
+    weight, *shadows = trained(base, base, name, noise, rows_of, process_group=False, head=head)
     for rank in range(WORLD):
-        own, others = (torch.tensor(v, dtype=torch.float64) for v in results[rank, name, size])
+        found = [torch.tensor(v, dtype=torch.float64) for v in results[rank, name, size, head]]
         # Sums in another order, which regressions of double precision carry on.
-        torch.testing.assert_close(others, weight, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(own, shadow[:, own_rows(rank)], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[0], weight, rtol=1e-9, atol=1e-12)
+        for own, all_rows in zip(found[1:], shadows, strict=True):
+            torch.testing.assert_close(own, all_rows[own_rows(rank)], rtol=1e-9, atol=1e-12)

@@ -171,7 +171,7 @@ class ResponseStep:
         Args:
             rows: of the step, on this process.
         """
-        noise = self._attachment.noise
+        noise, rows = self._attachment.noise, rows * self._attachment.ranks.size
         if noise is None or noise.leading_directions is None:
             return None
         directions = noise.leading_directions
