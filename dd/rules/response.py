@@ -138,9 +138,11 @@ class ResponseIdentifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self.followed, self._lost = list(state["followed"]), list(state["lost"])
-        self._regressed, self._added = list(state["regressed"]), list(state["added"])
+        self._regressed, self._added = list(state["regressed"]), list(state.get("added", []))
         self._averages, self._across = state["averages"], state["across"]
-        self._stand_ins, self._is_told_apart = dict(state["stand_ins"]), state["told_apart"]
+        # States of older versions keep every average, and are looked at anew.
+        self._stand_ins = dict(state.get("stand_ins", {}))
+        self._is_told_apart = state.get("told_apart", False)
         self._steps, self._was_exact = state["steps"], state["exact"]
 
     @property
