@@ -334,6 +334,19 @@ def test_rules_by_coordinate_answer_to_each_bin_by_itself(name):
     assert tracker.response.weight.by_bin is None
 
 
+@pytest.mark.parametrize(("d", "across"), [(400, True), (100, False)])
+def test_units_that_share_a_factor_answer_to_each_other(d, across):
+    """Where ten inputs or more tell each of the k times four columns of the regression."""
+    (X, y, components), _ = problem(d=d)
+    model = network(d=d, k=8)
+    optimizer = OPTIMIZERS["Adafactor"]([model[0].weight])
+    noise = dd.NoiseModel.fit(X, components)
+    tracker = dd.decouple(model, optimizer, torch.optim.SGD(rest_of(model), lr=0.1), noise=noise)
+    train(model, [optimizer], full(X, y, 3))
+    assert tracker.response.across_units == across
+    assert not tracker.response.exact
+
+
 def test_detached_model_and_optimizer_are_plain_ones():
     (X, y, components), _ = problem()
     models = [network(), network()]

@@ -10,7 +10,7 @@ from dd.rules.quantities import state_name
 from dd.rules.response import ResponseIdentifier
 from dd.rules.response_shadows import SIGNAL, shadow_key
 
-__all__ = ["FollowedStates", "own_states"]
+__all__ = ["FollowedStates", "own_states", "pools_units"]
 
 _MARKS = "shadow_states"
 
@@ -23,6 +23,18 @@ def own_states(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Te
         for key, value in state.items()
         if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point()
     }
+
+
+def pools_units(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    """Whether an optimizer's state of a weight (k, d) has one number an input for all units."""
+    units, inputs = weight.shape
+    return units > 1 and any(
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() > 0
+        and value.numel() == inputs == value.shape[-1]
+        for value in optimizer.state.get(weight, {}).values()
+    )
 
 
 class FollowedStates:

@@ -69,6 +69,8 @@ class OptimizerStep:
             :data:`AVERAGE_RATES`.
         directions: orthonormal, in which the gradients are no noise, shape (d, m), or None.
         bins: of the noise, or None where there is one, or directions are not known.
+        pools_units: whether the optimizer keeps something of each input that all units share, as
+            second moments that are factored into rows and columns.
     """
 
     before: Tensor
@@ -79,6 +81,7 @@ class OptimizerStep:
     averages: Mapping[int, Tensor]
     directions: Tensor | None
     bins: NoiseBins | None = None
+    pools_units: bool = False
 
     def products(self, *, averages: bool, afters: Sequence[str]) -> UnitProducts:
         """Of the weight, the gradient, and what the step found and changed.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dd.functional.response import (
-    NoiseBins,
     ResponseFit,
     UnitProducts,
     coefficients_by_bin,
@@ -188,15 +187,15 @@ class ResponseIdentifier:
             if fitted is not None:
                 noise = self._noise(step, products)
                 self._regressed = rest
-                states |= {key: self._regression_of_state(noise, key, step.bins) for key in rest}
+                states |= {key: self._regression_of_state(noise, key, step) for key in rest}
         self._follow(list(states), [key for key in rest if key not in states])
         tries_across, self._was_exact = self._tries_across, fitted is not None and moves
         self._found_exact = fitted is not None
         if fitted is None:
             products = products.joined(step.named_afters(self._find_stand_ins(step)))
             noise = self._noise(step, products, is_complete=self._across and bool(known))
-            bins = step.bins
-            weight, fit = self._regression(noise, UPDATE, known, bins, tries_across=tries_across)
+            tries_across |= step.pools_units
+            weight, fit = self._regression(noise, UPDATE, known, step, tries_across=tries_across)
             # Units that answer to each other's momenta leave nothing for averages to explain.
             self._averages &= not (self._across and known)
             return Response(False, fit.share, fit.is_across_units, weight, states)
@@ -283,7 +282,7 @@ class ResponseIdentifier:
         noise: UnitProducts,
         change: str,
         known: list[str],
-        bins: NoiseBins | None,
+        step: OptimizerStep,
         *,
         tries_across: bool,
     ) -> tuple[Combination, ResponseFit]:
@@ -302,10 +301,14 @@ class ResponseIdentifier:
             few = [WEIGHT, GRADIENT, *(known or averages)]
             across = fit_across_units(noise, change, few, _ridge(noise, len(few)))
             gains = across is not None and across.unexplained < _ACROSS_GAIN * fit.unexplained
+            if step.pools_units:
+                # A factor of an input answers to the gradients of all units, each by little.
+                gains = across is not None and _tells_units_apart(noise, len(few))
             if across is not None and gains:
                 best, fit = few, across
             self._across = gains
         by_bin = None
+        bins = step.bins
         if bins is not None and not fit.is_across_units and self._is_told_apart:
             by_bin = coefficients_by_bin(noise, change, best, fit, bins)
         return Combination(best, fit.coefficients, by_bin), fit
@@ -332,10 +335,10 @@ class ResponseIdentifier:
         return [name for name in self._added if name in known]
 
     def _regression_of_state(
-        self, noise: UnitProducts, key: str, bins: NoiseBins | None
+        self, noise: UnitProducts, key: str, step: OptimizerStep
     ) -> Combination:
         """Likewise, of what a step adds to a tensor of the state."""
-        return self._regression(noise, change_name(key), [], bins, tries_across=False)[0]
+        return self._regression(noise, change_name(key), [], step, tries_across=False)[0]
 
 
 def _is_exact(fit: ResponseFit, products: UnitProducts, change: str, names: Sequence[str]) -> bool:
@@ -367,6 +370,11 @@ def _ridge(noise: UnitProducts, count: int) -> float:
     Kennard and Baldwin 1975, with as much left over as explained).
     """
     return count / noise.shape[1]
+
+
+def _tells_units_apart(noise: UnitProducts, count: int) -> bool:
+    width, dimension = noise.shape
+    return _NUMBERS_PER_COLUMN * count * width <= dimension
 
 
 def _is_redundant(noise: UnitProducts, quantity: str, averages: Sequence[str]) -> bool:

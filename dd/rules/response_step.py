@@ -15,7 +15,7 @@ from dd.correction.weight_gradient import weight_edit
 from dd.functional.response import NoiseBins
 from dd.noise.parts import LEADING_PER_SAMPLE
 from dd.noise.quadrature import leading_counts
-from dd.rules.followed_states import FollowedStates, own_states
+from dd.rules.followed_states import FollowedStates, own_states, pools_units
 from dd.rules.quantities import AVERAGE_RATES, OptimizerStep, average_name
 from dd.rules.response import Response, ResponseIdentifier
 from dd.rules.response_shadows import ResponseShadows
@@ -163,6 +163,7 @@ class ResponseStep:
             averages,
             self._signal_directions(),
             None if due.measures is None else self._noise_bins(len(due.measures.pushes.gradient)),
+            pools_units(self._optimizer, self._attachment.weight),
         )
 
     def _noise_bins(self, rows: int) -> NoiseBins | None:
