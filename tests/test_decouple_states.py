@@ -230,3 +230,25 @@ def test_weights_in_half_precision_are_told():
     dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
     with pytest.warns(dd.ResponseWarning, match="Keep the weights in float32"):
         train(model, [optimizer], full(X.bfloat16(), y, 3))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_forwards_under_autocast_are_followed_as_others(name):
+    (X, y, components), _ = problem()
+    shadows = []
+    for enabled in (False, True):
+        model = network()
+        make = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}[name]
+        optimizer = make(model.parameters(), lr=0.01 if name == "AdamW" else 0.3)
+        tracker = dd.decouple(model, optimizer, noise=dd.NoiseModel.fit(X, components))
+        for _ in range(5):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                nn.functional.cross_entropy(model(X), y).backward()
+            optimizer.step()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            tracker.evaluate([(X, y)], lambda b: nn.functional.cross_entropy(model(b[0]), b[1]))  # noqa: B023
+        shadows.append(tracker.shadow)
+    exact, rounded = shadows
+    # Pre-activations of eight bits, whose errors a few steps add up.
+    assert torch.linalg.vector_norm(rounded - exact) < 0.1 * torch.linalg.vector_norm(exact)

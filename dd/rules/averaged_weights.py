@@ -16,7 +16,7 @@ from dd.correction.hook import Forward
 from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadows import KEY, KeptShadows
 from dd.correction.tracker import Tracker
-from dd.correction.training_forward import TrainingForward
+from dd.correction.training_forward import TrainingForward, full_precision
 from dd.functional.response import combined
 from dd.rules.combination import combination
 from dd.support.growth import grown
@@ -76,6 +76,10 @@ class AveragedWeights(Tracker):
         Raises:
             RuntimeError: if it is no combination of what it was and of the weights now.
         """
+        with full_precision(self._trained.weight):
+            self._follow()
+
+    def _follow(self) -> None:
         attachment, trained = self._attachment, self._trained
         shadow = self._trained_store.read(trained.weight, KEY)
         if attachment is None or shadow is None:

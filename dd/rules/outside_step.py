@@ -9,6 +9,7 @@ from dd.correction.attachment import Attachment
 from dd.correction.gradient_check import same_weight
 from dd.correction.optimizer_state import OptimizerState
 from dd.correction.shadows import KEY
+from dd.correction.training_forward import full_precision
 from dd.functional.response import combined
 from dd.rules.combination import combination
 from dd.rules.followed_states import own_states
@@ -45,11 +46,16 @@ class OutsideMoves:
         else:
             state.pop(_LEFT, None)
 
+    @torch.no_grad()
     def follow(self) -> None:
         """Move the shadows as the weight has moved since it was last looked at.
 
         A weight that is no combination is left to be refused by the forward.
         """
+        with full_precision(self._attachment.weight):
+            self._follow()
+
+    def _follow(self) -> None:
         attachment = self._attachment
         weight = attachment.weight.detach()
         state = self._store.of(attachment.weight)
@@ -63,17 +69,16 @@ class OutsideMoves:
         coefficients = combination(weight, tensors)
         if coefficients is None:
             return
-        with torch.no_grad():
-            attachment.shadows.flush(state)
-            parts = [state[shadow_key(name)] for name in tensors]
-            state[KEY] = combined(parts, coefficients[:, None])
-            if state.get(SIGNAL) is not None:
-                known = [state.get(signal_key(name)) for name in tensors]
-                nothing = torch.zeros_like(state[SIGNAL])
-                along = [nothing if part is None else grown(part, len(nothing)) for part in known]
-                state[SIGNAL] = combined(along, coefficients[:, None])
-            attachment.remember_weight(state)
-            state[_LEFT] = weight.clone()
+        attachment.shadows.flush(state)
+        parts = [state[shadow_key(name)] for name in tensors]
+        state[KEY] = combined(parts, coefficients[:, None])
+        if state.get(SIGNAL) is not None:
+            known = [state.get(signal_key(name)) for name in tensors]
+            nothing = torch.zeros_like(state[SIGNAL])
+            along = [nothing if part is None else grown(part, len(nothing)) for part in known]
+            state[SIGNAL] = combined(along, coefficients[:, None])
+        attachment.remember_weight(state)
+        state[_LEFT] = weight.clone()
 
     def _followed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the optimizer's state whose shadows are kept, by their names."""
