@@ -44,6 +44,8 @@ _EXACT_RIDGE = 1e-9
 _EVIDENCE = 4
 # A quantity of which the averages explain this share brings nothing but noise to a regression.
 _REDUNDANT = 0.99
+# Averages that were given up begin anew, and late, where known quantities explain less than this.
+_STILL_COMPLETE = 0.9
 # A combination across units must leave this share of what one by unit leaves.
 _ACROSS_GAIN = 0.5
 # A tensor of the state stands for an average that it is a multiple of, up to rounding; that is
@@ -106,7 +108,7 @@ class ResponseIdentifier:
         self._added: list[str] = []
         # Tensors of the state that are multiples of an average, which is then not kept beside them.
         self._stand_ins: dict[int, str] = {}
-        self._across = self._is_told_apart = False
+        self._across = self._is_told_apart = self._is_complete = False
         self._steps = 0
         self._was_exact = self._found_exact = False
 
@@ -130,6 +132,7 @@ class ResponseIdentifier:
             "stand_ins": dict(self._stand_ins),
             "across": self._across,
             "told_apart": self._is_told_apart,
+            "complete": self._is_complete,
             "steps": self._steps,
             "exact": self._was_exact,
         }
@@ -142,6 +145,7 @@ class ResponseIdentifier:
         # States of older versions keep every average, and are looked at anew.
         self._stand_ins = dict(state.get("stand_ins", {}))
         self._is_told_apart = state.get("told_apart", False)
+        self._is_complete = state.get("complete", False)
         self._steps, self._was_exact = state["steps"], state["exact"]
 
     @property
@@ -193,11 +197,10 @@ class ResponseIdentifier:
         self._found_exact = fitted is not None
         if fitted is None:
             products = products.joined(step.named_afters(self._find_stand_ins(step)))
-            noise = self._noise(step, products, is_complete=self._across and bool(known))
+            noise = self._noise(step, products, is_complete=self._is_complete)
             tries_across |= step.pools_units
             weight, fit = self._regression(noise, UPDATE, known, step, tries_across=tries_across)
-            # Units that answer to each other's momenta leave nothing for averages to explain.
-            self._averages &= not (self._across and known)
+            self._see_if_complete(fit, known)
             return Response(False, fit.share, fit.is_across_units, weight, states)
         weight, fit = fitted
         return Response(True, fit.share, fit.is_across_units, weight, states)
@@ -265,6 +268,12 @@ class ResponseIdentifier:
             self._averages = True
             products = products.joined(step.named_averages())
         return products.without(step.directions)
+
+    def _see_if_complete(self, fit: ResponseFit, known: Sequence[str]) -> None:
+        """Whether units that answer to each other's momenta leave averages nothing to explain."""
+        least = _STILL_COMPLETE if self._is_complete else _REDUNDANT
+        self._is_complete = bool(known) and fit.is_across_units and fit.share > least
+        self._averages &= not self._is_complete
 
     def _find_stand_ins(self, step: OptimizerStep) -> list[str]:
         """Find tensors of the state that stand for averages; return those not known before."""
