@@ -12,7 +12,9 @@ from dd.correction.gradient_check import (
     same_weight,
     weight_changed,
 )
+from dd.correction.optimizer_state import FELL_BACK
 from dd.correction.saved_state import bind_samples
+from dd.curvature.choice import build, falls_back
 from dd.curvature.estimators import Exact
 from dd.functional import (
     correct_preactivation_,
@@ -35,6 +37,8 @@ def place(
         RuntimeError: if its samples are not known.
     """
     _require_shape(attachment, inputs)
+    if not attachment.pending:
+        _settle_estimator(attachment, state)
     bind_samples(attachment, state, inputs.dtype)
     # Of several rows a sample a state does not hold all that there is to know of the noise.
     if attachment.noise is None and state.get("shadow_noise") is not None and inputs.dim() == 2:
@@ -221,6 +225,13 @@ def begin(
     attachment.pending.append(capture)
     outgoing = capture.outgoing(preactivation)
     return attachment.oversight.outgoing(attachment.subject, capture, outgoing, seed)
+
+
+def _settle_estimator(attachment: Attachment, state: dict[str, Any]) -> None:
+    """Go by a probe from here on where Stein's lemma was found to fail and nobody asked for it."""
+    if FELL_BACK in state and falls_back(attachment.estimator):
+        attachment.curvature = "probe"
+        attachment.estimator = build("probe", attachment.given_noise, attachment.module)
 
 
 def _require_single(attachment: Attachment, placement: Placement) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dd.correction.attachment import Attachment
 from dd.correction.capture import StepGradients
 from dd.correction.head_form import leave_head
-from dd.correction.optimizer_state import OptimizerState
+from dd.correction.optimizer_state import FELL_BACK, OptimizerState
 from dd.correction.shadows import (
     Shadows,
     ShadowSlice,
@@ -25,6 +25,7 @@ from dd.correction.weight_gradient import (
     seen_terms,
     weight_edit,
 )
+from dd.curvature.choice import falls_back
 from dd.functional import all_finite, damped_weight_gradient
 from dd.functional.arithmetic import stored_numbers
 from dd.watch.step_watches import StepWatches
@@ -140,6 +141,9 @@ class ShadowStep:
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
+        if attachment.oversight.has_found and falls_back(attachment.estimator):
+            # A run that goes on from this state must not wait for an audit of its own.
+            state[FELL_BACK] = torch.ones(())
         damped = self._damped(curvature, noise.eigenvalues)
         return ShadowTerms(weight, gradient, curvature, noise, self._damping, found.scale, damped)
 
