@@ -187,7 +187,7 @@ class Attachment:
 
     def join(self, name: str, layer: nn.Linear) -> bool:
         """Decouple another layer of the same inputs too; returns whether all in use allows it."""
-        plain = self.bins is None and not self.searches and self.shadows.follows_units
+        plain = self.bins is None and not self.searches and self.shadows.follows_layers
         follows = plain and self.ranks.size == 1 and (self.shared is None or self.head_is_optional)
         if follows:
             if self.shared is not None:

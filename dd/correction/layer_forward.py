@@ -97,7 +97,11 @@ def _require_shape(attachment: Attachment, inputs: Tensor) -> None:
             {'curvature="exact"; use "probe" or "stein"': isinstance(attachment.estimator, Exact)},
         )
     if attachment.layers.are_several:
-        _refuse_what_follows_rows_alone(attachment, "several layers on the same inputs", {})
+        _refuse_what_follows_rows_alone(
+            attachment,
+            "several layers on the same inputs",
+            {"dd.decouple; use dd.DecoupledDescent": not attachment.shadows.follows_layers},
+        )
 
 
 def _refuse_what_follows_rows_alone(
@@ -108,12 +112,15 @@ def _refuse_what_follows_rows_alone(
     Raises:
         ValueError: if any of it is in use.
     """
+    units = None if attachment.given_noise is None else attachment.given_noise.units
+    of_groups = units is not None and not units.are_samples
+    of_groups &= attachment.shadows.follows_layers and not attachment.layers.are_several
     in_use = more | {
-        "head=True; use head=False, and a small head": attachment.shared is not None,
+        "head=True; use head=False, and a small head": attachment.shared is not None
+        and not of_groups,
         'lr="auto"; use a number': attachment.searches,
         "damping below 1; use damping=1": attachment.bins is not None,
         "several processes; train in one": attachment.ranks.size > 1,
-        "dd.decouple; use dd.DecoupledDescent": not attachment.shadows.follows_units,
     }
     for other, is_used in in_use.items():
         if is_used:

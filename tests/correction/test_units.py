@@ -316,11 +316,81 @@ def test_what_does_not_follow_units_is_refused():
         assert optimizer.layer is model.layer
         with pytest.raises(ValueError, match="are not followed yet with"):
             model(inputs)
-    model = model_of("mean")
-    tracker = dd.decouple(model, torch.optim.Adam(model.parameters()), noise=noise)
-    assert tracker.layer is model.layer
-    with pytest.raises(ValueError, match=r"dd\.decouple"):
-        model(inputs)
+    rows, labels, ids = grouped()
+    model = nn.Sequential(nn.Linear(D, K), nn.Tanh(), nn.Linear(K, C))
+    noise = dd.NoiseModel.fit(rows, labels, groups=ids)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = dd.decouple(model, optimizer, noise=noise.with_means_apart(), head=True)
+    assert tracker.layer is model[0]
+    with pytest.raises(ValueError, match="are not followed yet with head=True"):
+        model(rows)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
+@pytest.mark.filterwarnings("ignore::dd.ShadowWarning")
+@pytest.mark.parametrize("size", [N, 4])
+def test_any_optimizer_moves_units_as_decoupled_descent_does(size):
+    """SGD with momentum, followed from outside, leaves weights and shadows that DD leaves."""
+    inputs, labels = data()
+    g = torch.Generator().manual_seed(1)
+    batches = [b for _ in range(3) for b in torch.randperm(N, generator=g).split(size)]
+    found = []
+    for outside in (False, True):
+        model, noise = model_of("mean"), dd.NoiseModel.fit(inputs, labels)
+        rule = {"lr": 0.3, "momentum": 0.7}
+        if outside:
+            optimizer = torch.optim.SGD(model.parameters(), **rule)
+            tracker = dd.decouple(model, optimizer, noise=noise, curvature="stein")
+        else:
+            optimizer = tracker = dd.DecoupledDescent(model, **rule, noise=noise, curvature="stein")
+        train(model, optimizer, inputs, labels, batches)
+        tracker.state_dict()
+        found.append((model.layer.weight.detach(), tracker.shadow))
+    for own, followed in zip(*found, strict=True):
+        torch.testing.assert_close(followed, own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
+def test_a_regression_on_units_is_told():
+    inputs, clusters = planted(80)
+    labels = clusters // 2
+    model = nn.Sequential(nn.Linear(20, K), nn.Tanh(), nn.Flatten(), nn.Linear(2 * K, C))
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+    dd.decouple(model, optimizer, noise=noise)
+    with pytest.warns(dd.ResponseWarning, match="rows that are left out together"):
+        train(model, optimizer, inputs, labels, [torch.arange(80)] * 3)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
+@pytest.mark.parametrize("size", [120, 25])
+def test_head_of_groups_meets_each_row_without_its_group(size):
+    """Copies of a sample in one group are that sample: head, biases and means move alike."""
+    g = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(120, D, generator=g).double(), torch.arange(120) % C
+    rows[:, 0] += 2.0 * labels
+    order = torch.arange(120) if size == 120 else torch.randperm(120, generator=g)
+    batches = list(order.split(size)) * 2
+    found = []
+    for copies in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(D, K), nn.Tanh(), nn.Linear(K, C)).double()
+        ids = torch.arange(120).repeat_interleave(copies)
+        noise = dd.NoiseModel.fit(
+            rows.repeat_interleave(copies, 0), labels.repeat_interleave(copies), groups=ids
+        )
+        noise = noise.with_every_direction_apart()
+        optimizer = dd.DecoupledDescent(
+            model, lr=0.3, momentum=0.5, noise=noise, head=True, curvature="stein"
+        )
+        some = [(b.unsqueeze(1) * copies + torch.arange(copies)).flatten() for b in batches]
+        given = rows.repeat_interleave(copies, 0), labels.repeat_interleave(copies)
+        train(model, optimizer, *given, some)
+        shadows = [optimizer.state[p]["shadow"] for p in (model[2].weight, model[0].bias)]
+        shadows.append(optimizer.state[model[0].weight]["signal_shadow"])
+        found.append([*(shadow[::copies] for shadow in shadows), model[2].weight.detach()])
+    for one, three in zip(*found, strict=True):
+        torch.testing.assert_close(three, one, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
