@@ -32,6 +32,7 @@ from dd.watch.response_watch import (
     ResponseWarning,
     optimizer_message,
     regression_message,
+    units_message,
 )
 from dd.watch.step_watches import Unwatched
 
@@ -374,6 +375,8 @@ class ErrorTracker(Tracker):
         self._has_told = True
         by_stein = isinstance(attachment.estimator, Stein)
         message = regression_message(self._optimizer, attachment.weight, by_stein=by_stein)
+        if attachment.noise is not None and attachment.noise.units is not None:
+            message = units_message(self._optimizer)
         self._tell(attachment, message)
 
     def _tell(self, attachment: Attachment, message: str | None) -> None:

@@ -73,8 +73,9 @@ class DecoupledDescent(Tracker, Copied, PlainGroups, torch.optim.SGD):
             are known; by default fitted on the first training batch, without components, and
             isotropic where that batch is too large for its spectrum (min(n, d) beyond 20 000).
         curvature: estimator of the loss's curvature in the pre-activations: ``"auto"``, which is
-            ``"probe"``; ``"stein"``, for inputs that are Gaussian within the components of
-            ``noise``; ``"probe_create_graph"`` or ``"exact"``, which need
+            ``"probe"``, but of samples of several rows with known components ``"stein"``, until an
+            audit finds that it fails; ``"stein"``, for inputs that are Gaussian within the
+            components of ``noise``; ``"probe_create_graph"`` or ``"exact"``, which need
             ``loss.backward(create_graph=True)``.
         damping: ρ in [0, 1]; 1 updates W as gradient descent does, less removes a share of the
             drift (isotropic noise only).

@@ -663,12 +663,13 @@ def mismatch_of(
     product: Tensor,
     kinks: Tensor,
     ridge: float,
+    units: Tensor | None = None,
 ) -> tuple[float, float]:
     """How far Stein's curvature is from a probe's, beyond chance, by loops over samples.
 
     Each estimate is a sum of one matrix a sample, in the eigenbasis of K, and the variance of an
     entry of their difference is the sum of that entry's squares. Terms of kinks count by
-    themselves, each unit's too.
+    themselves, each hidden unit's too. Rows of one of ``units`` make one matrix together.
 
     Returns:
         ‖D‖ beyond its expectation over ‖P‖, and the standardised Σ D²/s² over pairs j ≤ l.
@@ -687,18 +688,28 @@ def mismatch_of(
     regressed = torch.linalg.solve(gram, cross)
     smooth = (regressed + regressed.T) / 2
     probed = axes.T @ (smooth + torch.diag(kinks.sum(0))) @ axes
-    variance = torch.zeros(k, k).double()
+    terms: dict[int, Tensor] = {}
+    at_kinks: dict[int, Tensor] = {}
     for i in range(n):
+        unit = i if units is None else int(units[i])
         r, v = axes.T @ centred[i], axes.T @ probe[i]
         left = axes.T @ around[i] - stein @ r / n
         right = axes.T @ (product[i] - regressed.T @ probe[i] / n)
+        term = torch.zeros(k, k).double()
         for j in range(k):
             for m in range(k):
                 of_stein = (r[j] * left[m] + r[m] * left[j]) / (sizes[j] + sizes[m])
                 of_probe = (v[j] * right[m] + v[m] * right[j]) / 2
-                variance[j, m] += (of_stein - of_probe) ** 2
+                term[j, m] = of_stein - of_probe
+        terms[unit] = terms.get(unit, 0) + term
+        at_kinks[unit] = at_kinks.get(unit, 0) + kinks[i]
+    variance = torch.zeros(k, k).double()
+    for unit, term in terms.items():
+        for j in range(k):
+            for m in range(k):
+                variance[j, m] += term[j, m] ** 2
                 for a in range(k):
-                    variance[j, m] += (axes[a, j] * axes[a, m] * kinks[i, a]) ** 2
+                    variance[j, m] += (axes[a, j] * axes[a, m] * at_kinks[unit][a]) ** 2
     difference = stein - probed
     beyond = max(0.0, float((difference**2 - variance).sum())) ** 0.5
     ratios = [float(difference[j, m] ** 2 / variance[j, m]) for j in range(k) for m in range(j, k)]

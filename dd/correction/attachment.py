@@ -51,6 +51,7 @@ class Attachment:
 
     Attributes:
         module: the model.
+        curvature: name of the estimator.
         name: dotted name of the layer.
         layer: the decoupled layer, the first of several.
         weight: its weight, whose state holds the shadows.
@@ -111,7 +112,7 @@ class Attachment:
             module, self.layer, noise, head, curvature, may_choose=bins is None, searches=searches
         )
         self.has_left_head = False
-        self._curvature = curvature
+        self.curvature = curvature
         self.noise = self.given_noise = noise
         self.estimator = build(curvature, noise, module)
         self.pending: list[Capture] = []
@@ -186,7 +187,7 @@ class Attachment:
 
     def join(self, name: str, layer: nn.Linear) -> bool:
         """Decouple another layer of the same inputs too; returns whether all in use allows it."""
-        plain = self.bins is None and not self.searches and self.shadows.follows_units
+        plain = self.bins is None and not self.searches and self.shadows.follows_layers
         follows = plain and self.ranks.size == 1 and (self.shared is None or self.head_is_optional)
         if follows:
             if self.shared is not None:
@@ -201,7 +202,7 @@ class Attachment:
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
         self.noise = self.given_noise.to(self.layer.weight.device, dtype)
         components = self.estimator.num_components
-        self.estimator = build(self._curvature, self.given_noise, self.module)
+        self.estimator = build(self.curvature, self.given_noise, self.module)
         # Settled over all processes.
         self.estimator.num_components = max(components, self.estimator.num_components)
         self.oversight.forget_limit()

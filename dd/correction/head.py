@@ -22,6 +22,7 @@ from dd.functional import (
     shared_sample_gradient,
     shared_shadow_gradient,
 )
+from dd.noise.units import Units
 from dd.samples.placement import Placement
 from dd.support.growth import grown
 from dd.support.ranks import Ranks
@@ -249,7 +250,12 @@ class SharedParameters:
         return found if scale == 1.0 else scale * found
 
     def shadow_gradients(
-        self, pushes: StepGradients, curvature: Tensor, scale: float, read: Read
+        self,
+        pushes: StepGradients,
+        curvature: Tensor,
+        scale: float,
+        read: Read,
+        units: Units | None = None,
     ) -> list[tuple[Tensor, str, Tensor, Tensor]]:
         """Shadows and their gradients, equation (4).
 
@@ -258,6 +264,7 @@ class SharedParameters:
             curvature: H_ψ, shape (p, p).
             scale: of the step's loss over the one that was differentiated here.
             read: gives the shadow of a parameter under a key.
+            units: rows that are left out together, or None.
 
         Returns:
             Parameter, key, shadow and gradient of each part.
@@ -272,7 +279,11 @@ class SharedParameters:
             gradients = scale * gradients[0], scale * gradients[1]
         rows = (*gradients, signal, scores.features)
         joined, index = self._joined(shadows), pushes.placement.index
-        if index is None:
+        if units is not None:
+            moved = joined @ curvature.to(joined.dtype)
+            pushed, push = units.summed(shared_sample_gradient(*rows).to(joined.dtype), index)
+            moved.index_add_(0, pushed, push, alpha=-1)
+        elif index is None:
             moved = shared_shadow_gradient(joined, *rows, curvature)
         else:
             # Displacements have one curvature for all, so that absent samples' move as well.

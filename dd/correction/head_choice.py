@@ -130,7 +130,9 @@ def _most_exact(
     noise: NoiseModel, layer: nn.Linear, head: nn.Linear, curvature: str, *, searches: bool
 ) -> NoiseModel | None:
     """The most exact form of a noise model that gains enough and costs little enough, or None."""
-    n, most = noise.fitted_on or 0, MOST_WORK_OF_SEARCH if searches else MOST_WORK
+    rows = noise.fitted_on or 0
+    n = rows if noise.units is None else round(noise.units.effective_rows)
+    most = MOST_WORK_OF_SEARCH if searches else MOST_WORK
     forms = [noise.with_means_apart()]
     directions = layer.out_features * noise.effective_rank
     many = n >= MANY_PER_INPUT * layer.in_features and directions <= MOST_DIRECTIONS_PER_SAMPLE * n
@@ -139,7 +141,7 @@ def _most_exact(
     for form in forms:
         assert form.mean_directions is not None
         count = shared_count(layer, head, form.mean_directions.shape[1])
-        if FEWEST_PER_SAMPLE * n < count and n * count**2 <= most:
+        if FEWEST_PER_SAMPLE * n < count and rows * count**2 <= most:
             return form
     return None
 

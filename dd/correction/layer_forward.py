@@ -12,7 +12,9 @@ from dd.correction.gradient_check import (
     same_weight,
     weight_changed,
 )
+from dd.correction.optimizer_state import FELL_BACK
 from dd.correction.saved_state import bind_samples
+from dd.curvature.choice import build, falls_back
 from dd.curvature.estimators import Exact
 from dd.functional import (
     correct_preactivation_,
@@ -35,6 +37,8 @@ def place(
         RuntimeError: if its samples are not known.
     """
     _require_shape(attachment, inputs)
+    if not attachment.pending:
+        _settle_estimator(attachment, state)
     bind_samples(attachment, state, inputs.dtype)
     # Of several rows a sample a state does not hold all that there is to know of the noise.
     if attachment.noise is None and state.get("shadow_noise") is not None and inputs.dim() == 2:
@@ -93,7 +97,11 @@ def _require_shape(attachment: Attachment, inputs: Tensor) -> None:
             {'curvature="exact"; use "probe" or "stein"': isinstance(attachment.estimator, Exact)},
         )
     if attachment.layers.are_several:
-        _refuse_what_follows_rows_alone(attachment, "several layers on the same inputs", {})
+        _refuse_what_follows_rows_alone(
+            attachment,
+            "several layers on the same inputs",
+            {"dd.decouple; use dd.DecoupledDescent": not attachment.shadows.follows_layers},
+        )
 
 
 def _refuse_what_follows_rows_alone(
@@ -104,12 +112,15 @@ def _refuse_what_follows_rows_alone(
     Raises:
         ValueError: if any of it is in use.
     """
+    units = None if attachment.given_noise is None else attachment.given_noise.units
+    of_groups = units is not None and not units.are_samples
+    of_groups &= attachment.shadows.follows_layers and not attachment.layers.are_several
     in_use = more | {
-        "head=True; use head=False, and a small head": attachment.shared is not None,
+        "head=True; use head=False, and a small head": attachment.shared is not None
+        and not of_groups,
         'lr="auto"; use a number': attachment.searches,
         "damping below 1; use damping=1": attachment.bins is not None,
         "several processes; train in one": attachment.ranks.size > 1,
-        "dd.decouple; use dd.DecoupledDescent": not attachment.shadows.follows_units,
     }
     for other, is_used in in_use.items():
         if is_used:
@@ -221,6 +232,13 @@ def begin(
     attachment.pending.append(capture)
     outgoing = capture.outgoing(preactivation)
     return attachment.oversight.outgoing(attachment.subject, capture, outgoing, seed)
+
+
+def _settle_estimator(attachment: Attachment, state: dict[str, Any]) -> None:
+    """Go by a probe from here on where Stein's lemma was found to fail and nobody asked for it."""
+    if FELL_BACK in state and falls_back(attachment.estimator):
+        attachment.curvature = "probe"
+        attachment.estimator = build("probe", attachment.given_noise, attachment.module)
 
 
 def _require_single(attachment: Attachment, placement: Placement) -> None:

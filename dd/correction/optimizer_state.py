@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from dd.correction.attachment import Attachment
 from dd.functional.arithmetic import stored_numbers
 
-__all__ = ["HEAD_LEFT", "OptimizerState"]
+__all__ = ["FELL_BACK", "HEAD_LEFT", "OptimizerState"]
 
 # Where the state of the decoupled weight says that the head is corrected no more.
 HEAD_LEFT = "shadow_head_left"
+# Likewise where a probe has taken the place of Stein's curvature.
+FELL_BACK = "shadow_by_probe"
 
 # In half precision the factor of the weight decay would be rounded.
 _FUSED = (torch.float32, torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dd.correction.attachment import Attachment
 from dd.correction.capture import StepGradients
 from dd.correction.head_form import leave_head
-from dd.correction.optimizer_state import OptimizerState
+from dd.correction.optimizer_state import FELL_BACK, OptimizerState
 from dd.correction.shadows import (
     Shadows,
     ShadowSlice,
@@ -25,8 +25,10 @@ from dd.correction.weight_gradient import (
     seen_terms,
     weight_edit,
 )
+from dd.curvature.choice import falls_back
 from dd.functional import all_finite, damped_weight_gradient
 from dd.functional.arithmetic import stored_numbers
+from dd.noise.units import Units
 from dd.watch.step_watches import StepWatches
 
 __all__ = ["ShadowStep", "StepMeasures"]
@@ -41,12 +43,15 @@ class StepMeasures:
         scale: of the step's gradient over that of the backward pass, on the mean of all processes.
         curvature: H, shape (k, k).
         shared: H_ψ, shape (p, p), or None where the head is not corrected.
+        own: the rows that push what all samples share: of rows that are left out together, those
+            of the batch.
     """
 
     pushes: StepGradients
     scale: float | Tensor
     curvature: Tensor
     shared: Tensor | None
+    own: StepGradients
 
 
 class ShadowStep:
@@ -93,7 +98,7 @@ class ShadowStep:
         shared = found.shared
         updates = [
             self._of_layer(found),
-            *([] if shared is None else self._of_shared(found.pushes, found.scale, shared)),
+            *([] if shared is None else self._of_shared(found.own, found.scale, shared)),
         ]
         self.finish()
         return updates
@@ -121,7 +126,9 @@ class ShadowStep:
         if self._better is not None:
             curvature = self._better(curvature)
         self.layer_curvature = curvature
-        return StepMeasures(gathered_gradients(attachment, pushes), scale, curvature, shared)
+        gathered = gathered_gradients(attachment, pushes)
+        own = gathered if self._units is None else pushes
+        return StepMeasures(gathered, scale, curvature, shared, own)
 
     def begin(self, found: StepMeasures) -> ShadowTerms:
         """Make the shadows, where there are none yet, and what drives them.
@@ -140,6 +147,9 @@ class ShadowStep:
         attachment.shadows.make(state, noise, count, gradient)
         attachment.remember_samples(state)
         state["shadow_step"] = state.get("shadow_step", 0) + 1
+        if attachment.oversight.has_found and falls_back(attachment.estimator):
+            # A run that goes on from this state must not wait for an audit of its own.
+            state[FELL_BACK] = torch.ones(())
         damped = self._damped(curvature, noise.eigenvalues)
         return ShadowTerms(weight, gradient, curvature, noise, self._damping, found.scale, damped)
 
@@ -209,8 +219,15 @@ class ShadowStep:
         assert pushes.signal is not None
         assert count is not None
         shared.make(self._store.read, self._store.write, count, pushes.signal)
-        found = shared.shadow_gradients(pushes, curvature, float(scale), self._store.read)
+        found = shared.shadow_gradients(
+            pushes, curvature, float(scale), self._store.read, self._units
+        )
         return [self._moved(*part) for part in found]
+
+    @property
+    def _units(self) -> Units | None:
+        noise = self._attachment.noise
+        return None if noise is None else noise.units
 
     @property
     def _group(self) -> dict[str, Any]:

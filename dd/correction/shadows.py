@@ -160,10 +160,10 @@ class KeptShadows:
 
     Attributes:
         keys: of the tensors that go through a step's map together, the shadows first.
-        follows_units: whether rows are pushed by the other rows of their units.
+        follows_layers: whether several layers on the same inputs, or a head of groups, go with it.
     """
 
-    follows_units = False
+    follows_layers = False
 
     def __init__(self) -> None:
         self.keys = [KEY]
@@ -281,7 +281,7 @@ class KeptShadows:
 class Shadows(KeptShadows):
     """Shadows that SGD moves, and their momentum."""
 
-    follows_units = True
+    follows_layers = True
 
     def update(
         self, state: dict[str, Any], placement: Placement, push: ShadowTerms, *, momentum: bool

@@ -140,12 +140,15 @@ class Stein(Curvature):
     Args:
         components: component of each sample, shape (n,), integers from 0.
         ridge: regularisation relative to the mean eigenvalue of the covariance of R.
+        may_fall_back: whether a probe takes its place where its lemma is found to fail.
     """
 
     pooled_rows = 64
 
-    def __init__(self, components: Tensor, ridge: float = 1e-4) -> None:
-        self.components = components
+    def __init__(
+        self, components: Tensor, ridge: float = 1e-4, *, may_fall_back: bool = False
+    ) -> None:
+        self.components, self.may_fall_back = components, may_fall_back
         self.num_components = int(components.max()) + 1
         self.ridge = ridge
 

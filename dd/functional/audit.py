@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dd.functional.arithmetic import at_least_single, symmetrised
 from dd.functional.curvature import eigenbasis, probe_curvature
+from dd.support.blocks import row_blocks
 
 __all__ = ["stein_excess", "stein_mismatch"]
 
@@ -56,6 +57,8 @@ def stein_mismatch(
     product: Tensor,
     kinks: Tensor,
     ridge: float = 1e-4,
+    *,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How far Stein's curvature is from a probe's as a matrix, beyond what chance explains.
 
@@ -71,6 +74,7 @@ def stein_mismatch(
         product: row i is (∂²L/∂r_i²) v_i, shape (..., n, k).
         kinks: what each sample adds at kinks (:func:`kink_terms`), shape (..., n, k).
         ridge: of Stein's estimate (:func:`symmetric_curvature`).
+        unit: as in :func:`stein_excess`.
 
     Returns:
         The norm of the difference beyond its expectation over the norm of the probe's curvature,
@@ -95,18 +99,49 @@ def stein_mismatch(
     probed = symmetrised(regressed) + at_kinks
     unexplained = gradient - centred @ stein / n
     scatter = product - probe @ regressed / n
-    variance = (
-        _summed_products(centred, unexplained, centred, unexplained) / sizes.square()
-        - 2 * _summed_products(centred, unexplained, probe, scatter) / sizes
-        + _summed_products(probe, scatter, probe, scatter)
-        + squares.mT @ torch.diag_embed(kinks.square().sum(-2)) @ squares
-    )
+    if unit is None:
+        variance = (
+            _summed_products(centred, unexplained, centred, unexplained) / sizes.square()
+            - 2 * _summed_products(centred, unexplained, probe, scatter) / sizes
+            + _summed_products(probe, scatter, probe, scatter)
+        )
+    else:
+        variance = _of_units((centred, unexplained), (probe, scatter), sizes, unit)
+        kinks = kinks.new_zeros(int(unit.max()) + 1, k).index_add_(0, unit, kinks)
+    variance = variance + squares.mT @ torch.diag_embed(kinks.square().sum(-2)) @ squares
     found = (stein - probed).square()
     beyond = (found - variance).sum((-2, -1)).clamp_min(0).sqrt()
     count = k * (k + 1) / 2
     chance = (found / variance - 1).triu().sum((-2, -1)) / (2 * count) ** 0.5
     share = beyond / torch.linalg.matrix_norm(probed)
     return torch.where(finite, share, torch.nan), torch.where(finite, chance, torch.nan)
+
+
+def _of_units(
+    stein: tuple[Tensor, Tensor], probed: tuple[Tensor, Tensor], sizes: Tensor, unit: Tensor
+) -> Tensor:
+    """Σ over units of squared sums of their rows' terms, shape (k, k).
+
+    Args:
+        stein: R_c and what Stein's curvature leaves of G, each (n, k).
+        probed: V and what the probe's leaves of its products, likewise.
+        sizes: that the former is divided by, shape (k, k).
+        unit: of each row, from 0, shape (n,).
+    """
+    order, width = unit.argsort(stable=True), sizes.shape[-1]
+    ends = torch.bincount(unit).cumsum(0)
+    found = torch.zeros_like(sizes)
+    for units in row_blocks(len(ends), width * width, unit.device):
+        start = 0 if units.start == 0 else int(ends[units.start - 1])
+        rows = order[start : int(ends[units.stop - 1])]
+        some = unit[rows] - units.start
+        each = found.new_zeros(units.stop - units.start, width, width)
+        for part, divisor in ((stein, sizes), (probed, -1.0)):
+            left, right = (values[rows] for values in part)
+            terms = left.unsqueeze(2) * right.unsqueeze(1)
+            each.index_add_(0, some, symmetrised(terms) / divisor)
+        found += each.square().sum(0)
+    return found
 
 
 def _summed_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

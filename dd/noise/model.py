@@ -200,7 +200,13 @@ class NoiseModel:
         units = unit_inputs(inputs, components, groups)
         if units is not None:
             refuse_for_units(per_sample, separate_means)
-            return cls(**measured_units(units, bins))
+            centred, norms = _centred(units.values, units.components)
+            model = cls(**measured_units(units, centred, norms, bins))
+            if units.are_samples or not _may_separate(centred):
+                return model
+            centred.separate(_span(centred.means, centred.dimension - 1))
+            apart = measured_units(units, centred, centred.squared_norms(), bins)
+            return model._with(cls(**apart))
         centred, norms = _centred(inputs, components, separate_means=separate_means is True)
         model = cls(**measured(centred, norms, bins, per_sample=per_sample))
         if separate_means is not None or not _may_separate(centred):

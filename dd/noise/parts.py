@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dd.noise.centred import CentredInputs
 from dd.noise.measures import (
-    _centred,
     _effective_rank,
     _is_flat,
     _is_heavy_tailed,
@@ -53,14 +52,17 @@ def measured(
     }
 
 
-def measured_units(given: UnitInputs, bins: int | None) -> dict[str, Any]:
+def measured_units(
+    given: UnitInputs, centred: CentredInputs, norms: Tensor, bins: int | None
+) -> dict[str, Any]:
     """Fields of a noise model of rows that share noise.
 
     Args:
         given: the rows.
+        centred: these around their means.
+        norms: ‖z‖² of each.
         bins: as in :meth:`dd.NoiseModel.fit`.
     """
-    centred, norms = _centred(given.values, given.components)
     units = given.units(centred)
     centred.independence = given.independence(units)
     fingerprints, components = given.fingerprints(centred), given.of_samples

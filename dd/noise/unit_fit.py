@@ -136,6 +136,8 @@ class UnitInputs:
             else:
                 ids = centred.components[index]
                 block, kept = block - centred.means[ids], (1 - 1 / sizes)[ids]
+            if centred.directions is not None:
+                block = block - block @ centred.directions @ centred.directions.mT
             block = (block * there.view(-1, 1)).view(*rows.shape, -1)
             yield slice(start, start + length), block, kept.view(rows.shape)
 

@@ -122,6 +122,16 @@ class Units:
         found, order = rows[there].sort()
         return found, moved[there][order]
 
+    def summed(self, values: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ_b v_b over the rows of a batch, at every row of their units; as :meth:`spread`."""
+        touched, unit, _ = self._touched(index)
+        total = values.new_zeros(len(touched), values.shape[1]).index_add_(0, unit, values)
+        rows = self.rows[touched]
+        there = rows >= 0
+        found, order = rows[there].sort()
+        of_row = torch.arange(len(touched), device=rows.device).unsqueeze(1).expand_as(rows)
+        return found, total[of_row[there][order]]
+
     def of(self, samples: Tensor) -> "Units":
         """The same with some samples alone, which must be units.
 

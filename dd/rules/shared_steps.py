@@ -103,13 +103,15 @@ class SharedSteps:
         """Find what drives the displacements in the step of the decoupled weight that is due."""
         shared, count = self._attachment.shared, self._attachment.samples.count
         assert shared is not None
-        pushes: StepGradients = found.pushes
+        pushes: StepGradients = found.own
         assert pushes.signal is not None
         assert found.shared is not None
         assert count is not None
         read, write = self._store.read, self._store.write
         shared.make(read, write, count, pushes.signal)
-        rows = shared.shadow_gradients(pushes, found.shared, float(found.scale), read)
+        noise = self._attachment.noise
+        units = None if noise is None else noise.units
+        rows = shared.shadow_gradients(pushes, found.shared, float(found.scale), read, units)
         # What did not step for the forward before has not moved.
         self._gradients = {p: gradient for p, key, _, gradient in rows if key != SIGNAL}
         (self._signal,) = [gradient for _, key, _, gradient in rows if key == SIGNAL]

@@ -1,7 +1,6 @@
 """Now and then, Stein's curvature against a probe: where its lemma fails must be noticed."""
 
 import contextlib
-import math
 import os
 import sys
 import warnings
@@ -9,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from dd.functional import (
 from dd.noise.units import Units
 from dd.samples.placement import Placement
 from dd.support.user_warning import warn_user
+from dd.watch.audit_result import AuditResult, of_ids, of_matrices, one_row_is_pushed
 
 __all__ = [
     "Audit",
@@ -43,20 +43,10 @@ __all__ = [
     "is_safe",
 ]
 
-# Right ids stayed above -0.20 of the curvature (kinks of ReLU, and finite size), XOR's two labels
-# for its four clusters and no ids at all fell below -0.45 within 50 steps of every run.
-SHARE = 0.4
-STANDARD_ERRORS = 5.0
-
 _COMPILER = os.path.join("_dynamo", "eval_frame.py")
 _PAUSE = os.path.join("torch", "_compile.py")
 
 
-# As matrices. True components, and classes where Stein's lemma did well (noisy MNIST, CIFAR-10
-# features), stayed below 1.1 times the curvature; of ten public tables, whose training error it
-# makes worthless, each went above 1.6 and 13 standard errors by the second forward.
-MISMATCH = 1.25
-MISMATCH_ERRORS = 10.0
 # With fewer rows a unit the inverses of K and VᵀV are too uncertain for errors to first order.
 ROWS_A_UNIT = 8
 
@@ -216,14 +206,15 @@ class Audit:
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = self._measure(loss)
-        if found.are_wrong_ids:
+        told, falls_back = (self._forward, found), self._estimator.may_fall_back
+        if found.are_wrong_ids(self._forward):
             self._report()
-            warn_user(_of_ids(self._forward, found), ComponentWarning)
+            warn_user(of_ids(*told, falls_back=falls_back), ComponentWarning)
         elif found.are_apart:
             self._report()
-            warn_user(_of_matrices(self._forward, found), CurvatureWarning)
+            warn_user(of_matrices(*told, falls_back=falls_back), CurvatureWarning)
 
-    def _measure(self, loss: Tensor) -> "AuditResult":
+    def _measure(self, loss: Tensor) -> AuditResult:
         """Hold Stein's curvature against a probe's."""
         capture = self._capture()
         assert capture is not None
@@ -233,86 +224,60 @@ class Audit:
             probe = rademacher(gradient.detach(), generator)
             (product,) = torch.autograd.grad(gradient, edge, probe, retain_graph=True)
         with torch.no_grad():
-            mass, index = self._relative_mass, capture.placement.index
-            gradient, estimator = gradient.detach(), self._estimator
-            if self._units is not None:
-                found = self._of_units(self._units, index, (observed, gradient, probe, product))
-                return AuditResult(*(float(value) for value in found))
-            # Stein's lemma weighs every sample by its noise mass.
-            product = scaled_by_mass(product, mass)
-            centred = estimator.centred(observed, index)
-            excess = stein_excess(centred, gradient, probe, product)
-            if len(centred) < ROWS_A_UNIT * centred.shape[1]:
-                return AuditResult(*(float(value) for value in excess))
-            signs = kink_signs(observed, gradient)
-            kinks = kink_terms(observed, gradient, signs, mass, leaky=self._leaky)
-            around, ridge = estimator.centred(gradient, index), estimator.ridge
-            mismatch = stein_mismatch(centred, around, probe, product, kinks, ridge)
-            return AuditResult(*torch.stack([*excess, *mismatch]).tolist())
+            index, unit = capture.placement.index, None
+            rows = observed, gradient.detach(), probe, product
+            if self._units is None:
+                # Stein's lemma weighs every sample by its noise mass.
+                mass = self._relative_mass
+                rows = (*rows[:3], scaled_by_mass(product, mass))
+            else:
+                rows, index, unit = self._of_units(self._units, index, rows)
+                mass = self._units.mass[index]
+            return self._compared(rows, index, mass, unit)
+
+    def _compared(
+        self,
+        rows: tuple[Tensor, Tensor, Tensor, Tensor],
+        index: Tensor | None,
+        mass: Tensor | None,
+        unit: Tensor | None,
+    ) -> AuditResult:
+        """Both comparisons.
+
+        Args:
+            rows: R, G, V and the products, each of shape (m, k).
+            index: of the rows, shape (m,); None for all.
+            mass: of each over the mean, shape (m,), or None.
+            unit: of each, from 0, shape (m,), where rows of one are not independent.
+        """
+        observed, gradient, probe, product = rows
+        estimator = self._estimator
+        centred = estimator.centred(observed, index)
+        excess = stein_excess(centred, gradient, probe, product, unit)
+        count = len(centred) if unit is None else int(unit.max()) + 1
+        # Where rows tie for a maximum a probe is no yardstick.
+        is_blind = unit is not None and one_row_is_pushed(gradient, unit)
+        if is_blind or count < ROWS_A_UNIT * centred.shape[1]:
+            share, errors = (float(value) for value in excess)
+            return AuditResult(share, errors, is_blind=is_blind)
+        signs = kink_signs(observed, gradient)
+        kinks = kink_terms(observed, gradient, signs, mass, leaky=self._leaky)
+        around, ridge = estimator.centred(gradient, index), estimator.ridge
+        mismatch = stein_mismatch(centred, around, probe, product, kinks, ridge, unit=unit)
+        return AuditResult(*torch.stack([*excess, *mismatch]).tolist())
 
     def _of_units(
         self, units: Units, index: Tensor | None, rows: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, ...]:
-        """The same of rows that share noise, whose errors are those of sums over units."""
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """The rows that are more than padding, which these are, and of which unit each is."""
         observed, gradient, probe, product = rows
-        unit, there = units.unit, units.has_noise
-        if index is not None:
-            unit, there = unit[index], there[index]
         product = units.weighted(product, index)
-        centred = self._estimator.centred(observed, index)
-        centred, gradient, probe, product = (
-            part[there] for part in (centred, gradient, probe, product)
-        )
-        unit = torch.unique(unit[there], return_inverse=True)[1]
-        return stein_excess(centred, gradient, probe, product, unit)
-
-
-class AuditResult(NamedTuple):
-    """What an audit measured.
-
-    Attributes:
-        excess: of the trace of Stein's curvature over that of the probe's, as a share of it.
-        excess_errors: the same in standard errors.
-        mismatch: of the two as matrices, beyond chance, as a share of the probe's.
-        mismatch_errors: how far beyond chance it is, in standard errors.
-    """
-
-    excess: float = 0.0
-    excess_errors: float = 0.0
-    mismatch: float = 0.0
-    mismatch_errors: float = 0.0
-
-    @property
-    def are_wrong_ids(self) -> bool:
-        """Whether the curvature falls short as it does where components are several clusters."""
-        return self.excess < -SHARE and self.excess_errors < -STANDARD_ERRORS
-
-    @property
-    def are_apart(self) -> bool:
-        """Whether the curvatures differ as matrices."""
-        measured = math.isfinite(self.mismatch) and math.isfinite(self.mismatch_errors)
-        return measured and self.mismatch > MISMATCH and self.mismatch_errors > MISMATCH_ERRORS
-
-
-def _of_ids(forward: int, found: AuditResult) -> str:
-    return (
-        f"DecoupledDescent: at training forward {forward} the curvature by the component ids falls "
-        f"short of a probe's by {-found.excess:.0%} ({-found.excess_errors:.0f} standard errors). "
-        "The ids are not the mixture components of the inputs, as when a class holds several "
-        'clusters; the training error comes out too high. Remedy: curvature="probe" (the default), '
-        "or the right ids in the noise model; dd.find_components(inputs, labels) looks for "
-        "clusters within classes."
-    )
-
-
-def _of_matrices(forward: int, found: AuditResult) -> str:
-    return (
-        f'DecoupledDescent: at training forward {forward} the curvature of curvature="stein" is '
-        f"away from a probe's by {found.mismatch:.2g} times the latter's size "
-        f"({found.mismatch_errors:.0f} standard errors). Stein's lemma asks that pre-activations "
-        "are Gaussian within each component, and these are not; the training error is not to be "
-        'relied on. Remedy: curvature="probe".'
-    )
+        if index is None:
+            index = torch.arange(units.count, device=observed.device)
+        there = units.has_noise[index]
+        index = index[there]
+        unit = torch.unique(units.unit[index], return_inverse=True)[1]
+        return (observed[there], gradient[there], probe[there], product[there]), index, unit
 
 
 def _plain(tensor: Tensor) -> Tensor:

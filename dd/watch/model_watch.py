@@ -19,6 +19,7 @@ from dd.samples.placement import Placement
 from dd.samples.recognition import Samples
 from dd.support.user_warning import warn_user
 from dd.watch.audit import Audit, AuditedForward, AuditedTensor, is_due, is_safe
+from dd.watch.audit_result import one_row_is_pushed
 from dd.watch.shadow_size import (
     MARGIN,
     ShadowSizeWatch,
@@ -36,8 +37,23 @@ from dd.watch.strain import (
 
 __all__ = ["ModelWatch", "WatchedModel"]
 
-# Training forwards in which what pools the rows is looked at.
+# Steps in which what pools the rows is looked at.
 _FORWARDS_LOOKED_AT = 3
+_OF_A_MAXIMUM = (
+    "A probe does not see the curvature of a maximum over rows.",
+    "behind the decoupled layer a maximum over the rows of a sample is taken, and where rows tie "
+    "no second derivative sees its curvature: the training error may be off by several points. A "
+    "smooth maximum (logsumexp) has one.",
+)
+_BY_A_PROBE = (
+    "The curvature of samples of several rows goes by a probe.",
+    "samples have several rows, and the curvature is found by second derivatives, by which the "
+    "training error was up to 0.03 off (docs/several-rows.md).",
+)
+_BY_STEIN = (
+    "Where the inputs are Gaussian within known components, noise=dd.NoiseModel.fit(inputs, "
+    "components) and the default curvature do better."
+)
 
 logger = logging.getLogger("dd")
 
@@ -88,6 +104,7 @@ class ModelWatch:
         self._forwards = 0
         self._audit: Audit | None = None
         self._has_looked = self._has_found = False
+        self._poolings = 0
         self._copies: CopyWatch | None = None
         self._size = ShadowSizeWatch()
         self._limit: float | None = None
@@ -279,28 +296,27 @@ class ModelWatch:
             warn_user(f"DecoupledDescent: {sentence}", StrainWarning)
 
     def look_at_pooling(self, gradient: Tensor) -> None:
-        """Warn once of a maximum over rows, whose ties no second derivative sees.
+        """Warn once of samples of several rows whose curvature is by second derivatives.
 
         Args:
             gradient: G of the rows of some samples, shape (m, P, k).
 
         Warns:
-            CurvatureWarning: if in each sample one row at most has a gradient, unit for unit.
+            CurvatureWarning: that the estimate is coarse, or, where in each sample one row at most
+                has a gradient, unit for unit, that it misses the ties of a maximum.
         """
-        if self._forwards > _FORWARDS_LOOKED_AT:
+        self._poolings += 1
+        if self._poolings > _FORWARDS_LOOKED_AT:
             return
-        pushed = (gradient != 0).sum(1)
-        if not bool((pushed <= 1).all()) or float((pushed == 1).double().mean()) < 0.5:
+        samples, rows = gradient.shape[:2]
+        unit = torch.arange(samples, device=gradient.device).repeat_interleave(rows)
+        is_maximum = one_row_is_pushed(gradient.flatten(0, 1), unit)
+        if self._has_found and not is_maximum:
+            # The audit has said so.
             return
-        if self.doubt("A probe does not see the curvature of a maximum over rows."):
-            warn_user(
-                "DecoupledDescent: behind the decoupled layer a maximum over the rows of a sample "
-                "is taken, and where rows tie no second derivative sees its curvature: the "
-                "training error may be off by several points. Remedy, where the inputs are "
-                'Gaussian within known components: curvature="stein" and '
-                "noise=dd.NoiseModel.fit(inputs, components); or a smooth maximum (logsumexp).",
-                CurvatureWarning,
-            )
+        doubt, sentence = _OF_A_MAXIMUM if is_maximum else _BY_A_PROBE
+        if self.doubt(doubt):
+            warn_user(f"DecoupledDescent: {sentence} {_BY_STEIN}", CurvatureWarning)
 
     def outgoing(
         self, subject: WatchedModel, capture: AuditedForward, preactivation: Tensor, seed: int

@@ -1,5 +1,6 @@
 """Samples of several rows, and groups of rows, against the slow twin (``docs/several-rows.md``)."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import dd
 from dd.correction import shadow_step
+from dd.curvature.estimators import Probe, Stein
 from tests import reference
 
 N, P, D, K, C = 12, 3, 7, 3, 2
@@ -198,7 +200,7 @@ def curvature_of_one_step(monkeypatch, model, inputs, labels, noise, kind):
     return curvature, observed.view(N, P, K)
 
 
-@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("pool", POOLS)
 def test_probe_weighs_pairs_of_rows_as_their_noise_goes_together(monkeypatch, pool):
@@ -314,24 +316,94 @@ def test_what_does_not_follow_units_is_refused():
         assert optimizer.layer is model.layer
         with pytest.raises(ValueError, match="are not followed yet with"):
             model(inputs)
-    model = model_of("mean")
-    tracker = dd.decouple(model, torch.optim.Adam(model.parameters()), noise=noise)
-    assert tracker.layer is model.layer
-    with pytest.raises(ValueError, match=r"dd\.decouple"):
-        model(inputs)
+    rows, labels, ids = grouped()
+    model = nn.Sequential(nn.Linear(D, K), nn.Tanh(), nn.Linear(K, C))
+    noise = dd.NoiseModel.fit(rows, labels, groups=ids)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = dd.decouple(model, optimizer, noise=noise.with_means_apart(), head=True)
+    assert tracker.layer is model[0]
+    with pytest.raises(ValueError, match="are not followed yet with head=True"):
+        model(rows)
 
 
-@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
+@pytest.mark.filterwarnings("ignore::dd.ShadowWarning")
+@pytest.mark.parametrize("size", [N, 4])
+def test_any_optimizer_moves_units_as_decoupled_descent_does(size):
+    """SGD with momentum, followed from outside, leaves weights and shadows that DD leaves."""
+    inputs, labels = data()
+    g = torch.Generator().manual_seed(1)
+    batches = [b for _ in range(3) for b in torch.randperm(N, generator=g).split(size)]
+    found = []
+    for outside in (False, True):
+        model, noise = model_of("mean"), dd.NoiseModel.fit(inputs, labels)
+        rule = {"lr": 0.3, "momentum": 0.7}
+        if outside:
+            optimizer = torch.optim.SGD(model.parameters(), **rule)
+            tracker = dd.decouple(model, optimizer, noise=noise, curvature="stein")
+        else:
+            optimizer = tracker = dd.DecoupledDescent(model, **rule, noise=noise, curvature="stein")
+        train(model, optimizer, inputs, labels, batches)
+        tracker.state_dict()
+        found.append((model.layer.weight.detach(), tracker.shadow))
+    for own, followed in zip(*found, strict=True):
+        torch.testing.assert_close(followed, own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
+def test_a_regression_on_units_is_told():
+    inputs, clusters = planted(80)
+    labels = clusters // 2
+    model = nn.Sequential(nn.Linear(20, K), nn.Tanh(), nn.Flatten(), nn.Linear(2 * K, C))
+    noise = dd.NoiseModel.fit(inputs, labels)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+    dd.decouple(model, optimizer, noise=noise)
+    with pytest.warns(dd.ResponseWarning, match="rows that are left out together"):
+        train(model, optimizer, inputs, labels, [torch.arange(80)] * 3)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
+@pytest.mark.parametrize("size", [120, 25])
+def test_head_of_groups_meets_each_row_without_its_group(size):
+    """Copies of a sample in one group are that sample: head, biases and means move alike."""
+    g = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(120, D, generator=g).double(), torch.arange(120) % C
+    rows[:, 0] += 2.0 * labels
+    order = torch.arange(120) if size == 120 else torch.randperm(120, generator=g)
+    batches = list(order.split(size)) * 2
+    found = []
+    for copies in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(D, K), nn.Tanh(), nn.Linear(K, C)).double()
+        ids = torch.arange(120).repeat_interleave(copies)
+        noise = dd.NoiseModel.fit(
+            rows.repeat_interleave(copies, 0), labels.repeat_interleave(copies), groups=ids
+        )
+        noise = noise.with_every_direction_apart()
+        optimizer = dd.DecoupledDescent(
+            model, lr=0.3, momentum=0.5, noise=noise, head=True, curvature="stein"
+        )
+        some = [(b.unsqueeze(1) * copies + torch.arange(copies)).flatten() for b in batches]
+        given = rows.repeat_interleave(copies, 0), labels.repeat_interleave(copies)
+        train(model, optimizer, *given, some)
+        shadows = [optimizer.state[p]["shadow"] for p in (model[2].weight, model[0].bias)]
+        shadows.append(optimizer.state[model[0].weight]["signal_shadow"])
+        found.append([*(shadow[::copies] for shadow in shadows), model[2].weight.detach()])
+    for one, three in zip(*found, strict=True):
+        torch.testing.assert_close(three, one, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.CurvatureWarning")
 def test_state_goes_on_where_it_was_saved():
     inputs, labels = data()
     noise = dd.NoiseModel.fit(inputs, labels)
     g = torch.Generator().manual_seed(1)
     batches = [b for _ in range(4) for b in torch.randperm(N, generator=g).split(5)]
     model = model_of("mean")
-    optimizer = dd.DecoupledDescent(model, lr=0.3, momentum=0.5, noise=noise)
+    optimizer = dd.DecoupledDescent(model, lr=0.3, momentum=0.5, noise=noise, curvature="probe")
     train(model, optimizer, inputs, labels, batches[:5])
     again = model_of("mean", seed=3)
-    other = dd.DecoupledDescent(again, lr=0.3, momentum=0.5, noise=noise)
+    other = dd.DecoupledDescent(again, lr=0.3, momentum=0.5, noise=noise, curvature="probe")
     again.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
     train(model, optimizer, inputs, labels, batches[5:])
@@ -392,17 +464,68 @@ def test_copies_in_one_group_are_no_copies():
     assert noise.units.effective_rows == pytest.approx(120, rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore:.*training forward")
 @pytest.mark.parametrize("pool", ["amax", "mean"])
-def test_a_maximum_over_rows_is_told_where_a_probe_does_not_see_it(pool, recwarn):
+def test_what_a_probe_does_not_tell_of_several_rows_is_said(pool, recwarn):
     inputs, labels = data()
     for kind in ("stein", "probe"):
         model, noise = model_of("mean"), dd.NoiseModel.fit(inputs, labels)
         model.pool = lambda h: getattr(h, pool)(-2)
         optimizer = dd.DecoupledDescent(model, lr=0.3, noise=noise, curvature=kind)
-        train(model, optimizer, inputs, labels, [torch.arange(N)])
-        told = [w for w in recwarn if "a maximum over the rows" in str(w.message)]
-        assert len(told) == (pool == "amax" and kind == "probe")
+        train(model, optimizer, inputs, labels, [torch.arange(N)] * 2)
+        told = [str(w.message) for w in recwarn if w.category is dd.CurvatureWarning]
+        assert len(told) == (kind == "probe")
+        assert all(("a maximum over the rows" in text) == (pool == "amax") for text in told)
+
+
+def planted(count=400):
+    """Two clusters a class far apart, planted in one of two rows that share noise."""
+    g = torch.Generator().manual_seed(0)
+    clusters = torch.arange(count) % 4
+    inputs = torch.randn(count, 2, 20, generator=g) + torch.randn(count, 1, 20, generator=g)
+    inputs[:, 0, 0] += 6.0 * (clusters < 2) * (1 - 2 * (clusters % 2))
+    inputs[:, 0, 1] += 6.0 * (clusters >= 2) * (1 - 2 * (clusters % 2))
+    return inputs, clusters
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning", "ignore::dd.ShadowWarning")
+@pytest.mark.parametrize("pooled", [True, False], ids=["samples", "groups"])
+@pytest.mark.parametrize("ids", ["clusters", "labels"])
+def test_the_default_of_several_rows_is_steins_while_audits_agree(pooled, ids, recwarn):
+    inputs, clusters = planted()
+    labels = clusters // 2
+    known = clusters if ids == "clusters" else labels
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 4), nn.GELU()]
+    if pooled:
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2))
+        noise = dd.NoiseModel.fit(inputs, known)
+    else:
+        model = nn.Sequential(*layers, nn.Linear(4, 2))
+        noise = dd.NoiseModel.fit(inputs[:, 0], known, groups=torch.arange(len(inputs)) // 2)
+        inputs = inputs[:, 0]
+    optimizer = dd.DecoupledDescent(model, lr=0.5, noise=noise, head=False)
+    found = optimizer._attachment
+    assert isinstance(found.estimator, Stein) == pooled
+    for _ in range(25):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    told = [w for w in recwarn if issubclass(w.category, dd.ComponentWarning)]
+    fell_back = pooled and ids == "labels"
+    assert len(told) == fell_back
+    assert isinstance(found.estimator, Stein) == (pooled and not fell_back)
+    if fell_back:
+        assert "From here on it is found by a probe" in str(told[0].message)
+        assert isinstance(found.estimator, Probe)
+        # A run that goes on from its state does so by the probe.
+        torch.manual_seed(0)
+        again = dd.DecoupledDescent(copy.deepcopy(model), lr=0.5, noise=noise)
+        again.load_state_dict(optimizer.state_dict())
+        next(again._attachment.module.children())(inputs)
+        assert isinstance(again._attachment.estimator, Probe)
+        # What it is said by is not said again.
+        assert not [w for w in recwarn if w.category is dd.CurvatureWarning]
 
 
 def test_groups_are_checked():

@@ -23,7 +23,7 @@ from dd.functional import (
     stein_excess,
     stein_mismatch,
 )
-from dd.watch import audit, model_watch
+from dd.watch import audit, audit_result, model_watch
 from tests.optimizer.test_optimizer import C, D, K, make_model, make_problem, train
 from tests.reference import mismatch_of
 
@@ -92,6 +92,22 @@ def test_mismatch_equals_that_by_loops(masses):
     torch.testing.assert_close(torch.stack(found), torch.tensor(expected).double())
 
 
+def test_mismatch_of_units_sums_their_rows_first():
+    n, k, clusters, unit = 60, 3, torch.arange(60) % 2, torch.arange(60) * 7 % 20
+    r, gradient, probe, product = quartic(2, n, k, spread=1.0)
+    pushes = 0.5 * (r > 0) * torch.tensor([1.0, 0.0, -1.0]).double() / n
+    kinks = kink_terms(r, pushes, kink_signs(r, pushes), None, leaky=True)
+    gradient = gradient + pushes
+    centred, around = (centre_within_components(rows, clusters, 2) for rows in (r, gradient))
+    found = stein_mismatch(centred, around, probe, product, kinks, 1e-3, unit=unit)
+    expected = mismatch_of(r, gradient, clusters, probe, product, kinks, 1e-3, unit)
+    torch.testing.assert_close(torch.stack(found), torch.tensor(expected).double())
+    alone = stein_mismatch(centred, around, probe, product, kinks, 1e-3, unit=torch.arange(n))
+    plain = stein_mismatch(centred, around, probe, product, kinks, 1e-3)
+    torch.testing.assert_close(alone, plain)
+    assert not torch.isclose(found[1], plain[1], rtol=0.05)
+
+
 def mismatch(r, gradient, probe, product, clusters):
     count = int(clusters.max()) + 1
     centred, around = (centre_within_components(rows, clusters, count) for rows in (r, gradient))
@@ -137,9 +153,9 @@ def test_mismatch_sees_what_the_trace_does_not():
     # the curvature, 2 along the first unit, is known to 1/√n of it.
     expected = abs(25 * math.sin(2) - 50 * math.cos(2)) / math.hypot(50 * math.cos(2), 2)
     assert float(share) == pytest.approx(expected, rel=4 / math.sqrt(n))
-    assert float(errors) > audit.MISMATCH_ERRORS
-    assert abs(float(excess)) < audit.SHARE / 5
-    assert abs(float(of_trace)) < audit.STANDARD_ERRORS
+    assert float(errors) > audit_result.MISMATCH_ERRORS
+    assert abs(float(excess)) < audit_result.SHARE / 5
+    assert abs(float(of_trace)) < audit_result.STANDARD_ERRORS
 
 
 # --- XOR ---------------------------------------------------------------------------------------
@@ -246,9 +262,9 @@ def compared(monkeypatch):
     """Arguments of comparisons as matrices."""
     found, inner = [], audit.stein_mismatch
 
-    def spy(*arguments):
+    def spy(*arguments, **rest):
         found.append(arguments)
-        return inner(*arguments)
+        return inner(*arguments, **rest)
 
     monkeypatch.setattr(audit, "stein_mismatch", spy)
     return found
