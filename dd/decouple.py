@@ -30,6 +30,7 @@ from dd.support.user_warning import warn_user
 from dd.watch.response_watch import (
     LARGEST_SHADOWS,
     ResponseWarning,
+    few_directions_message,
     optimizer_message,
     regression_message,
     units_message,
@@ -370,12 +371,18 @@ class ErrorTracker(Tracker):
         attachment, response = self._attachment, self._rule.response
         if attachment is None or response is None or self._has_told:
             return
+        noise = attachment.noise
+        rank = float("inf") if noise is None else noise.effective_rank
         if not self._rule.identifier.regresses:
+            if response.across_units:
+                self._has_told = True
+                self._tell(attachment, few_directions_message(self._optimizer, rank))
             return
         self._has_told = True
         by_stein = isinstance(attachment.estimator, Stein)
-        message = regression_message(self._optimizer, attachment.weight, by_stein=by_stein)
-        if attachment.noise is not None and attachment.noise.units is not None:
+        weight = attachment.weight
+        message = regression_message(self._optimizer, weight, rank, by_stein=by_stein)
+        if noise is not None and noise.units is not None:
             message = units_message(self._optimizer)
         self._tell(attachment, message)
 

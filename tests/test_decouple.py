@@ -315,11 +315,11 @@ def test_no_more_shadows_are_kept_than_a_response_needs(make, expected, scale):
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_rules_by_coordinate_answer_to_each_bin_by_itself(name):
-    (X, y, components), _ = problem()
-    X[:, :4] *= 8
+    (X, y, components), _ = problem(d=150)
+    X[:, :4] *= 3
     noise = dd.NoiseModel.fit(X, components)
     assert noise.leading_directions.shape[1] == 4
-    model = network()
+    model = network(d=150)
     optimizer = OPTIMIZERS[name]([model[0].weight])
     tracker = dd.decouple(model, optimizer, torch.optim.SGD(rest_of(model), lr=0.1), noise=noise)
     train(model, [optimizer], full(X, y, 3))
@@ -345,6 +345,19 @@ def test_units_that_share_a_factor_answer_to_each_other(d, across):
     train(model, [optimizer], full(X, y, 3))
     assert tracker.response.across_units == across
     assert not tracker.response.exact
+
+
+@pytest.mark.parametrize("name", ["AdamW", *(["Muon"] if "Muon" in OPTIMIZERS else [])])
+def test_noise_of_few_dimensions_is_told_whatever_the_inputs_number(name):
+    (X, y, components), _ = problem()
+    X[:, :10] *= 30
+    noise = dd.NoiseModel.fit(X, components)
+    assert noise.effective_rank < 20
+    model = network()
+    optimizer = OPTIMIZERS[name]([model[0].weight])
+    dd.decouple(model, optimizer, torch.optim.SGD(rest_of(model), lr=0.1), noise=noise)
+    with pytest.warns(dd.ResponseWarning, match="scale the columns of the inputs alike"):
+        train(model, [optimizer], full(X, y, 1))
 
 
 def test_detached_model_and_optimizer_are_plain_ones():

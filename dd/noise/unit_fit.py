@@ -187,7 +187,9 @@ class UnitInputs:
             mean = units.gram.double().mean(0)
             share = float(mean.trace() ** 2 / mean.square().sum()) / len(mean)
         else:
-            size = units.count / len(units)
+            # Of the unit of a row: large ones hold most of the rows, and of their products.
+            sizes = torch.bincount(units.unit).double()
+            size = float(sizes.square().sum() / sizes.sum())
             share = 1 / (1 + max(size - 1, 0.0) * units.correlation**2)
         return min(1.0, share)
 

@@ -20,6 +20,8 @@ _FORWARDS, _ROWS = 3, 3
 class InputReaders:
     """Looks, in the first training forwards, for others that are trained on the layer's inputs.
 
+    And in those after one is unfrozen.
+
     Args:
         module: the model.
         layers: the decoupled layers.
@@ -40,6 +42,7 @@ class InputReaders:
         self._names = {id(part): name for name, part in module.named_modules()}
         self._others = [part for part in module.modules() if self._may_read(part)]
         self._seen: dict[int, Tensor] = {}
+        self._trained: set[int] = set()
         self._forwards = 0
 
     def register(self) -> list[Any]:
@@ -102,7 +105,10 @@ class InputReaders:
         Raises:
             RuntimeError: if it is the same.
         """
-        if self._forwards >= _FORWARDS or not (self._layer.training and torch.is_grad_enabled()):
+        if not (self._layer.training and torch.is_grad_enabled()):
+            return
+        self._look_anew_if_unfrozen()
+        if self._forwards >= _FORWARDS:
             return
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1]
         if not given:
@@ -116,12 +122,18 @@ class InputReaders:
             return
         if any(part is layer for layer in self._layers):
             return
-        if not any(parameter.requires_grad for parameter in part.parameters()):
+        if not _is_trained(part):
             return
         for value in given:
             rows = _some(value)
             self._seen[id(part)] = rows
             self._compare(id(part), rows)
+
+    def _look_anew_if_unfrozen(self) -> None:
+        trained = {id(other) for other in self._others if _is_trained(other)}
+        if not trained <= self._trained:
+            self._forwards = 0
+        self._trained = trained
 
     def _compare(self, other: int, rows: Tensor) -> None:
         own = self._seen.get(id(self._layer))
@@ -144,6 +156,10 @@ class InputReaders:
         own = list(part.parameters(recurse=False))
         is_leaf = next(part.children(), None) is None or isinstance(part, nn.MultiheadAttention)
         return is_leaf and sum(p.numel() for p in own) >= self._layer.in_features
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _some(inputs: Tensor) -> Tensor:

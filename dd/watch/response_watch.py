@@ -6,6 +6,7 @@ from torch import Tensor
 __all__ = [
     "LARGEST_SHADOWS",
     "ResponseWarning",
+    "few_directions_message",
     "optimizer_message",
     "regression_message",
     "units_message",
@@ -59,6 +60,26 @@ def optimizer_message(optimizer: torch.optim.Optimizer) -> str | None:
     )
 
 
+def few_directions_message(optimizer: torch.optim.Optimizer, rank: float) -> str | None:
+    """Say what to expect where units answer to each other and the noise has few dimensions.
+
+    Args:
+        optimizer: moves the decoupled weight.
+        rank: effective rank of the noise.
+
+    Returns:
+        A sentence or two, or None.
+    """
+    if rank >= FEW_INPUTS:
+        return None
+    return (
+        f"dd.decouple: units answer to each other's gradients under {type(optimizer).__name__}, "
+        f"and the noise of the inputs has {rank:.0f} dimensions where {FEW_INPUTS} tell how. "
+        "Expect the training error to be off by several points; scale the columns of the inputs "
+        "alike where they differ, or use SGD."
+    )
+
+
 def units_message(optimizer: torch.optim.Optimizer) -> str:
     """What to say where rows that share noise are followed by a regression."""
     return (
@@ -70,19 +91,20 @@ def units_message(optimizer: torch.optim.Optimizer) -> str:
 
 
 def regression_message(
-    optimizer: torch.optim.Optimizer, weight: Tensor, *, by_stein: bool
+    optimizer: torch.optim.Optimizer, weight: Tensor, rank: float, *, by_stein: bool
 ) -> str | None:
     """Say what to expect of a response found by regression where that is coarse.
 
     Args:
         optimizer: moves the decoupled weight.
         weight: of the decoupled layer, shape (k, d).
+        rank: inputs that the noise varies in: its effective rank.
         by_stein: whether the curvature is Stein's, which makes up for errors of the response.
 
     Returns:
         A sentence or two, or None.
     """
-    name, inputs = type(optimizer).__name__, weight.shape[1]
+    name, inputs = type(optimizer).__name__, round(min(weight.shape[1], rank))
     if torch.finfo(weight.dtype).bits < _SINGLE:
         return (
             f"dd.decouple: weights in {weight.dtype} are moved by the rounding of every step as "
@@ -99,8 +121,9 @@ def regression_message(
         )
     elif by_stein:
         reason = (
-            f"from {inputs} inputs a unit its coefficients are known to some tenths. Expect the "
-            "training error to be off by several points; use"
+            f"from noise of {inputs} dimensions a unit's coefficients are known to some tenths. "
+            "Expect the training error to be off by several points; scale the columns of the "
+            "inputs alike where they differ, or use"
         )
     else:
         reason = (

@@ -448,3 +448,19 @@ def test_arrays_of_any_kind_make_the_same_model():
     for other in (values.astype(">f8"), values.astype(np.longdouble), np.asfortranarray(values)):
         assert str(NoiseModel.fit(other, ids.astype(">i4"))) == expected
     assert str(NoiseModel.fit(values[::-1], ids[::-1].astype(np.uint16))) == expected
+
+
+def test_independence_of_rows_counts_large_groups_by_their_rows():
+    """White rows, many alone and others in groups of 16 that are nearly one: flat all the same."""
+    generator = torch.Generator().manual_seed(0)
+    singles, groups, d = 240, 60, 60
+    shared = torch.randn(groups, d, generator=generator).repeat_interleave(16, 0)
+    own = torch.randn(groups * 16, d, generator=generator)
+    rows = torch.cat(
+        [torch.randn(singles, d, generator=generator), 0.9**0.5 * shared + 0.1**0.5 * own]
+    )
+    ids = torch.cat([torch.arange(singles), singles + torch.arange(groups).repeat_interleave(16)])
+    labels = ids % 2
+    noise = NoiseModel.fit(rows, labels, groups=ids)
+    # An effective rank of d / (1 + d / m) of m independent rows is put back to d.
+    assert noise.effective_rank > 0.9 * d

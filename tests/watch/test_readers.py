@@ -108,3 +108,22 @@ def test_rows_that_are_pooled_out_of_sight_are_told(curvature):
     optimizer.step()
     found = optimizer.estimate([inputs], lambda x: model(x).mean(1).repeat_interleave(5))
     assert "Rows of one sample are taken for samples." in found.doubts
+
+
+@pytest.mark.filterwarnings("ignore::dd.StrainWarning")
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_trained_on_the_inputs_from_later_on_is_refused(first):
+    model, (inputs, labels) = Branched(nn.Linear(D, 3), first=first), data()
+    model.other.requires_grad_(False)
+    optimizer = dd.DecoupledDescent(model, lr=0.1, layer="layer", noise=dd.NoiseModel.fit(inputs))
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model, inputs, labels).backward()
+        optimizer.step()
+
+    for _ in range(6):
+        step()
+    model.other.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="trained on the inputs of the decoupled layer 'layer'"):
+        step()
